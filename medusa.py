@@ -1,0 +1,359 @@
+"""Medusa: heads that guess several tokens ahead, a tree of the guesses checked in one pass, the longest agreed path kept.
+
+From "Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding Heads" (Cai et al., 2024): its sections "Medusa
+heads", "Tree attention", "Typical acceptance" and "Medusa-1". A step of `medusa_generate` reads propose -> verify -> accept -> commit.
+
+Dimension key
+    B batch   T tokens   D model width   V vocabulary   K heads   J residual layers of a head   N tree nodes
+Head k (counted from 1) at position t guesses token t+k+1; token t+1 is the base model's own business.
+"""
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import GPT, read_json, read_safetensors, write_json, write_safetensors
+from tree import Tree
+
+
+@dataclass(frozen=True)
+class MedusaConfig:
+    """K heads for one base model. original_lm_head: W2 is the base's LM head; otherwise each head has a copy of its own."""
+
+    hidden_size: int
+    vocab_size: int
+    num_heads: int = 4
+    num_hidden_layers: int = 1
+    original_lm_head: bool = True
+
+
+class MedusaHeads(nn.Module):
+    """head_probs_k = softmax(W2_k (h + SiLU(W1_k h + b1_k)))  (paper, "Medusa heads"), with J such residual layers.
+
+    W1 and b1 start at zero, so that a new head is exactly the base's LM head. The heads are stacked: one operation serves all K.
+    A shared LM head is handed to `forward`; it is never a parameter of the heads, so that training them cannot move the base.
+    """
+
+    def __init__(self, config: MedusaConfig, lm_head: nn.Linear | None = None):
+        super().__init__()
+        self.config = config
+        K, J, D = config.num_heads, config.num_hidden_layers, config.hidden_size
+        self.weight = nn.Parameter(torch.zeros(J, K, D, D))  # W1, (out, in) as in nn.Linear
+        self.bias = nn.Parameter(torch.zeros(J, K, 1, D))  # b1
+        self.lm_heads = None
+        if not config.original_lm_head:
+            start = torch.zeros(config.vocab_size, D) if lm_head is None else lm_head.weight.detach()
+            self.lm_heads = nn.Parameter(start.repeat(K, 1, 1))  # W2: (K, V, D)
+
+    def forward(self, hidden: Tensor, lm_head: nn.Linear) -> Tensor:
+        """hidden (..., D) -> logits (K, ..., V)."""
+        K, D = self.config.num_heads, self.config.hidden_size
+        x = hidden.reshape(1, -1, D).expand(K, -1, -1)  # (K, n, D), n positions in all
+        for weight, bias in zip(self.weight, self.bias):
+            x = x + F.silu(torch.baddbmm(bias, x, weight.mT))  # (K, n, D)
+        logits = lm_head(x) if self.lm_heads is None else torch.bmm(x, self.lm_heads.mT)  # (K, n, V)
+        return logits.view(K, *hidden.shape[:-1], -1)
+
+    def save_pretrained(self, directory) -> None:
+        """Write a vLLM Medusa speculator directory: config.json and model.safetensors. A shared LM head stays with the base."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        state = {}
+        for k in range(self.config.num_heads):
+            for j in range(self.config.num_hidden_layers):
+                state[f"blocks.{k}.layers.{j}.weight"] = self.weight[j, k]
+                state[f"blocks.{k}.layers.{j}.bias"] = self.bias[j, k, 0]
+            if self.lm_heads is not None:
+                state[f"lm_heads.{k}.weight"] = self.lm_heads[k]
+        constants = {"architectures": ["MedusaModel"], "model_type": "medusa", "medusa_fc_bias": True, "truncated_vocab_size": self.config.vocab_size}
+        write_safetensors(directory / "model.safetensors", {name: t.detach().cpu().contiguous() for name, t in state.items()})
+        write_json(directory / "config.json", constants | asdict(self.config))
+
+    @classmethod
+    def from_pretrained(cls, directory, dtype: torch.dtype = torch.float32, device="cpu") -> "MedusaHeads":
+        """Open such a directory. Raises ValueError, naming file and field or tensor, when something is missing or does not fit."""
+        directory = Path(directory)
+        raw = read_json(directory / "config.json")
+        if raw.get("model_type") != "medusa":
+            raise ValueError(f"{directory / 'config.json'}: model_type is {raw.get('model_type')!r}, not 'medusa': no Medusa heads")
+        try:
+            config = MedusaConfig(**{name: raw[name] for name in MedusaConfig.__dataclass_fields__})
+        except KeyError as missing:
+            raise ValueError(f"{directory / 'config.json'}: {missing} is missing") from None
+        heads = cls(config)
+        state = read_safetensors(directory / "model.safetensors")
+        K, J = config.num_heads, config.num_hidden_layers
+        try:
+            with torch.no_grad():
+                for k in range(K):
+                    for j in range(J):
+                        heads.weight[j, k] = state[f"blocks.{k}.layers.{j}.weight"]
+                        heads.bias[j, k, 0] = state[f"blocks.{k}.layers.{j}.bias"]
+                    if heads.lm_heads is not None:
+                        heads.lm_heads[k] = state[f"lm_heads.{k}.weight"]
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"{directory / 'model.safetensors'} does not fit its config.json: {error}") from None
+        return heads.to(device=device, dtype=dtype).eval()
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Probabilities and losses need more digits than half precision has."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def medusa_loss(logits: Tensor, tokens: Tensor, mask: Tensor | None = None, decay: float = 0.8) -> tuple[Tensor, Tensor]:
+    """L = sum_k decay^k * CE(head_probs_k at t, token t+k+1)  (paper, "Medusa-1")
+
+    logits (K, B, T, V) of the heads at T positions, tokens (B, T) at the same positions, mask (B, T) bool: True where a token
+    carries loss AS A TARGET. Each head's mean is over its own targets that carry loss; a head without any adds 0.
+    Returns the loss and the K means it is made of, both in nats.
+    """
+    losses = []
+    for k, head_logits in enumerate(logits, start=1):
+        ahead = k + 1  # head k at t guesses token t+k+1
+        targets = tokens[:, ahead:]  # (B, T-ahead)
+        loss = F.cross_entropy(at_least_float32(head_logits[:, : targets.shape[1]]).flatten(0, 1), targets.flatten(), reduction="none")
+        carries = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask[:, ahead:]
+        losses.append((loss * carries.flatten()).sum() / carries.sum().clamp(min=1))
+    losses = torch.stack(losses)  # (K,)
+    weights = torch.tensor([decay**k for k in range(1, len(losses) + 1)], dtype=losses.dtype, device=losses.device)
+    return (weights * losses).sum(), losses
+
+
+# ---- acceptance ----
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from the base model, and which guesses are accepted in place of a draw.
+
+    temperature 0 is greedy. top_k keeps the k likeliest tokens, then top_p the fewest that hold that much probability; 0 and 1
+    switch them off. typical: accept by typical acceptance (lossy) with this epsilon; otherwise acceptance is lossless.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    typical: bool = False
+    epsilon: float = 0.09
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature {self.temperature}: must be 0 (greedy) or more")
+        if self.top_k < 0:
+            raise ValueError(f"top_k {self.top_k}: must be 0 (off) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p}: must be above 0 and at most 1 (off)")
+        if not 0 < self.epsilon <= 1:
+            raise ValueError(f"epsilon {self.epsilon}: must be above 0 and at most 1")
+
+
+def base_distribution(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The distribution that a token is drawn from: logits (..., V) -> probabilities (..., V)."""
+    if sampling.temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+    logits = at_least_float32(logits) / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        rest = logits.argsort(dim=-1, descending=True, stable=True)[..., sampling.top_k :]
+        logits = logits.scatter(-1, rest, -math.inf)
+    base_probs = logits.softmax(-1)
+    if sampling.top_p < 1:
+        ordered, order = base_probs.sort(dim=-1, descending=True, stable=True)
+        rest = ordered.cumsum(-1) - ordered >= sampling.top_p  # enough probability stands before this token already
+        base_probs = base_probs.masked_fill(rest.scatter(-1, order, rest), 0)
+        base_probs = base_probs / base_probs.sum(-1, keepdim=True)
+    return base_probs
+
+
+class NoiseAhead:
+    """The randomness of the positions to come: a row (V,) of exponential variates for each, made in the order of the text.
+
+    Plain decoding and a tree see the same row at the same position, whichever node asks, and so draw the same text from one seed.
+    """
+
+    def __init__(self, like: Tensor, sampling: Sampling, generator: torch.Generator | None):
+        vocab_size = like.shape[0]
+        self.row = torch.empty(vocab_size, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+        self.off, self.generator, self.rows = sampling.temperature == 0, generator, []
+
+    def at(self, depths: Sequence[int]) -> Tensor | None:
+        """The rows of the positions `depths` ahead of the next token's, (N, V); None when nothing is drawn."""
+        if self.off:
+            return None
+        while len(self.rows) <= max(depths):
+            self.rows.append(torch.empty_like(self.row).exponential_(generator=self.generator))
+        return torch.stack([self.rows[depth] for depth in depths])
+
+    def advance(self, n: int) -> None:
+        """The text has grown by n tokens."""
+        del self.rows[:n]
+
+
+def draw(base_probs: Tensor, noise: Tensor) -> Tensor:
+    """argmax_x base_probs(x) / noise(x), (..., V) -> (...): a race of exponential clocks, which x wins with probability base_probs(x)."""
+    return (base_probs / noise).argmax(-1)
+
+
+def typical_threshold(base_probs: Tensor, epsilon: float = Sampling.epsilon, delta: float | None = None) -> Tensor:
+    """min(epsilon, delta * exp(-H(base_probs))), H in nats, (..., V) -> (...); delta is sqrt(epsilon) unless given.  (paper, "Typical acceptance")"""
+    entropy = -torch.xlogy(base_probs, base_probs).sum(-1)
+    return torch.clamp((math.sqrt(epsilon) if delta is None else delta) * torch.exp(-entropy), max=epsilon)
+
+
+def accept(tree: Tree, tokens: Tensor, logits: Tensor, sampling: Sampling, noise: Tensor | None = None) -> tuple[list[int], list[int]]:
+    """Walk from the root as far as the base model agrees.
+
+    tokens (N,) at the nodes; logits (N, V) of the base model after each node; noise (N, V), needed for temperature > 0: equal rows at
+    equal depths. A child is accepted if its parent is and it passes the rule at its parent; the deepest accepted node wins:
+    - greedy and lossless: each node draws its next token; the child that holds its parent's draw passes. The draw of a node
+      depends on its path and the noise of its position alone, so the text is the very text that plain decoding draws.
+    - typical: base_probs(child) > typical_threshold at the parent. Of equally deep paths the likeliest wins.
+    Returns the accepted nodes, from the root on, and the tokens they earn: the guesses on the path, then the draw of its last node.
+    """
+    if sampling.temperature == 0 and not sampling.typical:
+        draws = logits.argmax(-1)  # (N,)
+    else:
+        base_probs = base_distribution(logits, sampling)  # (N, V)
+        draws = base_probs.argmax(-1) if sampling.temperature == 0 else draw(base_probs, noise)
+    if sampling.typical:
+        parents = torch.tensor(tree.parents, device=tokens.device)
+        guess_probs = base_probs[parents, tokens]  # (N,); the root's own is never looked at
+        passes = (guess_probs > typical_threshold(base_probs, sampling.epsilon)[parents]).tolist()
+        scores = guess_probs.log().tolist()
+    tokens, draws = torch.stack((tokens, draws)).tolist()  # without typical acceptance the one wait for the device in a step
+    if not sampling.typical:
+        passes = [token == draws[parent] for token, parent in zip(tokens, tree.parents)]
+        scores = [0.0] * len(tree)
+
+    reached = {0: 0.0}  # accepted node: log-likelihood of its path
+    for node in range(1, len(tree)):
+        if passes[node] and tree.parents[node] in reached:
+            reached[node] = reached[tree.parents[node]] + scores[node]
+    last = node = max(reached, key=lambda node: (tree.depths[node], reached[node]))
+    path = []
+    while node >= 0:
+        path.insert(0, node)
+        node = tree.parents[node]
+    return path, [tokens[node] for node in path[1:]] + [draws[last]]
+
+
+# ---- decoding ----
+
+ROOT = Tree((-1,), (-1,))
+
+
+def _limit(model: GPT, prompt: Sequence[int], max_new_tokens: int) -> int:
+    """The length at which the text ends at the latest."""
+    if len(prompt) == 0:
+        raise ValueError("the prompt is empty: decoding needs at least one token")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens {max_new_tokens}: must be 0 or more")
+    if len(prompt) >= model.config.max_position_embeddings:
+        raise ValueError(f"the prompt has {len(prompt)} tokens and the context {model.config.max_position_embeddings}: no room for a new one")
+    return min(len(prompt) + max_new_tokens, model.config.max_position_embeddings)
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling = Sampling(), generator: torch.Generator | None = None
+) -> Iterator[list[int]]:
+    """Plain decoding with a KV cache: yields [token] a step, up to max_new_tokens, to EOS (included), or until the context is full."""
+    end = _limit(model, prompt, max_new_tokens)
+    cache = model.new_cache(end)
+    token = torch.tensor([prompt], device=model.lm_head.weight.device)
+    noise = NoiseAhead(model.lm_head.weight, sampling, generator)
+    for _ in range(end - len(prompt)):
+        logits = model.lm_head(model(token, cache=cache)[:, -1])  # (1, V)
+        if sampling.temperature == 0:
+            token = logits.argmax(-1, keepdim=True)  # (1, 1)
+        else:
+            token = draw(base_distribution(logits, sampling), noise.at((0,)))[None]  # (1, 1)
+            noise.advance(1)
+        yield [token.item()]
+        if token.item() == model.config.eos_token_id:
+            return
+
+
+class Plan:
+    """What a tree needs in every step, laid out once."""
+
+    def __init__(self, tree: Tree, capacity: int, like: Tensor):
+        self.tree, self.capacity = tree, capacity
+        self.depth = max(tree.depths)
+        self.depths = torch.tensor(tree.depths, device=like.device)  # (N,)
+        self.n_guesses = max(tree.ranks) + 1
+        self.index = (self.depths - 1) * self.n_guesses + torch.tensor(tree.ranks, device=like.device) + 1  # into [root, guesses of head 1, 2, ...]
+        self.index[0] = 0
+        bias = torch.zeros(len(tree), capacity + len(tree), dtype=like.dtype, device=like.device)
+        bias[:, capacity:].masked_fill_(~tree.mask.to(like.device), -math.inf)
+        self.bias = bias
+
+    def mask(self, past: int) -> Tensor:
+        """(N, past + N): the whole past, then the ancestors. A slice of one buffer, so that nothing is built in a step."""
+        return self.bias[:, self.capacity - past :]
+
+
+def propose(heads: MedusaHeads, lm_head: nn.Linear, hidden: Tensor, root: int, plan: Plan) -> Tensor:
+    """The tokens at the nodes of the tree, (N,): the root, and below it the likeliest guesses of the heads at `hidden` (D,)."""
+    root = torch.tensor([root], device=hidden.device)
+    if len(plan.tree) == 1:
+        return root
+    guesses = heads(hidden, lm_head).topk(plan.n_guesses).indices  # (K, guesses)
+    return torch.cat((root, guesses.flatten()))[plan.index]
+
+
+@torch.inference_mode()
+def medusa_generate(
+    model: GPT,
+    heads: MedusaHeads,
+    tree: Tree,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    generator: torch.Generator | None = None,
+) -> Iterator[list[int]]:
+    """Decoding with Medusa heads: yields what each step emitted, the first time the root that the prompt itself gives.
+
+    Ends exactly as `generate` does, and unless sampling.typical yields the very tokens that `generate` does, given the same seed.
+    """
+    check_fit(model, heads, tree)
+    end = _limit(model, prompt, max_new_tokens)
+    lm_head = model.lm_head
+    cache = model.new_cache(end + len(tree))
+    plan = Plan(tree, end, lm_head.weight)
+    noise = NoiseAhead(lm_head.weight, sampling, generator)
+    length = len(prompt)  # of the text; all of it but the root stands in the cache
+
+    tokens = torch.tensor(prompt, device=lm_head.weight.device)
+    states = model(tokens[None], cache=cache)[0, -1:]  # (1, D)
+    path, emitted = accept(ROOT, tokens[-1:], lm_head(states), sampling, noise.at(ROOT.depths))  # the prompt's last token is a tree of one
+    while length < end:
+        emitted = emitted[: emitted.index(model.config.eos_token_id) + 1] if model.config.eos_token_id in emitted else emitted
+        yield emitted
+        length += len(emitted)
+        noise.advance(len(emitted))
+        if length == end or emitted[-1] == model.config.eos_token_id:
+            return
+        if plan.depth > end - length - 1:  # a node must leave room for the token it earns
+            plan = Plan(tree.cut(end - length - 1), end, lm_head.weight)
+        past = length - 1
+        tokens = propose(heads, lm_head, states[path[-1]], emitted[-1], plan)  # (N,)
+        states = model(tokens[None], plan.depths + past, plan.mask(past), cache)[0]  # (N, D)
+        path, emitted = accept(plan.tree, tokens, lm_head(states), sampling, noise.at(plan.tree.depths))
+        cache.keep(past, path)
+
+
+def check_fit(model: GPT, heads: MedusaHeads, tree: Tree) -> None:
+    """Raises ValueError, in words, if the heads are of another model or the tree asks for more than they guess."""
+    for name in ("hidden_size", "vocab_size"):
+        ours, base = getattr(heads.config, name), getattr(model.config, name)
+        if ours != base:
+            raise ValueError(f"the heads have {name} {ours}, the base model {base}: they were trained for another model")
+    if max(tree.depths) > heads.config.num_heads:
+        raise ValueError(f"the tree is {max(tree.depths)} deep, but there are {heads.config.num_heads} heads")
+    if max(tree.ranks) >= heads.config.vocab_size:
+        raise ValueError(f"the tree asks for guess {max(tree.ranks)}, but the vocabulary has {heads.config.vocab_size} tokens")

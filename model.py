@@ -1,0 +1,312 @@
+"""A Llama-style GPT, as small as it goes: RMSNorm, rotary positions, grouped-query attention, SwiGLU, a KV cache.
+
+It knows nothing of speculative decoding. What a tree of guesses needs is only that `positions` and `mask` are arguments of
+`forward`, and that the cache can keep chosen rows of what was written last ("Tree attention" in the Medusa paper needs no more).
+
+Dimension key
+    B  batch               T   tokens fed now        S   tokens in the cache
+    D  model width         V   vocabulary            L   layers
+    nh attention heads     nkv key/value heads       hs  size of one attention head
+"""
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The fields of a Llama config.json that shape the computation, under the names they have there."""
+
+    vocab_size: int = 2048
+    hidden_size: int = 256
+    intermediate_size: int = 640
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    max_position_embeddings: int = 1024
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
+
+    def __post_init__(self):
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(f"hidden_size {self.hidden_size} does not split into {self.num_attention_heads} heads of even size")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads {self.num_key_value_heads}")
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, in one tensor allocated once: (L, 2, B, nkv, capacity, hs).
+
+    Rows [0, length) are valid. `GPT.forward` writes its T rows behind them and moves `length`.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, capacity: int, dtype=torch.float32, device="cpu"):
+        shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads, capacity, config.head_size)
+        self.data = torch.zeros(shape, dtype=dtype, device=device)
+        self.layers = [tuple(layer) for layer in self.data]  # per layer (keys, values), each a view (B, nkv, capacity, hs)
+        self.capacity = capacity
+        self.length = 0
+
+    def keep(self, start: int, rows: list[int]) -> None:
+        """Of the rows written from `start` on, keep `rows` (ascending, relative to `start`) and forget the others."""
+        if rows != list(range(len(rows))):  # else they lie in place already
+            index = torch.tensor(rows, device=self.data.device) + start
+            self.data[..., start : start + len(rows), :] = self.data.index_select(4, index)
+        self.length = start + len(rows)
+
+    def keep_batch(self, rows: Tensor) -> None:
+        """Keep these batch entries alone; rows (kept,) long."""
+        self.data = self.data.index_select(2, rows)
+        self.layers = [tuple(layer) for layer in self.data]
+
+
+def rotary_table(config: ModelConfig) -> Tensor:
+    """cos and signed sin of every position's angles: (max_position_embeddings, 2, 1, hs).
+
+    Dimension i of a head turns together with dimension i + hs/2, by position * theta^(-2i/hs). The sign that the first half
+    needs stands in the table, so that rotating is x * cos + roll(x, hs/2) * sin.  (RoFormer, in the layout of Llama)
+    """
+    half = config.head_size // 2
+    speed = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)  # (hs/2,)
+    angle = torch.outer(torch.arange(config.max_position_embeddings, dtype=torch.float64), speed)  # (positions, hs/2)
+    cos = torch.cat((angle.cos(), angle.cos()), dim=-1)
+    sin = torch.cat((-angle.sin(), angle.sin()), dim=-1)
+    return torch.stack((cos, sin), dim=1).unsqueeze(2).to(torch.get_default_dtype())  # (positions, 2, 1, hs)
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(hs)) v, with q, k, v from one fused matrix."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.nh, self.nkv, self.hs = config.num_attention_heads, config.num_key_value_heads, config.head_size
+        self.qkv_proj = nn.Linear(config.hidden_size, (self.nh + 2 * self.nkv) * self.hs, bias=False)
+        self.o_proj = nn.Linear(self.nh * self.hs, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache, start: int) -> Tensor:
+        B, T, _ = x.shape
+        qkv = self.qkv_proj(x).view(B, T, self.nh + 2 * self.nkv, self.hs)  # (B, T, nh + 2 nkv, hs)
+        qk, v = qkv.split((self.nh + self.nkv, self.nkv), dim=2)
+        qk = torch.addcmul(qk * cos, qk.roll(self.hs // 2, dims=-1), sin)  # queries and keys turned at once
+        q, k = qk.transpose(1, 2).split((self.nh, self.nkv), dim=1)  # (B, nh, T, hs), (B, nkv, T, hs)
+        v = v.transpose(1, 2)  # (B, nkv, T, hs)
+        if cache is not None:
+            keys, values = cache
+            keys[:, :, start : start + T] = k
+            values[:, :, start : start + T] = v
+            k, v = keys[:, :, : start + T], values[:, :, : start + T]  # (B, nkv, S + T, hs)
+        causal = mask is None and T > 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.nh != self.nkv)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(SiLU(gate(x)) * up(x)), gate and up from one fused matrix."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache, start: int) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, start)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class GPT(nn.Module):
+    """tokens (B, T) -> hidden states after the final norm (B, T, D); `lm_head` makes logits (..., V) of them."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.register_buffer("rotary", rotary_table(config), persistent=False)
+        self.apply(self._init_weights)
+        for block in self.layers:  # the residual stream sums 2L branches: keep its variance at 1 (GPT-2)
+            for branch in (block.self_attn.o_proj, block.mlp.down_proj):
+                nn.init.normal_(branch.weight, std=0.02 / (2 * config.num_hidden_layers) ** 0.5)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+
+    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
+        weight = self.embed_tokens.weight
+        return KVCache(self.config, batch, capacity, weight.dtype, weight.device)
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """tokens (B, T) long -> hidden (B, T, D).
+
+        positions  (T,) or (B, T) long; default S, S+1, ... behind what the cache holds.
+        mask       (T, S+T), or anything that broadcasts to (B, nh, T, S+T): boolean, True where a token may look, or a float that is
+                   added to the scores. Default: causal.
+        cache      read, written and advanced by T.
+        """
+        T = tokens.shape[1]
+        start = cache.length if cache is not None else 0
+        if cache is not None and start + T > cache.capacity:
+            raise ValueError(f"the cache holds {cache.capacity} tokens; {start} + {T} do not fit")
+        turn = self.rotary[start : start + T] if positions is None else self.rotary[positions]  # ([B,] T, 2, 1, hs)
+        cos, sin = turn.unbind(-3)  # each ([B,] T, 1, hs)
+        if mask is None and start > 0 and T > 1:
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start)  # (T, S+T)
+        x = self.embed_tokens(tokens)  # (B, T, D)
+        for i, block in enumerate(self.layers):
+            x = block(x, cos, sin, mask, cache and cache.layers[i], start)
+        if cache is not None:
+            cache.length = start + T
+        return self.norm(x)
+
+    def save_pretrained(self, directory, dtype: torch.dtype | None = None) -> None:
+        """Write config.json and model.safetensors in the Hugging Face Llama layout, each atomically."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        state = {name: t.detach().to(dtype or t.dtype).cpu().contiguous() for name, t in to_llama(self.state_dict(), self.config).items()}
+        dtype_name = str(next(iter(state.values())).dtype).removeprefix("torch.")
+        write_json(directory / "config.json", LLAMA_CONSTANTS | asdict(self.config) | {"head_dim": self.config.head_size, "dtype": dtype_name})
+        write_safetensors(directory / "model.safetensors", state)
+
+    @classmethod
+    def from_pretrained(cls, directory, dtype: torch.dtype = torch.float32, device="cpu") -> "GPT":
+        """Open a Hugging Face Llama directory. Raises ValueError, naming file and field, for what this model cannot honour."""
+        directory = Path(directory)
+        config = read_config(directory / "config.json")
+        state = from_llama(read_safetensors(directory / "model.safetensors"), config, directory)
+        model = cls(config)
+        model.load_state_dict(state)
+        return model.to(device=device, dtype=dtype).eval()
+
+
+# ---- the Llama layout on disk: the one place that knows that q, k, v and gate, up stand apart there ----
+
+LLAMA_CONSTANTS = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+FUSED = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def _parts(config: ModelConfig):
+    """Per layer and fused matrix: (fused name, names on disk, rows of each)."""
+    kv = config.num_key_value_heads * config.head_size
+    rows = {"self_attn.qkv_proj": (config.hidden_size, kv, kv), "mlp.gate_up_proj": (config.intermediate_size,) * 2}
+    for i in range(config.num_hidden_layers):
+        for fused, parts in FUSED.items():
+            prefix = f"layers.{i}.{fused.split('.')[0]}."
+            yield f"layers.{i}.{fused}.weight", [f"model.{prefix}{part}.weight" for part in parts], rows[fused]
+
+
+def to_llama(state: dict, config: ModelConfig) -> dict:
+    """Names and tensors in memory -> on disk."""
+    state = dict(state)
+    disk = {}
+    for fused, names, rows in _parts(config):
+        disk |= dict(zip(names, state.pop(fused).split(rows)))
+    head = state.pop("lm_head.weight")
+    if not config.tie_word_embeddings:
+        disk["lm_head.weight"] = head
+    return disk | {f"model.{name}": t for name, t in state.items()}
+
+
+def from_llama(disk: dict, config: ModelConfig, where) -> dict:
+    """Names and tensors on disk -> in memory; a missing, surplus or misshapen tensor is a ValueError with its name."""
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in to_llama(GPT(config).state_dict(), config).items()}
+    disk = {name: t for name, t in disk.items() if name in shapes or not (name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight")}
+    for name in sorted(shapes.keys() ^ disk.keys()):
+        raise ValueError(f"{where}: tensor {name} is {'missing' if name in shapes else 'not part of this model'}")
+    for name, shape in shapes.items():
+        if disk[name].shape != shape:
+            raise ValueError(f"{where}: tensor {name} has shape {tuple(disk[name].shape)}, config.json asks for {tuple(shape)}")
+    state = {fused: torch.cat([disk.pop(name) for name in names]) for fused, names, _ in _parts(config)}
+    state |= {name.removeprefix("model."): t for name, t in disk.items()}
+    state.setdefault("lm_head.weight", state["embed_tokens.weight"])
+    return state
+
+
+def read_config(path: Path) -> ModelConfig:
+    """config.json -> ModelConfig. A setting that changes the computation in a way not built here is refused by name."""
+    raw = read_json(path)
+    rope = raw.get("rope_parameters") or {}  # newer transformers write rope_theta in here
+    raw = {"num_key_value_heads": raw.get("num_attention_heads"), "tie_word_embeddings": False, "rope_theta": rope.get("rope_theta", 10000.0)} | raw
+    refused = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "model_type": ("llama",), "rope_scaling": (None,)}
+    for name, allowed in refused.items():
+        if raw.get(name, allowed[0]) not in allowed:
+            raise ValueError(f"{path}: {name} = {raw[name]!r} is not supported here, only {allowed[0]!r}")
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(f"{path}: rope_parameters.rope_type = {rope['rope_type']!r} is not supported here, only 'default'")
+    if missing := [f.name for f in fields(ModelConfig) if f.name not in raw]:
+        raise ValueError(f"{path}: {missing[0]} is missing")
+    config = ModelConfig(**{f.name: raw[f.name] for f in fields(ModelConfig)})
+    if raw.get("head_dim", config.head_size) not in (config.head_size, None):
+        raise ValueError(f"{path}: head_dim = {raw['head_dim']} is not supported here, only hidden_size / num_attention_heads = {config.head_size}")
+    return config
+
+
+# ---- files: read with a clear error, written atomically ----
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
+
+
+def write_atomically(path: Path, write) -> None:
+    """write(temporary path), then rename: a reader, or a kill at any moment, sees the old file or the new one, never half."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_atomically(Path(path), lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
+
+
+def write_safetensors(path: Path, state: dict[str, Tensor]) -> None:
+    write_atomically(Path(path), lambda temporary: save_file(state, temporary, metadata={"format": "pt"}))
