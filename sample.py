@@ -1,0 +1,262 @@
+"""See Medusa decode: text as it comes, coloured by what the heads won, then the same prompt decoded plainly, and an honest summary.
+
+    python sample.py
+    python sample.py --prompt "class Stack:" --temperature 0.7 --tree 4x2x1
+
+The size of the tree is chosen by measurement: what a step over N nodes costs on this device, against what N nodes would have
+earned on the calibration rows ("choose_size" in tree.py).
+"""
+import os
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data.tokenizer import Tokenizer
+from medusa import MedusaHeads, NoiseAhead, Sampling, base_distribution, check_fit, generate as plain_generate, medusa_generate
+from model import GPT, read_json
+from train import OneLineParser, add_options, option, pick_device, read_prefixes, run
+from tree import Tree, calibrated_tree, cartesian_tree, choose_size, expected_tokens, interpolate, tree_from_paths
+
+DEFAULT_PROMPT = 'class Stack:\n    """A last-in, first-out collection.'
+SIZES = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # trees whose step is timed
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    prompt: str = option("", "text to continue; default: the first lines of a class")
+    prompt_file: str = option("", "read the prompt from this UTF-8 file")
+    max_new_tokens: int = option(192, "tokens to decode")
+    temperature: float = option(Sampling.temperature, "0 is greedy")
+    top_k: int = option(Sampling.top_k, "draw among the k likeliest tokens; 0: all")
+    top_p: float = option(Sampling.top_p, "draw among the fewest tokens that hold this much probability")
+    accept: str = option("auto", "rule; auto is greedy at temperature 0, else lossless", choices=("auto", "greedy", "lossless", "typical"))
+    epsilon: float = option(Sampling.epsilon, "of typical acceptance")
+    tree: str = option("auto", "auto (size chosen by cost), a number of nodes, widths such as 4x2x1, or a JSON file of rank paths")
+    seed: int = option(0, "seed of the draws")
+    device: str = option("auto", "auto, cpu, cuda or mps")
+    dtype: str = option("float32", "of weights and cache", choices=("float32", "float64", "bfloat16", "float16"))
+    base: str = option("data/base", "directory of the base model")
+    heads: str = option("data/heads", "directory of the heads")
+
+
+def sampling_of(config: SampleConfig) -> Sampling:
+    """The sampling that the flags ask for; raises ValueError when they contradict each other."""
+    if config.accept == "greedy" and config.temperature > 0:
+        raise ValueError(f"--accept greedy contradicts --temperature {config.temperature}: leave one of them out")
+    if config.temperature == 0 and (config.top_k, config.top_p) != (Sampling.top_k, Sampling.top_p):
+        raise ValueError("--top-k and --top-p need --temperature above 0: at 0 nothing is drawn")
+    if config.epsilon != Sampling.epsilon and config.accept != "typical":
+        raise ValueError("--epsilon belongs to --accept typical")
+    return Sampling(config.temperature, config.top_k, config.top_p, config.accept == "typical", config.epsilon)
+
+
+def read_prompt(config: SampleConfig) -> str:
+    if config.prompt and config.prompt_file:
+        raise ValueError("--prompt and --prompt-file contradict each other: leave one of them out")
+    if not config.prompt_file:
+        return config.prompt or DEFAULT_PROMPT
+    try:
+        text = Path(config.prompt_file).read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompt-file {config.prompt_file} cannot be read as UTF-8 text: {error}") from None
+    if not text:
+        raise ValueError(f"--prompt-file {config.prompt_file} is empty: give at least one character")
+    return text
+
+
+# ---- the tree and its size ----
+
+
+def read_calibration(directory, temperature: float) -> Counter:
+    """The prefix counts measured at the temperature nearest to this one."""
+    content = read_json(Path(directory) / "calibration.json")
+    try:
+        return read_prefixes(content[min(content, key=lambda measured: abs(float(measured) - temperature))])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{Path(directory) / 'calibration.json'} is no calibration: {error!r}; train.py --mode medusa1 writes one") from None
+
+
+def timed(steps: Iterator[list[int]], n: int) -> list[float]:
+    """Seconds of each of the first n steps behind the prompt's own."""
+    next(steps)
+    times = []
+    for _ in range(n):
+        start = time.perf_counter()
+        if next(steps, None) is None:
+            break
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def step_costs(model: GPT, heads: MedusaHeads, tree_of: Callable[[int], Tree], prompt: list[int], rounds: int = 3, steps: int = 5) -> dict[int, float]:
+    """{N: median seconds of a whole step over N nodes}, N = 1 being plain decoding; all sizes in turn, so that a drift hits all alike."""
+    times = {1: []} | {len(tree_of(size)): [] for size in SIZES}
+    prompt = prompt[: model.config.max_position_embeddings - 8 * steps]
+    for round in range(rounds):
+        for size in times:
+            sequence = plain_generate(model, prompt, 8 * steps) if size == 1 else medusa_generate(model, heads, tree_of(size), prompt, 8 * steps)
+            times[size] += timed(sequence, steps)[1:]  # the first step of a tree lays out its plan
+    return {size: statistics.median(measured) for size, measured in times.items() if measured}
+
+
+def pick_tree(choice: str, model: GPT, heads: MedusaHeads, heads_directory, sampling: Sampling, prompt: list[int]) -> tuple[Tree, str]:
+    """The tree that --tree names, and why it has its size."""
+    if choice.endswith(".json"):
+        paths = read_json(choice)
+        if not isinstance(paths, list) or not all(isinstance(path, list) and all(type(rank) is int for rank in path) for path in paths):
+            raise ValueError(f"--tree {choice}: must be a JSON list of rank paths such as [[0], [1], [0, 0]]")
+        return tree_from_paths(paths), f"from {choice}"
+    if "x" in choice and all(width.isdecimal() for width in choice.split("x")):
+        return cartesian_tree([int(width) for width in choice.split("x")]), f"Cartesian, widths {choice}"
+    if choice != "auto" and not choice.isdecimal():
+        raise ValueError(f"--tree {choice}: neither auto, nor a number of nodes, nor widths such as 4x2x1, nor a .json file")
+    counts = read_calibration(heads_directory, sampling.temperature)
+    trees = {}
+
+    def tree_of(size: int) -> Tree:
+        if size not in trees:
+            trees[size] = calibrated_tree(counts, size)
+        return trees[size]
+
+    if choice != "auto":
+        return tree_of(int(choice)), "calibrated, size as asked for"
+    costs = step_costs(model, heads, tree_of, prompt)
+    gains = {size: expected_tokens(tree_of(size), counts) * costs[1] / interpolate(costs, size) for size in range(2, max(costs) + 1)}
+    size = choose_size(lambda n: expected_tokens(tree_of(n), counts), costs, gains)
+    shown = ", ".join(f"{n}: {gains[n]:.2f}x" for n in sorted({2, 4, 8, 16, 32, size, max(costs)} & gains.keys()))
+    return tree_of(size), f"calibrated; {size} nodes promise the most tokens a second here, by nodes {shown}"
+
+
+# ---- text on the terminal ----
+
+
+class Printer:
+    """Streams tokens as text: the root of a step plain, each guess that was accepted in a colour that tells its depth."""
+
+    COLOURS = (32, 36, 34, 35, 33, 31)  # depth 1, 2, ...: green, cyan, blue, magenta, yellow, red
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        self.pending: list[int] = []  # bytes of a character that is not complete yet
+
+    def step(self, emitted: list[int], last: int | None) -> None:
+        for depth, token in enumerate(emitted, start=1):
+            if token == last:  # EOS is no text
+                continue
+            self.pending.append(token)
+            text = self.tokenizer.decode(self.pending)
+            if text.endswith("\ufffd") and len(self.pending) < 4:
+                continue
+            self.pending = []
+            colour = self.COLOURS[(depth - 1) % len(self.COLOURS)]
+            print(f"\033[{colour}m{text}\033[0m" if self.coloured and depth < len(emitted) else text, end="", flush=True)
+
+    def finish(self) -> None:
+        print(self.tokenizer.decode(self.pending))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One decoding: its tokens, the number of steps behind the prompt, and their seconds."""
+
+    tokens: list[int]
+    steps: int
+    seconds: float
+
+    @property
+    def tokens_per_step(self) -> float:
+        return (len(self.tokens) - 1) / max(self.steps, 1)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return (len(self.tokens) - 1) / self.seconds if self.seconds else float("nan")
+
+
+def timed_run(steps: Iterator[list[int]], show: Callable[[list[int]], None] = lambda emitted: None) -> Run:
+    """Decode to the end. The clock stands still while `show` prints, and starts behind the prompt's own pass."""
+    tokens, n, seconds = [], -1, 0.0
+    while True:
+        start = time.perf_counter()
+        emitted = next(steps, None)
+        if emitted is None:
+            return Run(tokens, max(n, 0), seconds)
+        n += 1
+        seconds += time.perf_counter() - start if n else 0.0
+        tokens += emitted
+        show(emitted)
+
+
+def first_difference(a: list[int], b: list[int]) -> int | None:
+    """The first place at which the texts differ, None if nowhere."""
+    if a == b:
+        return None
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+@torch.inference_mode()
+def gap_at(model: GPT, prompt: list[int], ours: list[int], plain: list[int], at: int, sampling: Sampling, seed: int) -> float:
+    """How close the two tokens were at which the texts part: the difference of their logits, or of what the draw compares in place of them."""
+    device = model.lm_head.weight.device
+    logits = model.lm_head(model(torch.tensor([prompt + plain[:at]], device=device))[0, -1])  # (V,)
+    if sampling.temperature > 0:
+        noise = NoiseAhead(model.lm_head.weight, sampling, torch.Generator(device).manual_seed(seed)).at(range(at + 1))[at]
+        logits = base_distribution(logits, sampling).log() - noise.log()
+    return abs(logits[ours[at]] - logits[plain[at]]).item()
+
+
+def compare(ours: Run, plain: Run, difference: str, tree: Tree, why: str) -> str:
+    """The summary: what each of the two ways took, whether the text is the same, and last the speed-up."""
+    step_cost = (ours.seconds / max(ours.steps, 1)) / (plain.seconds / max(plain.steps, 1)) if plain.seconds else float("nan")
+    lines = {
+        "tree": f"{len(tree)} nodes, {max(tree.depths)} deep: {why}",
+        "tokens/step": f"{ours.tokens_per_step:.2f}   ({len(ours.tokens)} tokens, {ours.steps} steps behind the prompt)",
+        "step cost": f"{step_cost:.2f}   (a step over the tree / a plain step)",
+        "tokens/s": f"{ours.tokens_per_second:.0f} with Medusa, {plain.tokens_per_second:.0f} plain",
+        "text": difference,
+        "speed-up": f"{ours.tokens_per_second / plain.tokens_per_second:.2f}x",
+    }
+    return "\n".join(f"{name:<12} {value}" for name, value in lines.items())
+
+
+def main() -> None:
+    parser = OneLineParser(description=__doc__.splitlines()[0])
+    add_options(parser, SampleConfig)
+    config = SampleConfig(**vars(parser.parse_args()))
+    sampling, text = sampling_of(config), read_prompt(config)
+    device, dtype = pick_device(config.device), getattr(torch, config.dtype)
+    tokenizer = Tokenizer.load(config.base)
+    model = GPT.from_pretrained(config.base, dtype, device)
+    heads = MedusaHeads.from_pretrained(config.heads, dtype, device)
+    prompt = [tokenizer.bos, *tokenizer.encode(text)]
+    check_fit(model, heads, Tree((-1,), (-1,)))
+    tree, why = pick_tree(config.tree, model, heads, config.heads, sampling, prompt)
+
+    def seeded() -> torch.Generator:
+        return torch.Generator(device).manual_seed(config.seed)
+
+    printer = Printer(tokenizer)
+    steps = medusa_generate(model, heads, tree, prompt, config.max_new_tokens, sampling, seeded())
+    print(text, end="", flush=True)
+    ours = timed_run(steps, lambda emitted: printer.step(emitted, model.config.eos_token_id))
+    printer.finish()
+    plain = timed_run(plain_generate(model, prompt, config.max_new_tokens, sampling, seeded()))
+
+    at = first_difference(ours.tokens, plain.tokens)
+    if at is None:
+        difference = "identical, token for token"
+    elif sampling.typical:
+        difference = f"differs from token {at + 1} on: typical acceptance is lossy"
+    else:
+        difference = f"differs from token {at + 1} on, where the two were {gap_at(model, prompt, ours.tokens, plain.tokens, at, sampling, config.seed):.1e} apart"
+    print("\n" + compare(ours, plain, difference, tree, why))
+
+
+if __name__ == "__main__":
+    run(main)

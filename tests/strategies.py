@@ -1,0 +1,167 @@
+"""What the tests draw from: small trees, small GPTs in float64, heads of every quality, and oracles written without the code under test."""
+import math
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from medusa import MedusaConfig, MedusaHeads
+from model import GPT, ModelConfig
+from tree import Tree, calibrated_tree, cartesian_tree, tree_from_paths
+
+laws = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+
+
+def rng(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@st.composite
+def trees(draw, max_nodes=10, max_depth=9, n_ranks=4):
+    """Any parent list, with distinct ranks among siblings."""
+    parents, ranks, depths, free = [-1], [-1], [0], [set(range(n_ranks))]
+    for node in range(1, draw(st.integers(1, max_nodes))):
+        open_nodes = [parent for parent in range(node) if depths[parent] < max_depth and free[parent]]
+        if not open_nodes:
+            break
+        parent = draw(st.sampled_from(open_nodes))
+        rank = draw(st.sampled_from(sorted(free[parent])))
+        free[parent].remove(rank)
+        parents.append(parent)
+        ranks.append(rank)
+        depths.append(depths[parent] + 1)
+        free.append(set(range(n_ranks)))
+    return Tree(tuple(parents), tuple(ranks))
+
+
+def rank_data(max_depth: int, n_ranks: int, max_rows=12):
+    """Calibration data: the ranks of the true tokens, one row a position, all rows equally long."""
+    rank = st.integers(0, n_ranks - 1)
+    depth = st.integers(1, max_depth)
+    return depth.flatmap(lambda k: st.lists(st.tuples(*[rank] * k), min_size=1, max_size=max_rows))
+
+
+def built_trees(max_depth: int, n_ranks: int):
+    """Trees from every builder, and from bare parent lists."""
+    any_tree = trees(max_nodes=9, max_depth=max_depth, n_ranks=n_ranks)
+    return st.one_of(
+        any_tree,
+        any_tree.filter(lambda tree: len(tree) > 1).flatmap(lambda tree: st.permutations(tree.paths[1:])).map(tree_from_paths),
+        st.lists(st.integers(1, min(n_ranks, 3)), min_size=1, max_size=max_depth).map(cartesian_tree),
+        st.tuples(rank_data(max_depth, n_ranks), st.integers(2, 9)).map(lambda drawn: calibrated_tree(*drawn)),
+    )
+
+
+def random_gpt(seed: int, vocab_size=5, context=16, layers=1, eos=None) -> GPT:
+    """A GPT in float64 with weights so large that its text depends on all of its past."""
+    model = GPT(ModelConfig(vocab_size, 8, 12, layers, 2, 1, context, tie_word_embeddings=False, bos_token_id=None, eos_token_id=eos)).double()
+    generator = rng(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
+            weight.copy_(1 + 0.2 * noise if weight.dim() == 1 else noise if "embed" in name else 0.7 * noise)
+    return model.eval()
+
+
+def markov_gpt(logits, context=32, eos=None) -> GPT:
+    """A GPT whose logits after token i are row i of logits (V, V), whatever came before; V even. Its hidden state is one-hot."""
+    logits = torch.as_tensor(logits, dtype=torch.float64)
+    V = len(logits)
+    model = GPT(ModelConfig(V, V, 4, 1, 1, 1, context, tie_word_embeddings=False, bos_token_id=None, eos_token_id=eos)).double()
+    with torch.no_grad():
+        model.layers[0].self_attn.o_proj.weight.zero_()
+        model.layers[0].mlp.down_proj.weight.zero_()
+        model.embed_tokens.weight.copy_(torch.eye(V))
+        model.norm.weight.fill_((1 / V + model.config.rms_norm_eps) ** 0.5)
+        model.lm_head.weight.copy_(logits.T)
+    return model.eval()
+
+
+def random_heads(model: GPT, num_heads: int, seed: int, layers=1, private=False) -> MedusaHeads:
+    config = MedusaConfig(model.config.hidden_size, model.config.vocab_size, num_heads, layers, not private)
+    heads = MedusaHeads(config, model.lm_head).to(model.lm_head.weight.dtype)
+    with torch.no_grad():
+        for weight in heads.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=rng(seed), dtype=weight.dtype))
+    return heads
+
+
+class CheatingHeads:
+    """Heads that know the text and give its next tokens the rank that `rank_of()` says; `length` tokens of it are out already."""
+
+    def __init__(self, model: GPT, num_heads: int, text: list[int], length: int, rank_of=lambda: 0):
+        self.config = MedusaConfig(model.config.hidden_size, model.config.vocab_size, num_heads)
+        self.text, self.length, self.rank_of = text, length, rank_of
+
+    def __call__(self, hidden, lm_head):
+        assert hidden.dim() == 1, "heads run at one node alone, the one accepted last"
+        V = self.config.vocab_size
+        logits = torch.zeros(self.config.num_heads, V, dtype=hidden.dtype)
+        for k in range(self.config.num_heads):
+            at = self.length + k  # the root stands at length - 1, and head 1 guesses the token behind it
+            right = self.text[at] if at < len(self.text) else 0
+            order = [token for token in range(V) if token != right]
+            order.insert(self.rank_of(), right)
+            logits[k, order] = torch.arange(V, 0, -1, dtype=hidden.dtype)
+        return logits
+
+
+def follow(steps, heads) -> list[list[int]]:
+    """All steps of a decoding; cheating heads are told how far the text has come."""
+    taken = []
+    for emitted in steps:
+        taken.append(list(emitted))
+        if isinstance(heads, CheatingHeads):
+            heads.length += len(emitted)
+    return taken
+
+
+def next_logits(model: GPT, text) -> torch.Tensor:
+    """The logits after the text, from one whole forward without a cache: (V,)."""
+    with torch.no_grad():
+        return model.lm_head(model(torch.tensor([list(text)])))[0, -1]
+
+
+def greedy_text(model: GPT, prompt, max_new_tokens: int) -> list[int]:
+    """The new tokens of greedy decoding, without cache, from its definition."""
+    text = list(prompt)
+    while len(text) < min(len(prompt) + max_new_tokens, model.config.max_position_embeddings):
+        text.append(next_logits(model, text).argmax().item())
+        if text[-1] == model.config.eos_token_id:
+            break
+    return text[len(prompt) :]
+
+
+def distribution(logits, temperature=1.0, top_k=0, top_p=1.0) -> list[float]:
+    """The base distribution from its definition, one token at a time; of equal logits the lower token comes first."""
+    logits = [float(value) for value in logits]
+    order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
+    if temperature == 0:
+        return [float(token == order[0]) for token in range(len(logits))]
+    order = order[:top_k] if top_k else order
+    weights = {token: math.exp((logits[token] - logits[order[0]]) / temperature) for token in order}
+    kept, mass = {}, 0.0
+    for token in order:
+        if mass >= top_p * sum(weights.values()):
+            break
+        kept[token] = weights[token]
+        mass += weights[token]
+    return [kept.get(token, 0.0) / mass for token in range(len(logits))]
+
+
+def text_distribution(model: GPT, prompt, max_new_tokens: int, sampling) -> dict[tuple[int, ...], float]:
+    """The probability of every text of at most max_new_tokens new tokens, by the chain rule."""
+    found = {}
+
+    def extend(new: tuple[int, ...], prob: float) -> None:
+        ended = len(new) == max_new_tokens or len(prompt) + len(new) == model.config.max_position_embeddings
+        if ended or new and new[-1] == model.config.eos_token_id:
+            found[new] = prob
+            return
+        logits = next_logits(model, [*prompt, *new])
+        for token, p in enumerate(distribution(logits, sampling.temperature, sampling.top_k, sampling.top_p)):
+            if p > 0:
+                extend((*new, token), prob * p)
+
+    extend((), 1.0)
+    return found

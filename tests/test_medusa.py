@@ -1,0 +1,838 @@
+"""Laws of Medusa: the heads and their loss, the three rules of acceptance, and that a tree changes the speed of a text, never the text."""
+import json
+import math
+from collections import defaultdict
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import medusa
+from medusa import (
+    MedusaConfig, MedusaHeads, Sampling, accept, base_distribution, check_fit, generate, medusa_generate, medusa_loss, typical_threshold
+)
+from strategies import (
+    CheatingHeads, built_trees, distribution, follow, greedy_text, laws, markov_gpt, next_logits, random_gpt, random_heads, rng, text_distribution, trees
+)
+from tree import Tree, cartesian_tree, tree_from_paths
+
+CHAIN = tree_from_paths([[0], [0, 0], [0, 0, 0]])
+
+
+def flat(steps) -> list[int]:
+    return [token for emitted in steps for token in emitted]
+
+
+# ---- decoding ----
+
+
+@st.composite
+def decodings(draw):
+    """A model, heads (None: cheating ones, which need the text first), a tree, a prompt, a length."""
+    vocab_size = draw(st.integers(2, 6))
+    context = draw(st.integers(2, 20))
+    eos = draw(st.none() | st.integers(0, vocab_size - 1))
+    model = random_gpt(draw(st.integers(0, 99)), vocab_size, context, draw(st.integers(1, 2)), eos)
+    prompt = draw(st.lists(st.integers(0, vocab_size - 1), min_size=1, max_size=context - 1))
+    num_heads = draw(st.integers(1, 4))
+    heads = draw(st.sampled_from(("new", "random", "private", "cheating", "wrong")))
+    if heads == "new":
+        made = random_heads(model, num_heads, 0)
+        for weight in made.parameters():
+            weight.data.zero_()
+    elif heads in ("random", "private"):
+        made = random_heads(model, num_heads, draw(st.integers(0, 99)), draw(st.integers(1, 2)), heads == "private")
+    else:
+        ranks = draw(st.randoms(use_true_random=False))
+        rank_of = (lambda: vocab_size - 1) if heads == "wrong" else lambda: ranks.choice([0, 0, ranks.randrange(vocab_size)])
+        made = CheatingHeads(model, num_heads, [], len(prompt), rank_of)
+    tree = draw(built_trees(max_depth=num_heads, n_ranks=vocab_size))
+    return model, made, tree, prompt, draw(st.integers(0, 24))
+
+
+def decode(model, heads, tree, prompt, n, text, *sampling) -> list[list[int]]:
+    if isinstance(heads, CheatingHeads):
+        heads.text, heads.length = [*prompt, *text], len(prompt)
+    return follow(medusa_generate(model, heads, tree, prompt, n, *sampling), heads)
+
+
+@settings(laws, max_examples=250)
+@given(decodings())
+def test_greedy_tree_decoding_equals_plain_decoding(case):
+    """Token for token, to the same end: max_new_tokens, EOS included, or the last position of the context."""
+    model, heads, tree, prompt, n = case
+    text = greedy_text(model, prompt, n)
+    assert flat(generate(model, prompt, n)) == text
+    steps = decode(model, heads, tree, prompt, n, text)
+    assert flat(steps) == text
+    assert all(steps), "every step earns at least one token"
+    assert all(len(emitted) <= max(tree.depths) + 1 for emitted in steps)
+
+
+@settings(laws, max_examples=150)
+@given(decodings(), st.floats(0.2, 3), st.integers(0, 4), st.sampled_from((0.3, 0.8, 1.0)), st.integers(0, 2**31))
+def test_lossless_tree_sampling_draws_the_text_that_plain_sampling_draws_from_the_same_seed(case, temperature, top_k, top_p, seed):
+    model, heads, tree, prompt, n = case
+    sampling = Sampling(temperature, top_k, top_p)
+    text = flat(generate(model, prompt, n, sampling, rng(seed)))
+    assert flat(decode(model, heads, tree, prompt, n, text, sampling, rng(seed))) == text
+
+
+@settings(laws, max_examples=60)
+@given(decodings(), st.floats(0.2, 3), st.integers(0, 2**31))
+def test_typical_decoding_ends_at_the_same_places_and_repeats_with_its_seed(case, temperature, seed):
+    model, heads, tree, prompt, n = case
+    sampling = Sampling(temperature, typical=True)
+    steps = decode(model, heads, tree, prompt, n, prompt * 10, sampling, rng(seed))
+    text = flat(steps)
+    room = min(n, model.config.max_position_embeddings - len(prompt))
+    assert all(steps) and len(text) <= room
+    eos = model.config.eos_token_id
+    assert eos not in text[:-1]
+    assert len(text) == room or text[-1] == eos
+    if not isinstance(heads, CheatingHeads):
+        assert decode(model, heads, tree, prompt, n, text, sampling, rng(seed)) == steps
+
+
+@settings(laws, max_examples=40)
+@given(decodings())
+def test_typical_decoding_at_temperature_zero_is_greedy(case):
+    model, heads, tree, prompt, n = case
+    text = greedy_text(model, prompt, n)
+    assert flat(decode(model, heads, tree, prompt, n, text, Sampling(typical=True))) == text
+
+
+@settings(laws, max_examples=60)
+@given(st.integers(0, 99), st.integers(1, 4), st.integers(0, 25), st.integers(2, 20), st.sampled_from((0.0, 1.0)), st.none() | st.integers(0, 5))
+def test_right_guesses_are_all_accepted(seed, depth, n, context, temperature, eos):
+    """Heads that know the text earn depth + 1 tokens a step on a chain, and on any rank that the tree holds."""
+    model = random_gpt(seed, vocab_size=6, context=context, eos=eos)
+    sampling = Sampling(temperature)
+    text = flat(generate(model, [1], n, sampling, rng(seed)))
+    for rank in (0, 3):
+        heads = CheatingHeads(model, depth, [], 1, lambda: rank)
+        tree = tree_from_paths([[rank] * d for d in range(1, depth + 1)])
+        steps = decode(model, heads, tree, [1], n, text, sampling, rng(seed))
+        assert flat(steps) == text
+        expected = [1] + [depth + 1] * (len(text) // (depth + 1) + 1)
+        assert [len(emitted) for emitted in steps[:-1]] == expected[: len(steps) - 1]
+        assert len(steps) == (1 + math.ceil((len(text) - 1) / (depth + 1)) if text else 0)
+
+
+def test_new_heads_are_right_about_a_base_that_always_says_the_same():
+    model = markov_gpt(torch.tensor([0.0, 1, 5, 2]).expand(4, 4))
+    steps = list(medusa_generate(model, MedusaHeads(MedusaConfig(4, 4, 3)).double(), CHAIN, [1], 17))
+    assert flat(steps) == [2] * 17
+    assert [len(emitted) for emitted in steps] == [1, 4, 4, 4, 4]
+
+
+def counting_gpt(**kwargs):
+    """Says 0 1 2 3 4 5 0 1 ..."""
+    return markov_gpt(9.0 * torch.eye(6).roll(1, 1), **kwargs)
+
+
+def counting_heads(model, num_heads=3) -> MedusaHeads:
+    """Private heads that know how to count: head k's matrix is the base's, k tokens on."""
+    heads = MedusaHeads(MedusaConfig(6, 6, num_heads, original_lm_head=False)).double()
+    heads.lm_heads.data = torch.stack([model.lm_head.weight.detach().roll(k, 0) for k in range(1, num_heads + 1)])
+    return heads
+
+
+def test_head_k_fills_depth_k_from_the_state_before_the_root():
+    model = counting_gpt()
+    steps = list(medusa_generate(model, counting_heads(model), CHAIN, [3], 21))
+    assert flat(steps) == [(4 + i) % 6 for i in range(21)]
+    assert [len(emitted) for emitted in steps] == [1, 4, 4, 4, 4, 4]
+
+
+def test_eos_ends_the_text_in_the_middle_of_an_accepted_path():
+    model = counting_gpt(eos=0)
+    steps = list(medusa_generate(model, counting_heads(model), CHAIN, [3], 21))
+    assert steps == [[4], [5, 0]]
+    assert list(medusa_generate(model, counting_heads(model), CHAIN, [4], 21)) == [[5], [0]]
+    assert list(medusa_generate(model, counting_heads(model), CHAIN, [5], 21)) == [[0]]
+
+
+@pytest.mark.parametrize("prompt_length", range(1, 12))
+def test_the_tree_shrinks_to_the_room_before_the_context_limit(prompt_length):
+    model = counting_gpt(context=12)
+    prompt = [i % 6 for i in range(prompt_length)]
+    steps = list(medusa_generate(model, counting_heads(model), CHAIN, prompt, 99))
+    assert flat(steps) == [i % 6 for i in range(prompt_length, 12)]
+    assert len(steps) == 1 + math.ceil((12 - prompt_length - 1) / 4)
+
+
+@pytest.mark.parametrize("prompt_length", range(1, 8))
+def test_nothing_is_read_or_written_beyond_the_context(prompt_length):
+    """Every position that is fed exists, and no token is fed that could earn nothing."""
+    model = random_gpt(3, vocab_size=6, context=8)
+    seen = []
+    forward = model.forward
+    model.forward = lambda tokens, positions=None, *rest, **named: (seen.append(positions), forward(tokens, positions, *rest, **named))[1]
+    list(medusa_generate(model, random_heads(model, 3, 0), cartesian_tree((2, 2, 1)), [1] * prompt_length, 99))
+    assert all(positions is None or positions.max() <= 6 for positions in seen)
+
+
+def test_token_zero_is_never_accepted_without_being_guessed():
+    """Padding with token id 0 would pass wherever the base says 0."""
+    model = markov_gpt(torch.tensor([9.0, 1, 2, 0]).expand(4, 4))
+    heads = CheatingHeads(model, 3, [0] * 30, 1, lambda: 3)
+    for tree in (CHAIN, cartesian_tree((3, 2)), tree_from_paths([[0], [1], [0, 0], [0, 0, 1]])):
+        assert list(medusa_generate(model, heads, tree, [1], 9)) == [[0]] * 9
+
+
+def test_heads_run_at_one_node_alone_and_the_base_once_a_step():
+    model = random_gpt(1, context=32)
+    heads = random_heads(model, 2, 1)
+    head_calls, base_calls = [], []
+    heads.register_forward_pre_hook(lambda _, args: head_calls.append(args[0].numel() // 8))
+    model.register_forward_pre_hook(lambda _, args: base_calls.append(args[0].shape))
+    tree = cartesian_tree((2, 2))
+    steps = list(medusa_generate(model, heads, tree, [1, 2], 25))
+    assert head_calls in ([1] * (len(steps) - 1), [1] * (len(steps) - 2))  # the last step may be too short for guesses
+    assert len(base_calls) == len(steps)
+    assert base_calls[:2] == [(1, 2), (1, len(tree))]
+
+
+@settings(laws, max_examples=60)
+@given(st.integers(0, 99), trees(max_nodes=8), st.lists(st.integers(0, 4), min_size=1, max_size=6), st.data())
+def test_a_tree_forward_equals_plain_forwards_and_keep_equals_feeding_one_by_one(seed, tree, prompt, data):
+    model = random_gpt(seed, context=24, layers=2)
+    tokens = data.draw(st.lists(st.integers(0, 4), min_size=len(tree), max_size=len(tree)))
+    winner = data.draw(st.integers(0, len(tree) - 1))
+    paths = {0: [0]}
+    for node in range(1, len(tree)):
+        paths[node] = paths[tree.parents[node]] + [node]
+    S = len(prompt)
+    with torch.no_grad():
+        cache = model.new_cache(S + len(tree) + 1)
+        model(torch.tensor([prompt]), cache=cache)
+        mask = torch.cat((torch.ones(len(tree), S, dtype=torch.bool), tree.mask), dim=1)
+        logits = model.lm_head(model(torch.tensor([tokens]), S + torch.tensor(tree.depths), mask, cache))[0]
+        for node, path in paths.items():
+            torch.testing.assert_close(logits[node], next_logits(model, prompt + [tokens[i] for i in path]), rtol=1e-9, atol=1e-9)
+
+        cache.keep(S, paths[winner])
+        plain = model.new_cache(S + len(tree) + 1)
+        model(torch.tensor([prompt]), cache=plain)
+        for node in paths[winner]:
+            model(torch.tensor([[tokens[node]]]), cache=plain)
+        length = S + len(paths[winner])
+        assert cache.length == plain.length == length
+        torch.testing.assert_close(cache.data[..., :length, :], plain.data[..., :length, :], rtol=1e-9, atol=1e-9)
+        more = torch.tensor([[3]])
+        torch.testing.assert_close(model(more, cache=cache), model(more, cache=plain), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("start", [generate, lambda model, *rest: medusa_generate(model, random_heads(model, 3, 0), CHAIN, *rest)])
+def test_calls_that_cannot_be_honoured_are_refused(start):
+    model = random_gpt(0, context=8)
+    for prompt, n, says in (([], 3, "prompt is empty"), ([1] * 8, 3, "no room"), ([1] * 9, 3, "no room"), ([1], -1, "max_new_tokens -1")):
+        with pytest.raises(ValueError, match=says):
+            list(start(model, prompt, n))
+    assert list(start(model, [1], 0)) == []
+
+
+def test_check_fit_refuses_heads_of_another_model_and_trees_beyond_the_heads():
+    model = random_gpt(0)  # D = 8, V = 5
+    fits = MedusaConfig(8, 5, 3)
+    check_fit(model, MedusaHeads(fits), CHAIN)
+    check_fit(model, MedusaHeads(fits), tree_from_paths([[4]]))
+    for config, tree, says in (
+        (replace(fits, hidden_size=6), CHAIN, "hidden_size 6"),
+        (replace(fits, vocab_size=6), CHAIN, "vocab_size 6"),
+        (replace(fits, num_heads=2), CHAIN, "3 deep"),
+        (fits, tree_from_paths([[5]]), "guess 5"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            check_fit(model, MedusaHeads(config), tree)
+        with pytest.raises(ValueError, match=says):
+            next(medusa_generate(model, MedusaHeads(config).double(), tree, [1], 4))
+
+
+# ---- sampling ----
+
+
+@laws
+@given(
+    st.lists(st.integers(-3, 3).map(float) | st.floats(-3, 3), min_size=2, max_size=6),
+    st.floats(0.05, 4), st.integers(0, 7), st.sampled_from((0.1, 0.3, 0.55, 0.9, 0.99, 1.0)),
+)
+def test_base_distribution_equals_its_definition(logits, temperature, top_k, top_p):
+    """Ties included: of equally likely tokens the lower comes first."""
+    sampling = Sampling(temperature, top_k, top_p)
+    rows = torch.tensor([logits, logits[::-1]], dtype=torch.float64)
+    expected = torch.tensor([distribution(row, temperature, top_k, top_p) for row in rows.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(base_distribution(rows, sampling), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "top_k, top_p, expected",
+    [
+        (0, 1.0, [0.5, 0.25, 0.25]), (1, 1.0, [1, 0, 0]), (2, 1.0, [2 / 3, 1 / 3, 0]), (3, 1.0, [0.5, 0.25, 0.25]), (9, 1.0, [0.5, 0.25, 0.25]),
+        (0, 1e-9, [1, 0, 0]), (0, 0.5, [1, 0, 0]), (0, 0.51, [2 / 3, 1 / 3, 0]), (0, 0.75, [2 / 3, 1 / 3, 0]), (0, 0.76, [0.5, 0.25, 0.25]),
+        (2, 0.6, [1, 0, 0]), (2, 0.7, [2 / 3, 1 / 3, 0]),  # top-p works on what top-k has left
+    ],
+)
+def test_top_k_keeps_the_likeliest_then_top_p_the_fewest_that_hold_its_mass(top_k, top_p, expected):
+    logits = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64).log()
+    torch.testing.assert_close(base_distribution(logits, Sampling(1.0, top_k, top_p)), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_temperature_zero_is_the_limit_of_small_temperatures():
+    logits = torch.randn(20, 7, generator=rng(0), dtype=torch.float64)
+    greedy = base_distribution(logits, Sampling())
+    assert torch.equal(greedy, F.one_hot(logits.argmax(-1), 7).double())
+    torch.testing.assert_close(base_distribution(logits, Sampling(1e-6)), greedy)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": -0.1}, {"temperature": math.inf}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1},
+        {"top_p": math.nan}, {"epsilon": 0.0}, {"epsilon": -1.0}, {"epsilon": 1.5}, {"epsilon": math.nan},
+    ],
+)
+def test_bad_sampling_values_are_refused_by_name(values):
+    with pytest.raises(ValueError, match=next(iter(values))):
+        Sampling(**values)
+
+
+def all_outcomes(run) -> dict:
+    """{result: probability} of run(draw), where draw takes, in turn, every combination of tokens that it can: no randomness, no noise."""
+    found, scripts = defaultdict(float), [[]]
+    while scripts:
+        script = scripts.pop()
+        weight, used = 1.0, 0
+
+        def draw(base_probs, noise):
+            nonlocal weight, used
+            drawn = []
+            for probs in base_probs.reshape(-1, base_probs.shape[-1]).tolist():
+                if used == len(script):
+                    first, *others = [token for token, prob in enumerate(probs) if prob > 0]
+                    scripts.extend([*script, token] for token in others)
+                    script.append(first)
+                drawn.append(script[used])
+                weight *= probs[script[used]]
+                used += 1
+            return torch.tensor(drawn).view(base_probs.shape[:-1])
+
+        result = run(draw)
+        found[result] += weight
+    return found
+
+
+def accept_redrawing(tree, tokens, logits, sampling, noise=None, generator=None):
+    """The classic fault: each child is tried against a draw of its own, and the next root is drawn once more."""
+    base_probs = base_distribution(logits, sampling)
+
+    def draw(rows):
+        return medusa.draw(rows, torch.empty_like(rows).exponential_(generator=generator)).tolist()
+
+    tries = draw(base_probs[torch.tensor(tree.parents[1:], dtype=torch.long)])
+    reached = [0]
+    for node in range(1, len(tree)):
+        if tree.parents[node] in reached and tokens[node] == tries[node - 1]:
+            reached.append(node)
+    last = max(reached, key=lambda node: tree.depths[node])
+    path = [node for node in range(len(tree)) if tree.mask[last, node]]
+    return path, tokens[path[1:]].tolist() + draw(base_probs[last : last + 1])
+
+
+def distance(found: dict, expected: dict) -> float:
+    """Total variation."""
+    return sum(abs(found.get(text, 0.0) - expected.get(text, 0.0)) for text in found.keys() | expected.keys()) / 2
+
+
+ENUMERATED = [
+    # vocabulary, tree, new tokens, context, EOS, sampling
+    (2, [[0], [0, 0]], 4, 16, None, Sampling(1.0)),
+    (2, [[0], [1], [1, 0]], 4, 16, 1, Sampling(0.7)),
+    (2, [[1], [1, 0]], 9, 4, None, Sampling(1.5)),
+    (3, [[0], [1]], 3, 16, None, Sampling(1.0)),
+    (3, [[0], [0, 1]], 3, 16, 2, Sampling(1.3)),
+    (4, [[0], [1], [0, 0]], 3, 16, None, Sampling(1.0, top_k=2)),
+    (4, [[0], [0, 0]], 3, 16, 0, Sampling(2.0, top_p=0.7)),
+]
+
+
+@pytest.mark.parametrize("case", ENUMERATED)
+def test_lossless_sampling_is_exactly_the_base_distribution(case, monkeypatch):
+    """Every combination of the nodes' draws, weighed by its probability, gives each text the probability that the base model gives it."""
+    vocab_size, paths, n, context, eos, sampling = case
+    model = random_gpt(5, vocab_size, context, eos=eos)
+    heads = random_heads(model, 2, 7)
+    tree, prompt = tree_from_paths(paths), [1, 0]
+
+    def run(draw):
+        monkeypatch.setattr(medusa, "draw", draw)
+        return tuple(flat(medusa_generate(model, heads, tree, prompt, n, sampling)))
+
+    expected = text_distribution(model, prompt, n, sampling)
+    assert len(expected) > 3
+    assert distance(all_outcomes(run), expected) < 1e-9
+    monkeypatch.setattr(medusa, "accept", accept_redrawing)
+    assert distance(all_outcomes(run), expected) > 1e-3, "a child tried twice must not go unseen"
+
+
+def chi_square(counts: dict, expected: dict, n: int) -> float:
+    """The probability of counts at least as odd as these, if the texts follow `expected`. Texts expected less than 5 times are pooled."""
+    if counts.keys() - expected.keys():
+        return 0.0
+    cells, rare = [], [0, 0.0]
+    for text, prob in expected.items():
+        if n * prob >= 5:
+            cells.append((counts.get(text, 0), n * prob))
+        else:
+            rare = [rare[0] + counts.get(text, 0), rare[1] + n * prob]
+    cells += [rare] if rare[1] > 0 else []
+    statistic = sum((seen - due) ** 2 / due for seen, due in cells)
+    return torch.special.gammaincc(torch.tensor((len(cells) - 1) / 2), torch.tensor(statistic / 2)).item()
+
+
+@pytest.mark.parametrize("faulty", [False, True])
+def test_texts_sampled_through_a_tree_pass_a_chi_square_test_and_a_redraw_for_each_child_does_not(faulty, monkeypatch):
+    sampling, n = Sampling(1.4, top_k=4, top_p=0.95), 2500
+    model = random_gpt(11, vocab_size=6)
+    heads = random_heads(model, 2, 7)
+    generator = rng(0)
+    if faulty:
+        monkeypatch.setattr(medusa, "accept", lambda *args: accept_redrawing(*args, generator=generator))
+    counts, steps = defaultdict(int), 0
+    for _ in range(n):
+        emitted = list(medusa_generate(model, heads, cartesian_tree((2, 2)), [1, 2], 3, sampling, generator))
+        steps += len(emitted)
+        counts[tuple(flat(emitted))] += 1
+    assert n < steps < 3 * n
+    expected = text_distribution(model, [1, 2], 3, sampling)
+    assert len(expected) > 20
+    chance = chi_square(counts, expected, n)
+    assert chance < 1e-9 if faulty else chance > 0.01
+
+
+def test_a_draw_wins_with_its_probability():
+    base_probs = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05], dtype=torch.float64)
+    noise = torch.empty(50_000, 5, dtype=torch.float64).exponential_(generator=rng(0))
+    counts = medusa.draw(base_probs.expand(50_000, 5), noise).bincount(minlength=5)
+    expected = {token: prob for token, prob in enumerate(base_probs.tolist()) if prob > 0}
+    assert counts[1] == 0
+    assert chi_square({token: count for token, count in enumerate(counts.tolist()) if count}, expected, 50_000) > 0.01
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(1.0, typical=True)])
+def test_only_the_generator_that_was_handed_in_is_drawn_from(sampling):
+    model = random_gpt(2)
+    heads = random_heads(model, 2, 3)
+    before = torch.get_rng_state()
+    list(medusa_generate(model, heads, cartesian_tree((2, 2)), [1], 9, sampling, rng(1)))
+    list(generate(model, [1], 9, sampling, rng(1)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---- typical acceptance ----
+
+
+def entropy(probs) -> float:
+    return -sum(prob * math.log(prob) for prob in probs if prob > 0)
+
+
+@laws
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=8), st.floats(0.001, 1), st.none() | st.floats(0.01, 2))
+def test_typical_threshold_equals_the_formula(weights, epsilon, delta):
+    assume(sum(weights) > 0.1)
+    probs = [weight / sum(weights) for weight in weights]
+    threshold = typical_threshold(torch.tensor([probs, probs], dtype=torch.float64), epsilon, delta)
+    expected = min(epsilon, (math.sqrt(epsilon) if delta is None else delta) * math.exp(-entropy(probs)))
+    torch.testing.assert_close(threshold, torch.full((2,), expected, dtype=torch.float64))
+
+
+def test_typical_defaults_are_those_of_the_paper():
+    assert Sampling().epsilon == 0.09
+    uniform = torch.full((100,), 0.01, dtype=torch.float64)
+    assert typical_threshold(uniform).item() == pytest.approx(0.3 / 100)
+    assert typical_threshold(torch.tensor([1.0, 0.0])).item() == pytest.approx(0.09)
+
+
+@st.composite
+def verifications(draw):
+    """A tree with tokens at its nodes, no token twice among siblings, and base logits."""
+    vocab_size = draw(st.integers(2, 6))
+    tree = draw(trees(n_ranks=vocab_size))
+    seed = draw(st.integers(0, 10**6))
+    guesses = [torch.randperm(vocab_size, generator=rng(seed + depth)).tolist() for depth in range(max(tree.depths) + 1)]
+    tokens = torch.tensor([guesses[depth][rank] for depth, rank in zip(tree.depths, tree.ranks)])
+    logits = draw(st.floats(0.1, 4)) * torch.randn(len(tree), vocab_size, generator=rng(seed), dtype=torch.float64)
+    noise = torch.empty(max(tree.depths) + 1, vocab_size, dtype=torch.float64).exponential_(generator=rng(seed))
+    return tree, tokens, logits, noise[list(tree.depths)]
+
+
+def typical_by_hand(tree, tokens, logits, sampling, noise):
+    """All paths one by one: the deepest whose every token passes, of equally deep ones the likeliest."""
+    probs = [distribution(row, sampling.temperature, sampling.top_k, sampling.top_p) for row in logits.tolist()]
+    tokens = tokens.tolist()
+    passing = []
+    for node in range(len(tree)):
+        path = [i for i in range(len(tree)) if tree.mask[node, i]]
+        likelihood = 1.0
+        for parent, child in zip(path, path[1:]):
+            prob = probs[parent][tokens[child]]
+            threshold = min(sampling.epsilon, math.sqrt(sampling.epsilon) * math.exp(-entropy(probs[parent])))
+            likelihood *= prob if prob > threshold else 0.0
+        if likelihood > 0:
+            passing.append((len(path), likelihood, path))
+    path = max(passing)[2]
+    race = [prob / clock for prob, clock in zip(probs[path[-1]], noise[path[-1]].tolist())]
+    return path, [tokens[node] for node in path[1:]] + [race.index(max(race))]
+
+
+@settings(laws, max_examples=300)
+@given(verifications(), st.floats(0.3, 2), st.floats(0.001, 0.9), st.integers(0, 4), st.sampled_from((0.6, 1.0)))
+def test_typical_acceptance_agrees_with_the_formula(case, temperature, epsilon, top_k, top_p):
+    sampling = Sampling(temperature, top_k, top_p, typical=True, epsilon=epsilon)
+    tree, tokens, logits, noise = case
+    assert accept(tree, tokens, logits, sampling, noise) == typical_by_hand(tree, tokens, logits, sampling, noise)
+
+
+@settings(laws, max_examples=100)
+@given(verifications(), st.sampled_from((0.0, 0.5, 1.5)))
+def test_greedy_and_lossless_acceptance_follow_the_draws_of_the_nodes(case, temperature):
+    tree, tokens, logits, noise = case
+    sampling = Sampling(temperature)
+    probs = [distribution(row, temperature) for row in logits.tolist()]
+    draws = [max(range(len(row)), key=lambda x: row[x] / clock[x]) for row, clock in zip(probs, noise.tolist())]
+    path = [0]
+    while (node := [i for i in range(len(tree)) if tree.parents[i] == path[-1] and tokens[i] == draws[path[-1]]]):
+        path += node
+    assert accept(tree, tokens, logits, sampling, noise) == (path, [draws[node] for node in path])
+
+
+@laws
+@given(verifications())
+def test_typical_acceptance_takes_everything_of_nonzero_probability_as_epsilon_goes_to_zero(case):
+    tree, tokens, logits, noise = case
+    path, emitted = accept(tree, tokens, logits, Sampling(1.0, typical=True, epsilon=1e-300), noise)
+    assert len(path) == max(tree.depths) + 1
+    impossible = logits.index_fill(1, tokens[1:2], -math.inf) if len(tree) > 1 else logits
+    path, _ = accept(tree, tokens, impossible, Sampling(1.0, typical=True, epsilon=1e-300), noise)
+    assert all(tokens[node] != tokens[1] for node in path[1:])
+
+
+@laws
+@given(verifications(), st.floats(0.001, 0.99), st.integers(0, 99))
+def test_a_point_mass_accepts_only_its_token(case, epsilon, seed):
+    tree, tokens, logits, noise = case
+    favourites = torch.randint(logits.shape[1], (len(tree),), generator=rng(seed))
+    logits = torch.full_like(logits, -math.inf).scatter(1, favourites[:, None], 0.0)
+    path, emitted = accept(tree, tokens, logits, Sampling(1.0, typical=True, epsilon=epsilon), noise)
+    assert emitted == favourites[path].tolist()
+    assert not any(tree.parents[node] == path[-1] and tokens[node] == favourites[path[-1]] for node in range(1, len(tree)))
+
+
+@pytest.mark.parametrize("likelier", [1, 2])
+def test_of_equally_deep_paths_the_likeliest_wins(likelier):
+    """The whole path counts: the last tokens alone would say the opposite."""
+    tree = Tree((-1, 0, 0, 1, 2), (-1, 0, 1, 0, 0))
+    tokens = torch.tensor([0, 0, 1, 2, 2])
+    probs = torch.tensor([[0.3, 0.3, 0.4], [0.2, 0.3, 0.5], [0.15, 0.25, 0.6], [0.3, 0.3, 0.4], [0.3, 0.3, 0.4]], dtype=torch.float64)
+    probs[0] = torch.tensor([0.5, 0.25, 0.25] if likelier == 1 else [0.25, 0.5, 0.25])
+    if likelier == 2:
+        probs[[1, 2]] = probs[[2, 1]]
+    path, _ = accept(tree, tokens, probs.log(), Sampling(1.0, typical=True), torch.ones(5, 3, dtype=torch.float64))
+    assert path == [0, likelier, likelier + 2]
+
+
+def test_the_next_root_of_typical_acceptance_is_drawn():
+    """From the base distribution at the last node: not its argmax, and not the same for every seed."""
+    tree = Tree((-1, 0), (-1, 0))
+    tokens, logits = torch.tensor([0, 1]), torch.tensor([[0.1, 0.8, 0.1], [0.2, 0.5, 0.3]], dtype=torch.float64).log()
+    generator, counts = rng(0), defaultdict(int)
+    for _ in range(2000):
+        row = torch.empty(2, 3, dtype=torch.float64).exponential_(generator=generator)
+        path, emitted = accept(tree, tokens, logits, Sampling(1.0, typical=True), row)
+        assert path == [0, 1] and emitted[0] == 1
+        counts[emitted[1]] += 1
+    assert chi_square(counts, {0: 0.2, 1: 0.5, 2: 0.3}, 2000) > 0.01
+
+
+@pytest.mark.parametrize("typical", [False, True])
+def test_a_seed_repeats_its_text_and_another_draws_another(typical):
+    model = random_gpt(4, vocab_size=6, context=32)
+    heads = random_heads(model, 2, 1)
+    texts = [
+        flat(medusa_generate(model, heads, cartesian_tree((2, 2)), [1], 24, Sampling(1.0, typical=typical), rng(seed))) for seed in (0, 0, 1, 2)
+    ]
+    assert texts[0] == texts[1]
+    assert len({tuple(text) for text in texts}) == 3
+
+
+# ---- heads ----
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("private", [False, True])
+def test_new_heads_are_exactly_the_lm_head(private, layers):
+    """In whole numbers, so that the order of a sum cannot matter."""
+    lm_head = nn.Linear(6, 5, bias=False).double()
+    lm_head.weight.data = torch.randint(-9, 9, (5, 6), generator=rng(0)).double()
+    hidden = torch.randint(-9, 9, (2, 4, 6), generator=rng(1)).double()
+    heads = MedusaHeads(MedusaConfig(6, 5, 3, layers, not private), lm_head).double()
+    logits = heads(hidden, lm_head)
+    assert torch.equal(logits, lm_head(hidden).expand(3, 2, 4, 5))
+    assert torch.equal(heads(hidden[0, 0], lm_head), logits[:, 0, 0])
+
+
+def heads_and_base(layers: int, private: bool) -> tuple[MedusaHeads, nn.Linear]:
+    lm_head = nn.Linear(6, 5, bias=False)
+    lm_head.weight.data = torch.randn(5, 6, generator=rng(9))
+    heads = MedusaHeads(MedusaConfig(6, 5, 3, layers, not private), lm_head)
+    generator = rng(8)
+    for weight in heads.parameters():
+        weight.data = torch.randn(weight.shape, generator=generator)
+    return heads, lm_head
+
+
+BOTH = pytest.mark.parametrize("private", [False, True])
+LAYERS = pytest.mark.parametrize("layers", [1, 2, 3])
+
+
+@LAYERS
+@BOTH
+def test_heads_equal_the_formula_evaluated_head_by_head_from_the_file(layers, private, tmp_path):
+    """softmax's argument W2 (h + SiLU(W1 h + b1)), each matrix as it stands on disk."""
+    heads, lm_head = heads_and_base(layers, private)
+    heads.save_pretrained(tmp_path)
+    disk = {name: weight.double() for name, weight in load_file(tmp_path / "model.safetensors").items()}
+    hidden = torch.randn(2, 4, 6, generator=rng(7), dtype=torch.float64)
+    logits = heads.double()(hidden, lm_head.double())
+    assert logits.shape == (3, 2, 4, 5)
+    for k in range(3):
+        for b in range(2):
+            for t in range(4):
+                x = hidden[b, t]
+                for j in range(layers):
+                    z = disk[f"blocks.{k}.layers.{j}.weight"] @ x + disk[f"blocks.{k}.layers.{j}.bias"]
+                    x = x + z / (1 + torch.exp(-z))
+                expected = (disk[f"lm_heads.{k}.weight"] if private else lm_head.weight) @ x
+                torch.testing.assert_close(logits[k, b, t], expected, rtol=1e-9, atol=1e-9)
+
+
+@LAYERS
+@BOTH
+def test_no_parameter_is_shared_among_layers_or_heads(layers, private, tmp_path):
+    heads, lm_head = heads_and_base(layers, private)
+    assert sum(weight.numel() for weight in heads.parameters()) == 3 * (layers * (6 * 6 + 6) + private * 5 * 6)
+    hidden = torch.randn(6, generator=rng(7))
+    logits = heads(hidden, lm_head)
+    heads.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    for name in state:
+        save_file(state | {name: state[name] + 1}, file)
+        changed = (MedusaHeads.from_pretrained(tmp_path)(hidden, lm_head) != logits).any(-1)
+        assert changed.nonzero().flatten().tolist() == [int(name.split(".")[1])]
+
+
+@BOTH
+def test_training_heads_never_moves_the_lm_head(private):
+    heads, lm_head = heads_and_base(1, private)
+    own = {weight.untyped_storage().data_ptr() for weight in heads.parameters()}
+    assert lm_head.weight.untyped_storage().data_ptr() not in own
+    before = lm_head.weight.detach().clone()
+    optimizer = torch.optim.SGD(heads.parameters(), lr=1.0)
+    heads(torch.ones(2, 4, 6), lm_head).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(lm_head.weight, before)
+    assert all(weight.grad.abs().sum() > 0 for weight in heads.parameters())
+
+
+def test_private_heads_start_as_copies_of_their_own():
+    lm_head = nn.Linear(6, 5, bias=False)
+    heads = MedusaHeads(MedusaConfig(6, 5, 2, original_lm_head=False), lm_head)
+    heads.lm_heads.data[0] += 1
+    assert torch.equal(heads.lm_heads[1], lm_head.weight)
+    assert heads.lm_heads.requires_grad
+
+
+# ---- the loss ----
+
+
+def loss_by_hand(logits, tokens, mask, decay):
+    means = []
+    K, B, T, _ = logits.shape
+    for k in range(1, K + 1):
+        terms = [
+            -F.log_softmax(logits[k - 1, b, t], -1)[tokens[b, t + k + 1]]
+            for b in range(B) for t in range(T) if t + k + 1 < T and mask[b, t + k + 1]
+        ]
+        means.append(sum(terms) / len(terms) if terms else torch.zeros((), dtype=logits.dtype))
+    return sum(decay**k * mean for k, mean in enumerate(means, start=1)), means
+
+
+@st.composite
+def batches(draw):
+    K, B, T, V = (draw(st.integers(low, high)) for low, high in ((1, 4), (1, 3), (1, 7), (2, 5)))
+    seed = draw(st.integers(0, 10**6))
+    logits = torch.randn(K, B, T, V, generator=rng(seed), dtype=torch.float64)
+    tokens = torch.randint(V, (B, T), generator=rng(seed))
+    mask = torch.tensor(draw(st.lists(st.booleans(), min_size=B * T, max_size=B * T))).view(B, T)
+    return logits, tokens, mask, draw(st.floats(0.1, 1))
+
+
+@laws
+@given(batches())
+def test_medusa_loss_equals_the_sum_taken_one_target_at_a_time(batch):
+    logits, tokens, mask, decay = batch
+    for given_mask, used in ((mask, mask), (None, torch.ones_like(mask))):
+        loss, means = medusa_loss(logits, tokens, given_mask, decay)
+        expected, expected_means = loss_by_hand(logits, tokens, used, decay)
+        torch.testing.assert_close(loss, torch.as_tensor(expected, dtype=torch.float64))
+        torch.testing.assert_close(means, torch.stack(expected_means))
+
+
+def test_medusa_loss_decays_by_four_fifths_unless_told():
+    logits, tokens = torch.randn(2, 1, 5, 4, generator=rng(0)), torch.tensor([[0, 1, 2, 3, 0]])
+    loss, means = medusa_loss(logits, tokens)
+    torch.testing.assert_close(loss, 0.8 * means[0] + 0.64 * means[1])
+
+
+@laws
+@given(batches(), st.integers(0, 99))
+def test_masked_targets_have_no_influence(batch, seed):
+    logits, tokens, mask, decay = batch
+    other = torch.where(mask, tokens, torch.randint(logits.shape[-1], tokens.shape, generator=rng(seed)))
+    results = []
+    for targets in (tokens, other):
+        leaf = logits.clone().requires_grad_()
+        loss, _ = medusa_loss(leaf, targets, mask, decay)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    K, B, T, _ = logits.shape
+    for k in range(1, K + 1):
+        for t in range(T):
+            carries = mask[:, t + k + 1] if t + k + 1 < T else torch.zeros(B, dtype=torch.bool)
+            assert torch.equal(results[0][1][k - 1, :, t].abs().sum(-1) > 0, carries)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_heads_without_targets_add_nothing(length):
+    """Head k needs k + 2 tokens; with fewer, or with all masked, its mean is 0 and the gradient stays finite."""
+    logits = torch.randn(3, 2, length, 4, generator=rng(0), requires_grad=True)
+    tokens = torch.zeros(2, length, dtype=torch.long)
+    for mask in (None, torch.zeros(2, length, dtype=torch.bool)):
+        loss, means = medusa_loss(logits, tokens, mask)
+        assert (means > 0).tolist() == [mask is None and k + 2 <= length for k in (1, 2, 3)]
+        assert torch.isfinite(torch.autograd.grad(loss, logits)[0]).all()
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3, 4, 5])
+def test_head_k_learns_the_token_k_plus_1_ahead_and_nothing_else(offset):
+    """Blocks of random tokens, each followed by its translation, so that a token tells the one `offset` ahead and no other.
+
+    Of three heads, head offset - 1 learns it; at offsets 1 and 5 there is no such head and none may.
+    """
+    V, B, blocks = 6, 24, 12
+    first = torch.randint(V, (B, blocks, offset), generator=rng(offset))
+    tokens = torch.cat((first, (first * 5 + 2) % V), dim=2).flatten(1)  # (B, T)
+    mask = torch.cat((torch.zeros_like(first), torch.ones_like(first)), dim=2).flatten(1).bool()
+    hidden = 3.0 * F.one_hot(tokens, V).float()
+    lm_head = nn.Linear(V, V, bias=False)
+    nn.init.zeros_(lm_head.weight)
+    heads = MedusaHeads(MedusaConfig(V, V, 3, original_lm_head=False), lm_head)
+    optimizer = torch.optim.Adam(heads.parameters(), lr=0.2)
+    for _ in range(40):
+        loss, means = medusa_loss(heads(hidden, lm_head), tokens, mask)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for k, mean in enumerate(means.tolist(), start=1):
+        assert mean < 0.1 if k + 1 == offset else mean > 0.8 * math.log(V), f"head {k}"
+
+
+# ---- heads on disk ----
+
+
+@LAYERS
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_heads_come_back_bit_for_bit(layers, private, dtype, tmp_path):
+    heads = heads_and_base(layers, private)[0].to(dtype)
+    heads.save_pretrained(tmp_path / "new" / "heads")
+    loaded = MedusaHeads.from_pretrained(tmp_path / "new" / "heads", dtype=dtype)
+    assert loaded.config == heads.config
+    ours, theirs = heads.state_dict(), loaded.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) and theirs[name].dtype == dtype for name in ours)
+    assert not loaded.training
+
+
+@LAYERS
+@BOTH
+def test_heads_on_disk_are_a_vllm_medusa_speculator(layers, private, tmp_path):
+    heads_and_base(layers, private)[0].save_pretrained(tmp_path)
+    names = {f"blocks.{k}.layers.{j}.{leaf}" for k in range(3) for j in range(layers) for leaf in ("weight", "bias")}
+    names |= {f"lm_heads.{k}.weight" for k in range(3) if private}
+    shapes = {name: tuple(weight.shape) for name, weight in load_file(tmp_path / "model.safetensors").items()}
+    assert shapes == {name: (6,) if name.endswith("bias") else (5, 6) if "lm_heads" in name else (6, 6) for name in names}
+    assert json.loads((tmp_path / "config.json").read_text()) == {
+        "architectures": ["MedusaModel"], "model_type": "medusa", "num_heads": 3, "num_hidden_layers": layers, "hidden_size": 6,
+        "vocab_size": 5, "truncated_vocab_size": 5, "medusa_fc_bias": True, "original_lm_head": not private,
+    }
+    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    heads_and_base(2, True)[0].save_pretrained(tmp_path)
+    return tmp_path
+
+
+def refuses(directory, *says) -> None:
+    with pytest.raises(ValueError) as error:
+        MedusaHeads.from_pretrained(directory)
+    assert all(word in str(error.value) for word in says), str(error.value)
+
+
+@pytest.mark.parametrize("name", ["blocks.0.layers.1.weight", "blocks.2.layers.0.bias", "lm_heads.1.weight"])
+@pytest.mark.parametrize("shape", [None, (7, 7), (1,), (6,), (1, 6)])
+def test_a_missing_or_misshapen_tensor_is_refused_by_name(saved, name, shape):
+    """A tensor that could be broadcast is no better than one that could not."""
+    file = saved / "model.safetensors"
+    state = load_file(file)
+    if state[name].shape == shape:
+        shape = (1, 1, 6)
+    del state[name]
+    save_file(state | ({} if shape is None else {name: torch.ones(shape)}), file)
+    refuses(saved, str(file), name)
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "vocab_size", "num_heads", "num_hidden_layers", "original_lm_head"])
+def test_a_missing_field_is_refused_by_name(saved, field):
+    file = saved / "config.json"
+    config = json.loads(file.read_text())
+    del config[field]
+    file.write_text(json.dumps(config))
+    refuses(saved, str(file), field)
+
+
+@pytest.mark.parametrize("model_type", ["llama", None])
+def test_another_model_type_is_refused(saved, model_type):
+    file = saved / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": model_type}))
+    refuses(saved, str(file), "model_type")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("content", [None, b"", b"\x80\x04garbage \xff", b"[1, 2]"])
+def test_a_missing_or_garbage_file_is_refused_by_name(saved, name, content):
+    file = saved / name
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    refuses(saved, str(file))

@@ -1,0 +1,286 @@
+"""Laws of the candidate tree, against brute force."""
+import math
+import random
+import re
+from collections import Counter
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from strategies import built_trees, laws, rank_data, trees
+from tree import (
+    Tree, calibrated_tree, cartesian_tree, choose_size, expected_tokens, interpolate, prefix_counts, tree_from_paths
+)
+
+
+def climb(tree: Tree, node: int) -> list[int]:
+    """The node and its ancestors, from the root down."""
+    chain = [node]
+    while tree.parents[chain[0]] != -1:
+        chain.insert(0, tree.parents[chain[0]])
+    return chain
+
+
+@laws
+@given(trees())
+def test_mask_depths_and_paths_equal_brute_force(tree):
+    assert tree.mask.dtype == torch.bool and tree.mask.shape == (len(tree), len(tree))
+    for node in range(len(tree)):
+        chain = climb(tree, node)
+        assert tree.mask[node].nonzero().flatten().tolist() == chain
+        assert tree.depths[node] == len(chain) - 1
+        assert tree.paths[node] == tuple(tree.ranks[ancestor] for ancestor in chain[1:])
+
+
+def test_the_mask_hides_the_sibling_branch():
+    tree = Tree((-1, 0, 0, 1), (-1, 0, 1, 0))
+    assert tree.mask.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    "parents, ranks, says",
+    [
+        ((), (), "at least the root"),
+        ((-1, 0), (-1,), "as many parents as ranks"),
+        ((0,), (-1,), "node 0"),
+        ((-1,), (0,), "node 0"),
+        ((-1, 1), (-1, 0), "node 1"),
+        ((-1, 2, 0), (-1, 0, 0), "node 1"),
+        ((-1, -1), (-1, 0), "node 1"),
+        ((-1, 0, -2), (-1, 0, 0), "node 2"),
+        ((-1, 0), (-1, -1), r"path \[-1\]"),
+        ((-1, 0, 1), (-1, 0, -3), r"path \[0, -3\]"),
+        ((-1, 0, 0), (-1, 2, 2), r"path \[2\]"),
+        ((-1, 0, 1, 1), (-1, 0, 4, 4), r"path \[0, 4\]"),
+    ],
+)
+def test_a_malformed_tree_is_refused_by_name(parents, ranks, says):
+    with pytest.raises(ValueError, match=says):
+        Tree(parents, ranks)
+
+
+def test_a_tree_is_frozen_and_the_root_alone_is_one():
+    tree = Tree((-1,), (-1,))
+    assert (len(tree), tree.depths, tree.paths) == (1, (0,), ((),))
+    with pytest.raises(AttributeError):
+        tree.parents = (-1, 0)
+
+
+def test_worked_example_of_the_cartesian_tree():
+    tree = cartesian_tree((2, 3))
+    assert len(tree) == 1 + 2 + 2 * 3
+    assert tree.parents == (-1, 0, 0, 1, 1, 1, 2, 2, 2)
+    assert tree.ranks == (-1, 0, 1, 0, 1, 2, 0, 1, 2)
+
+
+@laws
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+def test_cartesian_tree_holds_every_combination_once(widths):
+    tree = cartesian_tree(widths)
+    assert len(tree) == 1 + sum(math.prod(widths[:depth]) for depth in range(1, len(widths) + 1))
+    assert len(set(tree.paths)) == len(tree)
+    assert all(rank < width for path in tree.paths for rank, width in zip(path, widths))
+
+
+@pytest.mark.parametrize("widths", [(), (0,), (2, 0), (2, -1)])
+def test_cartesian_tree_refuses_widths_below_one(widths):
+    with pytest.raises(ValueError, match=re.escape(str(list(widths)))):
+        cartesian_tree(widths)
+
+
+@laws
+@given(built_trees(max_depth=3, n_ranks=4))
+def test_every_builders_tree_is_closed_under_prefixes(tree):
+    assert all(path[:-1] in tree.paths for path in tree.paths[1:])
+    assert all(path[:-1] == tree.paths[parent] for path, parent in zip(tree.paths[1:], tree.parents[1:]))
+
+
+@laws
+@given(trees().filter(lambda tree: len(tree) > 1), st.randoms(use_true_random=False))
+def test_tree_from_paths_takes_any_order_and_round_trips(tree, shuffler):
+    paths = [list(path) for path in tree.paths[1:]]
+    shuffler.shuffle(paths)
+    built = tree_from_paths(paths)
+    assert built.paths == tuple(sorted(tree.paths, key=lambda path: (len(path), path)))
+    assert tree_from_paths(built.paths[1:]) == built
+
+
+@pytest.mark.parametrize(
+    "paths, says",
+    [
+        ([], "no paths"),
+        ([[]], "path []"),
+        ([[0], []], "path []"),
+        ([[0], [1, 0]], "path [1, 0]"),
+        ([[0], [0, 0, 2]], "path [0, 0, 2]"),
+        ([[0], [1], [0]], "path [0]"),
+        ([[0], [0, 5], [0, 5]], "path [0, 5]"),
+        ([[0], [-1]], "path [-1]"),
+        ([[0], [0, -2]], "path [0, -2]"),
+        ([[-1], [-1, 0]], "path [-1]"),
+    ],
+)
+def test_tree_from_paths_names_the_path_it_refuses(paths, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        tree_from_paths(paths)
+
+
+def every_tree(n_nodes: int, n_ranks: int, max_depth: int) -> set[frozenset]:
+    """All prefix-closed sets of n_nodes paths, the root included."""
+    found = {frozenset([()])}
+    for _ in range(n_nodes - 1):
+        found = {
+            tree | {path + (rank,)}
+            for tree in found
+            for path in tree if len(path) < max_depth
+            for rank in range(n_ranks) if path + (rank,) not in tree
+        }
+    return found
+
+
+def hits(paths, rows) -> int:
+    """Tokens accepted below the root, position by position: the deepest path that the true ranks start with."""
+    return sum(max(len(path) for path in paths if path == tuple(row[: len(path)])) for row in rows)
+
+
+CANDIDATES = {n: every_tree(n, 3, 3) for n in range(2, 6)}
+
+
+@settings(laws, max_examples=40)
+@given(rank_data(max_depth=3, n_ranks=3), st.integers(2, 5))
+def test_calibrated_tree_is_the_best_of_all_trees_of_its_size(rows, n_nodes):
+    tree = calibrated_tree(rows, n_nodes)
+    best = max(hits(paths, rows) for paths in CANDIDATES[n_nodes])
+    assert hits(tree.paths, rows) == best
+    assert expected_tokens(tree, prefix_counts(rows)) == pytest.approx(1 + best / len(rows))
+
+
+@laws
+@given(rank_data(max_depth=3, n_ranks=3), st.integers(2, 12))
+def test_calibrated_tree_takes_the_most_frequent_prefixes_and_breaks_ties_to_the_shorter_then_lower(rows, n_nodes):
+    prefixes = {row[:depth] for row in rows for depth in range(1, len(row) + 1)}
+    frequency = {prefix: sum(row[: len(prefix)] == prefix for row in rows) for prefix in prefixes}
+    best = sorted(prefixes, key=lambda prefix: (-frequency[prefix], len(prefix), prefix))[: n_nodes - 1]
+    tree = calibrated_tree(rows, n_nodes)
+    assert len(tree) == min(n_nodes, len(prefixes) + 1), "the root counts"
+    assert set(tree.paths[1:]) == set(best)
+    assert calibrated_tree(random.Random(0).sample(rows, len(rows)), n_nodes) == tree, "the order of the positions is nothing"
+
+
+def test_calibrated_tree_breaks_ties_to_the_shorter_then_to_the_lower_ranks():
+    assert calibrated_tree([(0, 0), (1, 1)], 3).paths == ((), (0,), (1,))
+    assert calibrated_tree([(2, 0), (1, 0)], 2).paths == ((), (1,))
+    assert calibrated_tree([(1, 1), (0, 1), (0, 0), (1, 0)], 4).paths == ((), (0,), (1,), (0, 0))
+
+
+def test_calibrated_tree_assumes_no_independence():
+    """The marginals would prefer [0, 1] (0.6 * 0.6) to [1, 1] (0.4 * 0.6); jointly [1, 1] came twice as often."""
+    rows = [(0, 1)] * 2 + [(0, 2)] * 2 + [(0, 3)] * 2 + [(1, 1)] * 4
+    assert calibrated_tree(rows, 4).paths == ((), (0,), (1,), (1, 1))
+
+
+def test_calibrated_tree_takes_counts_as_well_as_rows():
+    rows = [(0, 0), (0, 1), (1, 0)]
+    assert calibrated_tree(prefix_counts(rows), 4) == calibrated_tree(iter(rows), 4)
+
+
+@pytest.mark.parametrize("rows, n_nodes", [([(0, 0)], 1), ([(0, 0)], 0), ([], 4), ([()], 4)])
+def test_calibrated_tree_refuses_a_tree_without_guesses(rows, n_nodes):
+    with pytest.raises(ValueError, match=f"n_nodes = {n_nodes}"):
+        calibrated_tree(rows, n_nodes)
+
+
+@laws
+@given(rank_data(max_depth=3, n_ranks=3))
+def test_prefix_counts_equal_brute_force(rows):
+    counts = prefix_counts(rows)
+    assert counts[()] == len(rows)
+    assert counts == Counter(row[:depth] for depth in range(4) for row in rows if depth <= len(row))
+
+
+@laws
+@given(rank_data(max_depth=3, n_ranks=4), trees(max_depth=3))
+def test_expected_tokens_is_the_mean_of_what_each_position_would_have_emitted(rows, tree):
+    assert expected_tokens(tree, prefix_counts(rows)) == pytest.approx(1 + hits(tree.paths, rows) / len(rows))
+
+
+halves = st.integers(1, 6).map(lambda n: Fraction(n, 2))
+costs = st.dictionaries(st.integers(1, 20), halves, min_size=1, max_size=5)
+
+
+def straight_line(points: dict, x: int) -> Fraction:
+    """Interpolation from its definition."""
+    known = sorted(points)
+    if x <= known[0]:
+        return points[known[0]]
+    for left, right in zip(known, known[1:]):
+        if left <= x <= right:
+            share = Fraction(x - left, right - left)
+            return (1 - share) * points[left] + share * points[right]
+    return points[known[-1]]
+
+
+@laws
+@given(costs, st.integers(-3, 25))
+def test_interpolation_is_a_straight_line_between_neighbours_and_constant_outside(points, x):
+    assert interpolate(points, x) == straight_line(points, x)
+
+
+@laws
+@given(costs, st.lists(st.integers(1, 4), min_size=21, max_size=21), st.none() | st.lists(st.integers(1, 20), min_size=1))
+def test_choose_size_equals_brute_force_and_takes_the_smallest_of_equals(cost, gains, sizes):
+    expected = [Fraction(gain) for gain in gains]  # few values, and costs with plateaus: many ties
+    choice = choose_size(expected.__getitem__, cost, sizes)
+    allowed = sorted(sizes) if sizes else list(range(min(cost), max(cost) + 1))
+    values = {n: expected[n] / straight_line(cost, n) for n in allowed}
+    assert choice == min(n for n in allowed if values[n] == max(values.values()))
+
+
+def test_choose_size_grows_along_a_plateau_of_the_cost_and_stops_where_it_ends():
+    cost = {1: 1.0, 16: 1.0, 32: 4.0}
+    assert choose_size(lambda n: 1 + math.log(n), cost) == 16
+    assert choose_size(lambda n: 1.0, cost) == 1
+    assert choose_size(lambda n: 1 + math.log(n), cost, sizes=iter([32, 8, 4])) == 8
+
+
+@pytest.mark.parametrize("cost", [{}, {1: 0.0}, {1: 1.0, 2: -1.0}])
+def test_choose_size_refuses_costs_that_are_none(cost):
+    with pytest.raises(ValueError, match="cost"):
+        choose_size(lambda n: n, cost)
+
+
+@laws
+@given(trees(), st.integers(0, 6))
+def test_cut_keeps_the_shallow_nodes_in_their_order(tree, depth):
+    cut = tree.cut(depth)
+    assert cut.paths == tuple(path for path in tree.paths if len(path) <= depth)
+    assert max(cut.depths) == min(depth, max(tree.depths))
+
+
+@laws
+@given(trees())
+def test_render_shows_each_node_once_below_its_parent(tree):
+    lines = tree.render().splitlines()
+    assert lines[0] == "0 root" and len(lines) == len(tree)
+    above, parents = {0: 0}, {0: -1}  # above: depth -> the last node drawn at that depth
+    for line in lines[1:]:
+        indent, node, head, guess = re.fullmatch(r"([|` -]*)(\d+) head (\d+), guess (\d+)", line).groups()
+        node, depth = int(node), len(indent) // 3
+        assert node not in parents
+        assert int(head) == depth == tree.depths[node] and int(guess) == tree.ranks[node]
+        parents[node], above[depth] = above[depth - 1], node
+    assert parents == dict(enumerate(tree.parents))
+
+
+def test_render_draws_the_branches():
+    drawing = Tree((-1, 0, 0, 1, 2), (-1, 0, 2, 1, 0)).render()
+    assert drawing.splitlines() == [
+        "0 root",
+        "|- 1 head 1, guess 0",
+        "|  `- 3 head 2, guess 1",
+        "`- 2 head 1, guess 2",
+        "   `- 4 head 2, guess 0",
+    ]

@@ -1,0 +1,448 @@
+"""Training: a base model, text that it writes itself, and Medusa heads for it.
+
+    python train.py --mode base      a small Llama from nothing: tokenizer, then next-token cross-entropy
+    python train.py --mode distill   continuations of seed prompts, sampled from the base model  (paper, "Self-distillation")
+    python train.py --mode medusa1   heads on the frozen base  (paper, "Medusa-1"), then the tree is calibrated
+
+Without other flags medusa1 trains heads for the shipped base in data/base, on text distilled from it. Every mode has its own
+flags: `python train.py --mode MODE --help`. Dimension key: B rows, T tokens, D model width, V vocabulary, K heads.
+"""
+import argparse
+import hashlib
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data.corpus import cache_directory, documents, pack, package_documents
+from data.tokenizer import Tokenizer, train_tokenizer
+from medusa import MedusaConfig, MedusaHeads, Sampling, base_distribution, draw, medusa_loss
+from model import GPT, ModelConfig, read_safetensors, write_json, write_safetensors
+from tree import calibrated_tree, expected_tokens, prefix_counts
+
+
+def option(default, help: str, **more):
+    """A field of a config dataclass that becomes a flag of the command line."""
+    metadata = {"help": help} | more
+    return field(default_factory=lambda: list(default), metadata=metadata) if isinstance(default, list) else field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Common:
+    base: str = option("data/base", "directory of the base model")
+    out: str = option("", "directory to write; default out/MODE")
+    text: list[str] = option([], "UTF-8 files to use in place of the Python standard library")
+    seed: int = option(0, "seed of all that is random")
+    device: str = option("auto", "auto, cpu, cuda or mps")
+    precision: str = option("auto", "mixed precision: bfloat16 or float32; auto takes the faster one", choices=("auto", "float32", "bfloat16"))
+
+
+@dataclass(frozen=True)
+class Fit(Common):
+    steps: int = option(220, "optimiser steps")
+    batch: int = option(32, "rows in a batch")
+    context: int = option(256, "tokens in a row")
+    lr: float = option(2e-3, "peak learning rate, reached after the warm-up and then lowered to 0 along a cosine")
+    warmup: int = option(20, "steps of linear warm-up")
+    weight_decay: float = option(0.1, "AdamW weight decay, of matrices only")
+    clip: float = option(1.0, "largest norm of the gradient")
+
+
+@dataclass(frozen=True)
+class BaseConfig(Fit):
+    """A Llama from nothing. Its validation text is never trained on, and the tokenizer learns from the training side alone."""
+
+    out: str = option("out/base", "directory to write")
+    packages: list[str] = option([], "installed packages whose Python sources join the training text; their share fades to 0 towards the end")
+    vocab_size: int = option(ModelConfig.vocab_size, "pieces of the tokenizer")
+    hidden_size: int = option(ModelConfig.hidden_size, "model width")
+    intermediate_size: int = option(ModelConfig.intermediate_size, "width inside the MLP")
+    layers: int = option(ModelConfig.num_hidden_layers, "blocks")
+    heads: int = option(ModelConfig.num_attention_heads, "attention heads")
+    kv_heads: int = option(ModelConfig.num_key_value_heads, "key/value heads")
+    steps: int = option(5300, "optimiser steps")
+    batch: int = option(4, "rows in a batch")
+    context: int = option(1024, "tokens in a row, and the longest context of the model")
+    warmup: int = option(150, "steps of linear warm-up")
+
+
+@dataclass(frozen=True)
+class DistillConfig(Common):
+    """Text of the base's own: windows of the corpus as prompts, continued by sampling. Only the continuation carries loss."""
+
+    out: str = option("", "directory to write; default: in the cache, under a name that depends on all settings")
+    shards: int = option(24, "files to write; one that exists is kept, so that a stopped run goes on where it was")
+    rows: int = option(256, "rows in a shard, sampled together")
+    prompt_tokens: int = option(32, "tokens of a prompt")
+    new_tokens: int = option(224, "tokens sampled behind each prompt, at most: a row ends with its document")
+    temperature: float = option(0.7, "sampling temperature")
+    top_p: float = option(1.0, "nucleus")
+
+
+@dataclass(frozen=True)
+class Medusa1Config(Fit):
+    """L = sum_k decay^k CE(head_probs_k at t, token t+k+1) on the frozen base."""
+
+    out: str = option("out/heads", "directory to write")
+    data: str = option("distilled", "text to train on: distilled from the base, or the corpus itself", choices=("distilled", "corpus"))
+    distilled: str = option("", "a directory that --mode distill wrote; default: its defaults are used, made now if they are not in the cache")
+    num_heads: int = option(MedusaConfig.num_heads, "K, heads to train")
+    num_hidden_layers: int = option(MedusaConfig.num_hidden_layers, "residual layers of a head")
+    original_lm_head: bool = option(MedusaConfig.original_lm_head, "share the base's LM head; --no-original-lm-head gives each head its own")
+    decay: float = option(0.8, "weight of head k's loss is decay^k")
+
+
+MODES = {"base": BaseConfig, "distill": DistillConfig, "medusa1": Medusa1Config}
+
+
+# ---- the command line, generated from the dataclasses ----
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Errors in one line, exit code 2."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def add_options(parser: argparse.ArgumentParser, config: type) -> None:
+    for f in fields(config):
+        default = f.default if f.default is not MISSING else f.default_factory()
+        flag, more = "--" + f.name.replace("_", "-"), {key: value for key, value in f.metadata.items() if key != "help"}
+        if isinstance(default, bool):
+            more["action"] = argparse.BooleanOptionalAction
+        elif isinstance(default, list):
+            more["nargs"] = "+"
+        else:
+            more["type"] = type(default)
+        text = f.metadata["help"] + ("" if default in ("", []) else f" (default: {default})")
+        parser.add_argument(flag, default=default, help=text.replace("%", "%%"), **more)
+
+def run(main: Callable[[], None]) -> None:
+    """Call main; what the user can mend ends in one line and exit code 2."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of matmuls in training: `auto` is bfloat16 where a large matmul is faster in it than in float32."""
+    if name != "auto" or device.type == "mps":
+        return torch.float32 if name == "auto" else getattr(torch, name)
+    times = {}
+    for dtype in (torch.float32, torch.bfloat16) * 2:  # the first round warms up
+        x = torch.ones(2048, 512, dtype=dtype, device=device)
+        start = time.perf_counter()
+        (x @ x[:512].mT).sum().item()
+        times[dtype] = time.perf_counter() - start
+    return min(times, key=times.get)
+
+
+# ---- optimisation, the same in every mode ----
+
+
+def learning_rate(step: int, config: Fit) -> float:
+    """Linear warm-up, then a cosine down to 0 at the last step."""
+    return config.lr * min(1, (step + 1) / config.warmup) * (1 + math.cos(math.pi * step / config.steps)) / 2
+
+
+def fit(module: nn.Module, loss_of_step: Callable[[int], tuple[Tensor, dict]], config: Fit, device: torch.device, dtype: torch.dtype) -> None:
+    """AdamW on the module's parameters. loss_of_step(step) -> the loss, and figures for the progress bar."""
+    parameters = list(module.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1 and p.shape[-2] > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1 or p.shape[-2] == 1], "weight_decay": 0.0},  # gains and biases
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
+    module.train()
+    bar = tqdm(range(config.steps), desc=f"training {type(module).__name__}", unit="step", mininterval=1)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss, figures = loss_of_step(step)
+        if not math.isfinite(loss.item()):
+            raise ValueError(f"the loss is {loss.item()} at step {step}: try a lower --lr or --precision float32")
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, config.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.3f}", **figures)
+    module.eval()
+
+
+def windows(tokens: Tensor, n: int, length: int, generator: torch.Generator) -> Tensor:
+    """n windows (n, length) at random places of a packed text (tokens,)."""
+    if len(tokens) <= length:
+        raise ValueError(f"the text has {len(tokens)} tokens, fewer than a row of {length}: give more text or a smaller --context")
+    starts = torch.randint(len(tokens) - length, (n, 1), generator=generator)  # (n, 1)
+    return tokens[starts + torch.arange(length)].long()  # (n, length)
+
+
+def packed(texts: list[str], tokenizer: Tokenizer) -> Tensor:
+    return torch.from_numpy(pack(texts, tokenizer).astype("int32"))
+
+
+@torch.inference_mode()
+def bits_per_byte(model: GPT, tokens: Tensor, n_bytes: int) -> float:
+    """Compression of a packed text (tokens,): bits per byte of its UTF-8. Every token is scored once, with at least half a context before it."""
+    device, context = model.lm_head.weight.device, model.config.max_position_embeddings
+    nats = 0.0
+    for start in range(0, len(tokens) - 1, context // 2):
+        window = tokens[start : start + context + 1].long().to(device)
+        fresh = 0 if start == 0 else context - context // 2  # what the window before has scored
+        if len(window) - 1 <= fresh:
+            break
+        logits = model.lm_head(model(window[None, :-1])[0, fresh:])
+        nats += F.cross_entropy(logits, window[1 + fresh :], reduction="sum").item()
+    return nats / math.log(2) / n_bytes
+
+
+# ---- base ----
+
+
+def train_base(config: BaseConfig) -> None:
+    device = pick_device(config.device)
+    dtype = pick_precision(config.precision, device)
+    texts, held_out = documents(False, config.text), documents(True, config.text)
+    tokenizer = train_tokenizer(texts, config.vocab_size)
+    tokens, held_out_tokens = packed(texts, tokenizer), packed(held_out, tokenizer)
+    sources = [tokens] + ([packed(package_documents(config.packages), tokenizer)] if config.packages else [])
+    torch.manual_seed(config.seed)
+    model = GPT(
+        ModelConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.kv_heads,
+            max_position_embeddings=config.context,
+            bos_token_id=tokenizer.bos,
+            eos_token_id=tokenizer.eos,
+        )
+    ).to(device)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(map(len, sources)):,} tokens of text, {dtype} on {device}")
+    generator = torch.Generator().manual_seed(config.seed)
+
+    def loss_of_step(step: int) -> tuple[Tensor, dict]:
+        from_packages = torch.rand(config.batch, generator=generator) < PACKAGE_SHARE * (1 - step / config.steps)
+        n_packages = int(from_packages.sum()) if config.packages else 0
+        rows = [windows(source, n, config.context + 1, generator) for source, n in zip(sources, (config.batch - n_packages, n_packages)) if n]
+        rows = torch.cat(rows).to(device)  # (B, T+1)
+        logits = model.lm_head(model(rows[:, :-1]))  # (B, T, V)
+        return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten()), {}
+
+    fit(model, loss_of_step, config, device, dtype)
+    tokenizer.save(config.out)
+    model.save_pretrained(config.out, torch.float16)
+    bits = bits_per_byte(GPT.from_pretrained(config.out, device=device), held_out_tokens, sum(len(text.encode()) for text in held_out))
+    print(f"{config.out}: {bits:.3f} bits per byte on held-out text, in {directory_size(config.out):,} bytes")
+    print(f"next: python train.py --mode medusa1 --base {config.out}")
+
+
+PACKAGE_SHARE = 0.8  # of the rows at the first step; it fades to 0 at the last
+
+
+def directory_size(directory) -> int:
+    return sum(path.stat().st_size for path in Path(directory).iterdir())
+
+
+# ---- distill ----
+
+
+@torch.inference_mode()
+def sample_rows(model: GPT, prompts: Tensor, n_new: int, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Continue all prompts (R, P) by up to n_new tokens: tokens (R, P + n_new), and True where a sampled token stands.
+
+    A row ends after EOS and leaves the batch; what stands behind its end is no text and carries no loss.
+    """
+    R, P = prompts.shape
+    tokens = torch.cat((prompts, torch.zeros(R, n_new, dtype=torch.long, device=prompts.device)), dim=1)  # (R, P + n_new)
+    carries = torch.zeros_like(tokens, dtype=torch.bool)
+    cache = model.new_cache(P + n_new, batch=R)
+    rows, new = torch.arange(R, device=prompts.device), prompts  # the rows still alive, and their tokens to feed
+    for position in range(P, P + n_new):
+        base_probs = base_distribution(model.lm_head(model(new, cache=cache)[:, -1]), sampling)  # (alive, V)
+        noise = torch.empty_like(base_probs).exponential_(generator=generator)
+        new = draw(base_probs, noise)[:, None]  # (alive, 1)
+        tokens[rows, position], carries[rows, position] = new[:, 0], True
+        alive = new[:, 0] != model.config.eos_token_id
+        if not alive.all():
+            rows, new = rows[alive], new[alive]
+            cache.keep_batch(alive.nonzero()[:, 0])
+        if len(rows) == 0:
+            break
+    return tokens, carries
+
+
+def distill(config: DistillConfig) -> Path:
+    """Write config.shards shards of training rows and one of validation rows; returns their directory."""
+    device = pick_device(config.device)
+    dtype = pick_precision(config.precision, device)
+    tokenizer = Tokenizer.load(config.base)
+    model = GPT.from_pretrained(config.base, dtype, device)
+    if config.prompt_tokens + config.new_tokens > model.config.max_position_embeddings:
+        raise ValueError(f"--prompt-tokens + --new-tokens is more than the base's context of {model.config.max_position_embeddings}")
+    sides = {name: packed(documents(name == "validation", config.text), tokenizer) for name in ("train", "validation")}
+    directory = Path(config.out) if config.out else cache_directory() / f"distilled-{distill_digest(config, sides['train'])}"
+    directory.mkdir(parents=True, exist_ok=True)
+    shards = [("validation", 0, t) for t in CALIBRATION_TEMPERATURES] + [("train", i, config.temperature) for i in range(config.shards)]
+    for number, (side, i, temperature) in enumerate(tqdm(shards, desc="distilling", unit="shard")):
+        path = directory / (f"train-{i:05d}.safetensors" if side == "train" else f"validation-{temperature}.safetensors")
+        if not path.exists():
+            generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + number)
+            prompts = windows(sides[side], config.rows, config.prompt_tokens, torch.Generator().manual_seed(config.seed * 1_000_003 + i))
+            sampling = Sampling(temperature, top_p=config.top_p)
+            tokens, carries = sample_rows(model, prompts.to(device), config.new_tokens, sampling, generator)
+            write_safetensors(path, {"tokens": tokens.int().cpu(), "loss": carries.cpu()})
+    return directory
+
+
+CALIBRATION_TEMPERATURES = (0.0, 0.7, 1.0)
+
+
+def distill_digest(config: DistillConfig, prompts: Tensor) -> str:
+    """Names a set of shards by all that shapes it."""
+    settings = {name: value for name, value in asdict(config).items() if name not in ("base", "out", "shards", "text", "device", "precision")}
+    content = repr(settings).encode() + (Path(config.base) / "model.safetensors").read_bytes() + prompts.numpy().tobytes()
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def read_shards(directory: Path, pattern: str) -> tuple[Tensor, Tensor]:
+    """tokens (R, T) long and loss (R, T) bool of all shards whose name matches."""
+    shards = [read_safetensors(path) for path in sorted(directory.glob(pattern))]
+    if not shards:
+        raise ValueError(f"{directory}: no {pattern} there; make it with python train.py --mode distill --out {directory}")
+    return torch.cat([shard["tokens"] for shard in shards]).long(), torch.cat([shard["loss"] for shard in shards])
+
+
+# ---- medusa1 ----
+
+
+@torch.inference_mode()
+def head_ranks(model: GPT, heads: MedusaHeads, tokens: Tensor, carries: Tensor, rows: int = 16) -> Tensor:
+    """The rank (0 is the likeliest) that each head gave to the token that came: (n, K), at positions whose K targets all carry loss."""
+    K, T = heads.config.num_heads, tokens.shape[1]
+    ranks = []
+    for row, mask in zip(tokens.split(rows), carries.split(rows)):
+        logits = heads(model(row), model.lm_head)[:, :, : T - K - 1]  # (K, B, T-K-1, V)
+        targets = torch.stack([row[:, k + 1 : T - K + k] for k in range(1, K + 1)])  # (K, B, T-K-1): head k at t guesses token t+k+1
+        valid = torch.stack([mask[:, k + 1 : T - K + k] for k in range(0, K + 1)]).all(0)  # (B, T-K-1), the root's own target too
+        target_logits = logits.gather(-1, targets[..., None])  # (K, B, T-K-1, 1)
+        ranks.append((logits > target_logits).sum(-1)[:, valid].T.cpu())  # (n, K)
+    return torch.cat(ranks)
+
+
+def calibrate(model: GPT, heads: MedusaHeads, rows_of: dict[str, tuple[Tensor, Tensor]]) -> dict:
+    """The content of calibration.json: for each temperature the counts of rank prefixes, and each head's accuracy."""
+    report = {}
+    for temperature, (tokens, carries) in rows_of.items():
+        ranks = head_ranks(model, heads, tokens.to(model.lm_head.weight.device), carries.to(model.lm_head.weight.device))
+        counts = prefix_counts(ranks.tolist())
+        common = sorted((path for path in counts if path), key=lambda path: (-counts[path], len(path), path))[:CALIBRATION_PREFIXES]
+        report[temperature] = {
+            "positions": len(ranks),
+            "top1": [round((ranks[:, k] < 1).double().mean().item(), 4) for k in range(ranks.shape[1])],
+            "top5": [round((ranks[:, k] < 5).double().mean().item(), 4) for k in range(ranks.shape[1])],
+            "prefixes": [[list(path), counts[path]] for path in common],
+        }
+    return report
+
+
+CALIBRATION_PREFIXES = 256
+
+
+def train_medusa1(config: Medusa1Config) -> None:
+    device = pick_device(config.device)
+    dtype = pick_precision(config.precision, device)
+    tokenizer = Tokenizer.load(config.base)
+    model = GPT.from_pretrained(config.base, device=device).requires_grad_(False)
+    shards = Path(config.distilled) if config.distilled else distill(
+        DistillConfig(base=config.base, text=config.text, seed=config.seed, device=config.device, precision=config.precision)
+    )
+    held_out = {str(t): read_shards(shards, f"validation-{t}.safetensors") for t in CALIBRATION_TEMPERATURES}
+    generator = torch.Generator().manual_seed(config.seed)
+    if config.data == "distilled":
+        rows, loss_mask = read_shards(shards, "train-*.safetensors")
+        order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(-(-config.steps * config.batch // len(rows)))])
+    else:
+        corpus = packed(documents(False, config.text), tokenizer)
+    heads_config = MedusaConfig(model.config.hidden_size, model.config.vocab_size, config.num_heads, config.num_hidden_layers, config.original_lm_head)
+    heads = MedusaHeads(heads_config, model.lm_head).to(device)
+    print(f"{sum(p.numel() for p in heads.parameters()):,} parameters in {config.num_heads} heads, {dtype} on {device}")
+
+    def loss_of_step(step: int) -> tuple[Tensor, dict]:
+        if config.data == "distilled":
+            chosen = order[step * config.batch : (step + 1) * config.batch]
+            tokens, mask = rows[chosen].to(device), loss_mask[chosen].to(device)  # (B, T)
+        else:
+            tokens, mask = windows(corpus, config.batch, config.context, generator).to(device), None
+        with torch.no_grad():
+            hidden = model(tokens)  # (B, T, D)
+        loss, per_head = medusa_loss(heads(hidden, model.lm_head), tokens, mask, config.decay)
+        return loss, {"heads": " ".join(f"{value:.2f}" for value in per_head.tolist())}
+
+    fit(heads, loss_of_step, config, device, dtype)
+    calibration = calibrate(model, heads, held_out)
+    heads.save_pretrained(config.out)
+    write_json(Path(config.out) / "calibration.json", calibration)
+    report(config, calibration)
+
+
+def report(config: Medusa1Config, calibration: dict) -> None:
+    """Print what training reached, on rows continued from held-out prompts."""
+    for temperature, result in calibration.items():
+        accuracy = "   ".join(f"head {k}: {a:.1%} / {b:.1%}" for k, (a, b) in enumerate(zip(result["top1"], result["top5"]), start=1))
+        print(f"temperature {temperature}, top-1 / top-5 on held-out rows:   {accuracy}")
+        counts = read_prefixes(result)
+        sizes = {n: expected_tokens(calibrated_tree(counts, n), counts) for n in (4, 8, 16, 32)}
+        print("   expected tokens/step: " + "   ".join(f"{tokens:.2f} with {n} nodes" for n, tokens in sizes.items()))
+    print(f"next: python sample.py --base {config.base} --heads {config.out}")
+
+
+def read_prefixes(result: dict) -> Counter:
+    """The prefix counts of one temperature in calibration.json."""
+    return Counter({tuple(path): count for path, count in result["prefixes"]}) + Counter({(): result["positions"]})
+
+
+def main() -> None:
+    chooser = OneLineParser(add_help=False)
+    chooser.add_argument("--mode", choices=MODES, default="medusa1")
+    mode = chooser.parse_known_args()[0].mode
+    parser = OneLineParser(description=MODES[mode].__doc__, formatter_class=argparse.HelpFormatter)
+    parser.add_argument("--mode", choices=MODES, default="medusa1", help="what to do; the flags below are those of this mode (default: medusa1)")
+    add_options(parser, MODES[mode])
+    arguments = vars(parser.parse_args())
+    config = MODES[arguments.pop("mode")](**arguments)
+    if mode == "base":
+        train_base(config)
+    elif mode == "distill":
+        print(f"next: python train.py --mode medusa1 --base {config.base} --distilled {distill(config)}")
+    else:
+        train_medusa1(config)
+
+
+if __name__ == "__main__":
+    run(main)
