@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 
@@ -309,4 +309,4 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def write_safetensors(path: Path, state: dict[str, Tensor]) -> None:
-    write_atomically(Path(path), lambda temporary: save_file(state, temporary, metadata={"format": "pt"}))
+    write_atomically(Path(path), lambda temporary: temporary.write_bytes(save(state, metadata={"format": "pt"})))
