@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data.tokenizer import Tokenizer
+from model import write_atomically
 
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 VALIDATION_SHARE = 20  # one file in so many is held out
@@ -50,9 +51,12 @@ def package_documents(packages: list[str]) -> list[str]:
     """The Python sources of installed packages. For training only."""
     documents = []
     for package in packages:
-        spec = importlib.util.find_spec(package)
+        try:
+            spec = importlib.util.find_spec(package)
+        except (ModuleNotFoundError, ValueError):  # a.b where a is missing; a name that no package can have
+            spec = None
         if spec is None or not spec.submodule_search_locations:
-            raise ValueError(f"package {package} is not installed: install it or leave it out of --packages")
+            raise ValueError(f"--packages: package {package} is not installed: install it or leave it out")
         documents += python_files(Path(spec.submodule_search_locations[0])).values()
     return documents
 
@@ -89,12 +93,16 @@ def pack(documents: list[str], tokenizer: Tokenizer) -> np.ndarray:
     for text in documents:
         digest.update(len(text).to_bytes(8, "big") + text.encode())
     path = cache_directory() / f"tokens-{digest.hexdigest()[:16]}.npy"
-    if path.exists():
+    try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, EOFError, ValueError):  # not there, or broken: made (again) from the documents
+        path.parent.mkdir(parents=True, exist_ok=True)
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     tokens = np.concatenate([np.array([tokenizer.bos, *tokenizer.encode(text), tokenizer.eos], dtype) for text in documents])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.npy")
-    np.save(temporary, tokens)
-    os.replace(temporary, path)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.save(file, tokens)
+
+    write_atomically(path, write)
     return tokens

@@ -3,11 +3,12 @@
 BPE with byte fallback, identity normalisation, no dummy prefix; newlines may stand inside pieces, digits stay single.
 """
 import io
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import sentencepiece
+
+from model import write_atomically
 
 META_SPACE = "\u2581"  # SentencePiece writes a space as this character, so the character itself must go in as bytes
 
@@ -17,7 +18,8 @@ class Tokenizer:
 
     def __init__(self, model: bytes):
         self.model = model
-        self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.processor = sentencepiece.SentencePieceProcessor()
+        self.processor.load_from_serialized_proto(model)  # unlike the constructor it refuses an empty model
         self.bos, self.eos = self.processor.bos_id(), self.processor.eos_id()
         self.vocab_size = self.processor.vocab_size()
         self._meta_space = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()]
@@ -33,9 +35,7 @@ class Tokenizer:
     def save(self, directory) -> None:
         path = Path(directory) / "tokenizer.model"
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_bytes(self.model)
-        os.replace(temporary, path)
+        write_atomically(path, lambda temporary: temporary.write_bytes(self.model))
 
     def encode(self, text: str) -> list[int]:
         first, *rest = (self.processor.encode(part) for part in text.split(META_SPACE))
