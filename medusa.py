@@ -170,32 +170,32 @@ def base_distribution(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 class NoiseAhead:
-    """The randomness of the positions to come: a row (V,) of exponential variates for each, made in the order of the text.
+    """The randomness of the positions to come: a uniform variate in [0, 1) for each, made in the order of the text.
 
-    Plain decoding and a tree see the same row at the same position, whichever node asks, and so draw the same text from one seed.
+    Plain decoding and a tree see the same variate at the same position, whichever node asks, and so draw the same text from one seed.
     """
 
     def __init__(self, like: Tensor, sampling: Sampling, generator: torch.Generator | None):
-        vocab_size = like.shape[0]
-        self.row = torch.empty(vocab_size, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-        self.off, self.generator, self.rows = sampling.temperature == 0, generator, []
+        self.made = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device, "generator": generator}
+        self.off, self.ahead = sampling.temperature == 0, []
 
     def at(self, depths: Sequence[int]) -> Tensor | None:
-        """The rows of the positions `depths` ahead of the next token's, (N, V); None when nothing is drawn."""
+        """The variates of the positions `depths` ahead of the next token's, (N, 1); None when nothing is drawn."""
         if self.off:
             return None
-        while len(self.rows) <= max(depths):
-            self.rows.append(torch.empty_like(self.row).exponential_(generator=self.generator))
-        return torch.stack([self.rows[depth] for depth in depths])
+        while len(self.ahead) <= max(depths):
+            self.ahead.append(torch.rand(1, **self.made))
+        return torch.stack([self.ahead[depth] for depth in depths])
 
     def advance(self, n: int) -> None:
         """The text has grown by n tokens."""
-        del self.rows[:n]
+        del self.ahead[:n]
 
 
 def draw(base_probs: Tensor, noise: Tensor) -> Tensor:
-    """argmax_x base_probs(x) / noise(x), (..., V) -> (...): a race of exponential clocks, which x wins with probability base_probs(x)."""
-    return (base_probs / noise).argmax(-1)
+    """The inverse of the cumulative distribution at the noise: base_probs (n, V), noise (n, 1) uniform in [0, 1) -> tokens (n,)."""
+    cumulative = base_probs.cumsum(-1)
+    return torch.searchsorted(cumulative, noise * cumulative[:, -1:], right=True)[:, 0]  # right: never a token of probability 0
 
 
 def typical_threshold(base_probs: Tensor, epsilon: float = Sampling.epsilon, delta: float | None = None) -> Tensor:
@@ -207,7 +207,7 @@ def typical_threshold(base_probs: Tensor, epsilon: float = Sampling.epsilon, del
 def accept(tree: Tree, tokens: Tensor, logits: Tensor, sampling: Sampling, noise: Tensor | None = None) -> tuple[list[int], list[int]]:
     """Walk from the root as far as the base model agrees.
 
-    tokens (N,) at the nodes; logits (N, V) of the base model after each node; noise (N, V), needed for temperature > 0: equal rows at
+    tokens (N,) at the nodes; logits (N, V) of the base model after each node; noise (N, 1), needed for temperature > 0: equal at
     equal depths. A child is accepted if its parent is and it passes the rule at its parent; the deepest accepted node wins:
     - greedy and lossless: each node draws its next token; the child that holds its parent's draw passes. The draw of a node
       depends on its path and the noise of its position alone, so the text is the very text that plain decoding draws.

@@ -109,9 +109,12 @@ class Attention(nn.Module):
             keys[:, :, start : start + T] = k
             values[:, :, start : start + T] = v
             k, v = keys[:, :, : start + T], values[:, :, : start + T]  # (B, nkv, S + T, hs)
-        causal = mask is None and T > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.nh != self.nkv)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+        if T == 1 and mask is None:  # a group's queries as rows of one product: its keys and values are read once
+            y = F.scaled_dot_product_attention(q.reshape(B, self.nkv, -1, self.hs), k, v)  # (B, nkv, nh / nkv, hs)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.nh != self.nkv)  # (B, nh, T, hs)
+            y = y.transpose(1, 2)
+        return self.o_proj(y.reshape(B, T, -1))  # (B, T, D)
 
 
 class MLP(nn.Module):

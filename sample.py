@@ -202,13 +202,13 @@ def first_difference(a: list[int], b: list[int]) -> int | None:
 
 @torch.inference_mode()
 def gap_at(model: GPT, prompt: list[int], ours: list[int], plain: list[int], at: int, sampling: Sampling, seed: int) -> float:
-    """How close the two tokens were at which the texts part: the difference of their logits, or of what the draw compares in place of them."""
+    """How near the two were where the texts part: the difference of the two logits, or the distance of the draw from an edge between two tokens."""
     device = model.lm_head.weight.device
     logits = model.lm_head(model(torch.tensor([prompt + plain[:at]], device=device))[0, -1])  # (V,)
-    if sampling.temperature > 0:
-        noise = NoiseAhead(model.lm_head.weight, sampling, torch.Generator(device).manual_seed(seed)).at(range(at + 1))[at]
-        logits = base_distribution(logits, sampling).log() - noise.log()
-    return abs(logits[ours[at]] - logits[plain[at]]).item()
+    if sampling.temperature == 0:
+        return abs(logits[ours[at]] - logits[plain[at]]).item()
+    noise = NoiseAhead(model.lm_head.weight, sampling, torch.Generator(device).manual_seed(seed)).at(range(at + 1))[at]  # (1,)
+    return (base_distribution(logits, sampling).cumsum(-1) - noise).abs().min().item()
 
 
 def compare(ours: Run, plain: Run, difference: str, tree: Tree, why: str) -> str:

@@ -285,7 +285,7 @@ def sample_rows(model: GPT, prompts: Tensor, n_new: int, sampling: Sampling, gen
     rows, new = torch.arange(R, device=prompts.device), prompts  # the rows still alive, and their tokens to feed
     for position in range(P, P + n_new):
         base_probs = base_distribution(model.lm_head(model(new, cache=cache)[:, -1]), sampling)  # (alive, V)
-        noise = torch.empty_like(base_probs).exponential_(generator=generator)
+        noise = torch.rand(len(base_probs), 1, device=base_probs.device, generator=generator)
         new = draw(base_probs, noise)[:, None]  # (alive, 1)
         tokens[rows, position], carries[rows, position] = new[:, 0], True
         alive = new[:, 0] != model.config.eos_token_id

@@ -333,7 +333,7 @@ def accept_redrawing(tree, tokens, logits, sampling, noise=None, generator=None)
     base_probs = base_distribution(logits, sampling)
 
     def draw(rows):
-        return medusa.draw(rows, torch.empty_like(rows).exponential_(generator=generator)).tolist()
+        return medusa.draw(rows, torch.rand(len(rows), 1, dtype=rows.dtype, generator=generator)).tolist()
 
     tries = draw(base_probs[torch.tensor(tree.parents[1:], dtype=torch.long)])
     reached = [0]
@@ -416,13 +416,21 @@ def test_texts_sampled_through_a_tree_pass_a_chi_square_test_and_a_redraw_for_ea
     assert chance < 1e-9 if faulty else chance > 0.01
 
 
-def test_a_draw_wins_with_its_probability():
+def test_a_token_is_drawn_with_its_probability():
     base_probs = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05], dtype=torch.float64)
-    noise = torch.empty(50_000, 5, dtype=torch.float64).exponential_(generator=rng(0))
+    noise = torch.rand(50_000, 1, dtype=torch.float64, generator=rng(0))
     counts = medusa.draw(base_probs.expand(50_000, 5), noise).bincount(minlength=5)
     expected = {token: prob for token, prob in enumerate(base_probs.tolist()) if prob > 0}
     assert counts[1] == 0
     assert chi_square({token: count for token, count in enumerate(counts.tolist()) if count}, expected, 50_000) > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_edges_of_the_noise_draw_tokens_of_nonzero_probability(dtype):
+    base_probs = torch.tensor([[0, 0.5, 0, 0.5, 0], [0, 0, 0.1, 0.2, 0.7], [0.3, 0.6, 0.1, 0, 0]], dtype=dtype)
+    most = 1 - torch.finfo(dtype).eps / 2  # the largest variate that torch.rand makes
+    assert medusa.draw(base_probs, torch.zeros(3, 1, dtype=dtype)).tolist() == [1, 2, 0]
+    assert medusa.draw(base_probs, torch.full((3, 1), most, dtype=dtype)).tolist() == [3, 4, 2]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(1.0, typical=True)])
@@ -468,8 +476,16 @@ def verifications(draw):
     guesses = [torch.randperm(vocab_size, generator=rng(seed + depth)).tolist() for depth in range(max(tree.depths) + 1)]
     tokens = torch.tensor([guesses[depth][rank] for depth, rank in zip(tree.depths, tree.ranks)])
     logits = draw(st.floats(0.1, 4)) * torch.randn(len(tree), vocab_size, generator=rng(seed), dtype=torch.float64)
-    noise = torch.empty(max(tree.depths) + 1, vocab_size, dtype=torch.float64).exponential_(generator=rng(seed))
+    noise = torch.rand(max(tree.depths) + 1, 1, dtype=torch.float64, generator=rng(seed))
     return tree, tokens, logits, noise[list(tree.depths)]
+
+
+def drawn(probs, noise: float) -> int:
+    """The token on whose stretch of [0, 1) the noise falls."""
+    for token, prob in enumerate(probs):
+        if noise < prob:
+            return token
+        noise -= prob
 
 
 def typical_by_hand(tree, tokens, logits, sampling, noise):
@@ -487,8 +503,7 @@ def typical_by_hand(tree, tokens, logits, sampling, noise):
         if likelihood > 0:
             passing.append((len(path), likelihood, path))
     path = max(passing)[2]
-    race = [prob / clock for prob, clock in zip(probs[path[-1]], noise[path[-1]].tolist())]
-    return path, [tokens[node] for node in path[1:]] + [race.index(max(race))]
+    return path, [tokens[node] for node in path[1:]] + [drawn(probs[path[-1]], noise[path[-1]].item())]
 
 
 @settings(laws, max_examples=300)
@@ -505,7 +520,7 @@ def test_greedy_and_lossless_acceptance_follow_the_draws_of_the_nodes(case, temp
     tree, tokens, logits, noise = case
     sampling = Sampling(temperature)
     probs = [distribution(row, temperature) for row in logits.tolist()]
-    draws = [max(range(len(row)), key=lambda x: row[x] / clock[x]) for row, clock in zip(probs, noise.tolist())]
+    draws = [drawn(row, variate) for row, (variate,) in zip(probs, noise.tolist())]
     path = [0]
     while (node := [i for i in range(len(tree)) if tree.parents[i] == path[-1] and tokens[i] == draws[path[-1]]]):
         path += node
@@ -543,7 +558,7 @@ def test_of_equally_deep_paths_the_likeliest_wins(likelier):
     probs[0] = torch.tensor([0.5, 0.25, 0.25] if likelier == 1 else [0.25, 0.5, 0.25])
     if likelier == 2:
         probs[[1, 2]] = probs[[2, 1]]
-    path, _ = accept(tree, tokens, probs.log(), Sampling(1.0, typical=True), torch.ones(5, 3, dtype=torch.float64))
+    path, _ = accept(tree, tokens, probs.log(), Sampling(1.0, typical=True), torch.zeros(5, 1, dtype=torch.float64))
     assert path == [0, likelier, likelier + 2]
 
 
@@ -553,8 +568,8 @@ def test_the_next_root_of_typical_acceptance_is_drawn():
     tokens, logits = torch.tensor([0, 1]), torch.tensor([[0.1, 0.8, 0.1], [0.2, 0.5, 0.3]], dtype=torch.float64).log()
     generator, counts = rng(0), defaultdict(int)
     for _ in range(2000):
-        row = torch.empty(2, 3, dtype=torch.float64).exponential_(generator=generator)
-        path, emitted = accept(tree, tokens, logits, Sampling(1.0, typical=True), row)
+        noise = torch.rand(2, 1, dtype=torch.float64, generator=generator)
+        path, emitted = accept(tree, tokens, logits, Sampling(1.0, typical=True), noise)
         assert path == [0, 1] and emitted[0] == 1
         counts[emitted[1]] += 1
     assert chi_square(counts, {0: 0.2, 1: 0.5, 2: 0.3}, 2000) > 0.01
