@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import GPT, read_json, read_safetensors, write_json, write_safetensors
+from model import GPT, check_sizes, read_json, read_safetensors, write_json, write_safetensors
 from tree import Tree
 
 
@@ -29,6 +29,9 @@ class MedusaConfig:
     num_heads: int = 4
     num_hidden_layers: int = 1
     original_lm_head: bool = True
+
+    def __post_init__(self):
+        check_sizes(self, ["hidden_size", "vocab_size", "num_heads", "num_hidden_layers"])
 
 
 class MedusaHeads(nn.Module):
@@ -58,45 +61,41 @@ class MedusaHeads(nn.Module):
         logits = lm_head(x) if self.lm_heads is None else torch.bmm(x, self.lm_heads.mT)  # (K, n, V)
         return logits.view(K, *hidden.shape[:-1], -1)
 
+    def parts(self) -> dict[str, Tensor]:
+        """Views of the parameters under the names that they have on disk."""
+        K, J = self.config.num_heads, self.config.num_hidden_layers
+        parts = {f"blocks.{k}.layers.{j}.weight": self.weight.detach()[j, k] for k in range(K) for j in range(J)}
+        parts |= {f"blocks.{k}.layers.{j}.bias": self.bias.detach()[j, k, 0] for k in range(K) for j in range(J)}
+        return parts if self.lm_heads is None else parts | {f"lm_heads.{k}.weight": self.lm_heads.detach()[k] for k in range(K)}
+
     def save_pretrained(self, directory) -> None:
         """Write a vLLM Medusa speculator directory: config.json and model.safetensors. A shared LM head stays with the base."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        state = {}
-        for k in range(self.config.num_heads):
-            for j in range(self.config.num_hidden_layers):
-                state[f"blocks.{k}.layers.{j}.weight"] = self.weight[j, k]
-                state[f"blocks.{k}.layers.{j}.bias"] = self.bias[j, k, 0]
-            if self.lm_heads is not None:
-                state[f"lm_heads.{k}.weight"] = self.lm_heads[k]
         constants = {"architectures": ["MedusaModel"], "model_type": "medusa", "medusa_fc_bias": True, "truncated_vocab_size": self.config.vocab_size}
-        write_safetensors(directory / "model.safetensors", {name: t.detach().cpu().contiguous() for name, t in state.items()})
+        write_safetensors(directory / "model.safetensors", {name: part.cpu().contiguous() for name, part in self.parts().items()})
         write_json(directory / "config.json", constants | asdict(self.config))
 
     @classmethod
     def from_pretrained(cls, directory, dtype: torch.dtype = torch.float32, device="cpu") -> "MedusaHeads":
         """Open such a directory. Raises ValueError, naming file and field or tensor, when something is missing or does not fit."""
-        directory = Path(directory)
-        raw = read_json(directory / "config.json")
+        path, weights = Path(directory) / "config.json", Path(directory) / "model.safetensors"
+        raw = read_json(path)
         if raw.get("model_type") != "medusa":
-            raise ValueError(f"{directory / 'config.json'}: model_type is {raw.get('model_type')!r}, not 'medusa': no Medusa heads")
+            raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}, not 'medusa': no Medusa heads")
+        if missing := [name for name in MedusaConfig.__dataclass_fields__ if name not in raw]:
+            raise ValueError(f"{path}: {missing[0]} is missing")
         try:
-            config = MedusaConfig(**{name: raw[name] for name in MedusaConfig.__dataclass_fields__})
-        except KeyError as missing:
-            raise ValueError(f"{directory / 'config.json'}: {missing} is missing") from None
-        heads = cls(config)
-        state = read_safetensors(directory / "model.safetensors")
-        K, J = config.num_heads, config.num_hidden_layers
-        try:
-            with torch.no_grad():
-                for k in range(K):
-                    for j in range(J):
-                        heads.weight[j, k] = state[f"blocks.{k}.layers.{j}.weight"]
-                        heads.bias[j, k, 0] = state[f"blocks.{k}.layers.{j}.bias"]
-                    if heads.lm_heads is not None:
-                        heads.lm_heads[k] = state[f"lm_heads.{k}.weight"]
-        except (KeyError, RuntimeError) as error:
-            raise ValueError(f"{directory / 'model.safetensors'} does not fit its config.json: {error}") from None
+            heads = cls(MedusaConfig(**{name: raw[name] for name in MedusaConfig.__dataclass_fields__}))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        disk = read_safetensors(weights)
+        for name, part in heads.parts().items():
+            if name not in disk:
+                raise ValueError(f"{weights}: tensor {name} is missing")
+            if disk[name].shape != part.shape:
+                raise ValueError(f"{weights}: tensor {name} has shape {tuple(disk[name].shape)}, config.json asks for {tuple(part.shape)}")
+            part.copy_(disk[name])
         return heads.to(device=device, dtype=dtype).eval()
 
 

@@ -38,6 +38,7 @@ class ModelConfig:
     eos_token_id: int | None = 2
 
     def __post_init__(self):
+        check_sizes(self, [f.name for f in fields(self)[:7]])
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(f"hidden_size {self.hidden_size} does not split into {self.num_attention_heads} heads of even size")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -182,6 +183,8 @@ class GPT(nn.Module):
         start = cache.length if cache is not None else 0
         if cache is not None and start + T > cache.capacity:
             raise ValueError(f"the cache holds {cache.capacity} tokens; {start} + {T} do not fit")
+        if positions is None and start + T > len(self.rotary):
+            raise ValueError(f"the context is {len(self.rotary)} tokens; {start} + {T} do not fit")
         turn = self.rotary[start : start + T] if positions is None else self.rotary[positions]  # ([B,] T, 2, 1, hs)
         cos, sin = turn.unbind(-3)  # each ([B,] T, 1, hs)
         if mask is None and start > 0 and T > 1:
@@ -270,7 +273,10 @@ def read_config(path: Path) -> ModelConfig:
         raise ValueError(f"{path}: rope_parameters.rope_type = {rope['rope_type']!r} is not supported here, only 'default'")
     if missing := [f.name for f in fields(ModelConfig) if f.name not in raw]:
         raise ValueError(f"{path}: {missing[0]} is missing")
-    config = ModelConfig(**{f.name: raw[f.name] for f in fields(ModelConfig)})
+    try:
+        config = ModelConfig(**{f.name: raw[f.name] for f in fields(ModelConfig)})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if raw.get("head_dim", config.head_size) not in (config.head_size, None):
         raise ValueError(f"{path}: head_dim = {raw['head_dim']} is not supported here, only hidden_size / num_attention_heads = {config.head_size}")
     return config
@@ -279,13 +285,23 @@ def read_config(path: Path) -> ModelConfig:
 # ---- files: read with a clear error, written atomically ----
 
 
-def read_json(path: Path) -> dict:
+def check_sizes(config, names: list[str]) -> None:
+    for name in names:
+        if type(value := getattr(config, name)) is not int or value < 1:
+            raise ValueError(f"{name} = {value!r}: must be a whole number above 0")
+
+
+def read_json(path: Path, kind: type = dict):
+    """The content of a JSON file; raises ValueError, naming the file, unless it is of this kind, dict or list."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, kind):
+        raise ValueError(f"{path} holds no JSON {'object' if kind is dict else 'list'}")
+    return content
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

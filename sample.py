@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from data.tokenizer import Tokenizer
-from medusa import MedusaHeads, NoiseAhead, Sampling, base_distribution, check_fit, generate as plain_generate, medusa_generate
-from model import GPT, read_json
-from train import OneLineParser, add_options, option, pick_device, read_prefixes, run
+from medusa import ROOT, MedusaHeads, NoiseAhead, Sampling, base_distribution, check_fit, generate as plain_generate, medusa_generate
+from model import GPT, check_sizes, read_json
+from train import OneLineParser, add_options, load_base, option, pick_device, read_prefixes, run
 from tree import Tree, calibrated_tree, cartesian_tree, choose_size, expected_tokens, interpolate, tree_from_paths
 
 DEFAULT_PROMPT = 'class Stack:\n    """A last-in, first-out collection.'
@@ -29,7 +29,7 @@ SIZES = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # trees whose step is timed
 
 @dataclass(frozen=True)
 class SampleConfig:
-    prompt: str = option("", "text to continue; default: the first lines of a class")
+    prompt: str = option(DEFAULT_PROMPT, "text to continue")
     prompt_file: str = option("", "read the prompt from this UTF-8 file")
     max_new_tokens: int = option(192, "tokens to decode")
     temperature: float = option(Sampling.temperature, "0 is greedy")
@@ -44,6 +44,9 @@ class SampleConfig:
     base: str = option("data/base", "directory of the base model")
     heads: str = option("data/heads", "directory of the heads")
 
+    def __post_init__(self):
+        check_sizes(self, ["max_new_tokens"])
+
 
 def sampling_of(config: SampleConfig) -> Sampling:
     """The sampling that the flags ask for; raises ValueError when they contradict each other."""
@@ -57,10 +60,12 @@ def sampling_of(config: SampleConfig) -> Sampling:
 
 
 def read_prompt(config: SampleConfig) -> str:
-    if config.prompt and config.prompt_file:
+    if config.prompt != DEFAULT_PROMPT and config.prompt_file:
         raise ValueError("--prompt and --prompt-file contradict each other: leave one of them out")
     if not config.prompt_file:
-        return config.prompt or DEFAULT_PROMPT
+        if not config.prompt:
+            raise ValueError("--prompt is empty: give at least one character")
+        return config.prompt
     try:
         text = Path(config.prompt_file).read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -108,8 +113,8 @@ def step_costs(model: GPT, heads: MedusaHeads, tree_of: Callable[[int], Tree], p
 def pick_tree(choice: str, model: GPT, heads: MedusaHeads, heads_directory, sampling: Sampling, prompt: list[int]) -> tuple[Tree, str]:
     """The tree that --tree names, and why it has its size."""
     if choice.endswith(".json"):
-        paths = read_json(choice)
-        if not isinstance(paths, list) or not all(isinstance(path, list) and all(type(rank) is int for rank in path) for path in paths):
+        paths = read_json(choice, list)
+        if not all(isinstance(path, list) and all(type(rank) is int for rank in path) for path in paths):
             raise ValueError(f"--tree {choice}: must be a JSON list of rank paths such as [[0], [1], [0, 0]]")
         return tree_from_paths(paths), f"from {choice}"
     if "x" in choice and all(width.isdecimal() for width in choice.split("x")):
@@ -231,12 +236,14 @@ def main() -> None:
     config = SampleConfig(**vars(parser.parse_args()))
     sampling, text = sampling_of(config), read_prompt(config)
     device, dtype = pick_device(config.device), getattr(torch, config.dtype)
-    tokenizer = Tokenizer.load(config.base)
-    model = GPT.from_pretrained(config.base, dtype, device)
+    tokenizer, model = load_base(config.base, dtype, device)
     heads = MedusaHeads.from_pretrained(config.heads, dtype, device)
     prompt = [tokenizer.bos, *tokenizer.encode(text)]
-    check_fit(model, heads, Tree((-1,), (-1,)))
+    check_fit(model, heads, ROOT)
+    if len(prompt) >= model.config.max_position_embeddings:
+        raise ValueError(f"the prompt has {len(prompt)} tokens, the context is {model.config.max_position_embeddings}: shorten the prompt")
     tree, why = pick_tree(config.tree, model, heads, config.heads, sampling, prompt)
+    check_fit(model, heads, tree)
 
     def seeded() -> torch.Generator:
         return torch.Generator(device).manual_seed(config.seed)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data.corpus import cache_directory, documents, pack, package_documents
 from data.tokenizer import Tokenizer, train_tokenizer
 from medusa import MedusaConfig, MedusaHeads, Sampling, base_distribution, draw, medusa_loss
-from model import GPT, ModelConfig, read_safetensors, write_json, write_safetensors
+from model import GPT, ModelConfig, check_sizes, read_safetensors, write_json, write_safetensors
 from tree import calibrated_tree, expected_tokens, prefix_counts
 
 
@@ -54,6 +54,11 @@ class Fit(Common):
     warmup: int = option(20, "steps of linear warm-up")
     weight_decay: float = option(0.1, "AdamW weight decay, of matrices only")
     clip: float = option(1.0, "largest norm of the gradient")
+
+    def __post_init__(self):
+        check_sizes(self, ["steps", "batch", "context", "warmup"])
+        if not self.lr > 0 or not self.clip > 0:
+            raise ValueError("--lr and --clip must be above 0")
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,9 @@ class DistillConfig(Common):
     new_tokens: int = option(224, "tokens sampled behind each prompt, at most: a row ends with its document")
     temperature: float = option(0.7, "sampling temperature")
     top_p: float = option(1.0, "nucleus")
+
+    def __post_init__(self):
+        check_sizes(self, ["shards", "rows", "prompt_tokens", "new_tokens"])
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,7 @@ def add_options(parser: argparse.ArgumentParser, config: type) -> None:
         text = f.metadata["help"] + ("" if default in ("", []) else f" (default: {default})")
         parser.add_argument(flag, default=default, help=text.replace("%", "%%"), **more)
 
+
 def run(main: Callable[[], None]) -> None:
     """Call main; what the user can mend ends in one line and exit code 2."""
     try:
@@ -157,6 +166,14 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
         (x @ x[:512].mT).sum().item()
         times[dtype] = time.perf_counter() - start
     return min(times, key=times.get)
+
+
+def load_base(directory, dtype: torch.dtype = torch.float32, device="cpu") -> tuple[Tokenizer, GPT]:
+    """A base directory's tokenizer and model; raises ValueError if they do not belong together."""
+    tokenizer, model = Tokenizer.load(directory), GPT.from_pretrained(directory, dtype, device)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f"{directory}: tokenizer.model has {tokenizer.vocab_size} pieces, the model {model.config.vocab_size}: not of one base")
+    return tokenizer, model
 
 
 # ---- optimisation, the same in every mode ----
@@ -301,8 +318,7 @@ def distill(config: DistillConfig) -> Path:
     """Write config.shards shards of training rows and one of validation rows; returns their directory."""
     device = pick_device(config.device)
     dtype = pick_precision(config.precision, device)
-    tokenizer = Tokenizer.load(config.base)
-    model = GPT.from_pretrained(config.base, dtype, device)
+    tokenizer, model = load_base(config.base, dtype, device)
     if config.prompt_tokens + config.new_tokens > model.config.max_position_embeddings:
         raise ValueError(f"--prompt-tokens + --new-tokens is more than the base's context of {model.config.max_position_embeddings}")
     sides = {name: packed(documents(name == "validation", config.text), tokenizer) for name in ("train", "validation")}
@@ -330,11 +346,13 @@ def distill_digest(config: DistillConfig, prompts: Tensor) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def read_shards(directory: Path, pattern: str) -> tuple[Tensor, Tensor]:
+def read_shards(directory: Path, pattern: str, vocab_size: int) -> tuple[Tensor, Tensor]:
     """tokens (R, T) long and loss (R, T) bool of all shards whose name matches."""
     shards = [read_safetensors(path) for path in sorted(directory.glob(pattern))]
     if not shards:
         raise ValueError(f"{directory}: no {pattern} there; make it with python train.py --mode distill --out {directory}")
+    if any(shard.keys() != {"tokens", "loss"} or shard["tokens"].max() >= vocab_size for shard in shards):
+        raise ValueError(f"{directory}: {pattern} holds no rows of this base; make them with python train.py --mode distill")
     return torch.cat([shard["tokens"] for shard in shards]).long(), torch.cat([shard["loss"] for shard in shards])
 
 
@@ -377,15 +395,15 @@ CALIBRATION_PREFIXES = 256
 def train_medusa1(config: Medusa1Config) -> None:
     device = pick_device(config.device)
     dtype = pick_precision(config.precision, device)
-    tokenizer = Tokenizer.load(config.base)
-    model = GPT.from_pretrained(config.base, device=device).requires_grad_(False)
+    tokenizer, model = load_base(config.base, device=device)
+    model.requires_grad_(False)
     shards = Path(config.distilled) if config.distilled else distill(
         DistillConfig(base=config.base, text=config.text, seed=config.seed, device=config.device, precision=config.precision)
     )
-    held_out = {str(t): read_shards(shards, f"validation-{t}.safetensors") for t in CALIBRATION_TEMPERATURES}
+    held_out = {str(t): read_shards(shards, f"validation-{t}.safetensors", model.config.vocab_size) for t in CALIBRATION_TEMPERATURES}
     generator = torch.Generator().manual_seed(config.seed)
     if config.data == "distilled":
-        rows, loss_mask = read_shards(shards, "train-*.safetensors")
+        rows, loss_mask = read_shards(shards, "train-*.safetensors", model.config.vocab_size)
         order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(-(-config.steps * config.batch // len(rows)))])
     else:
         corpus = packed(documents(False, config.text), tokenizer)
