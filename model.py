@@ -9,6 +9,7 @@ Dimension key
     nh attention heads     nkv key/value heads       hs  size of one attention head
 """
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -38,7 +39,13 @@ class ModelConfig:
     eos_token_id: int | None = 2
 
     def __post_init__(self):
-        check_sizes(self, [f.name for f in fields(self)[:7]])
+        check_sizes(self, [f.name for f in fields(self) if f.type is int])
+        for name in ("rms_norm_eps", "rope_theta"):
+            if type(value := getattr(self, name)) not in (int, float) or not 0 < value < math.inf:
+                raise ValueError(f"{name} = {value!r}: must be a number above 0")
+        for name in ("bos_token_id", "eos_token_id"):
+            if type(value := getattr(self, name)) is not int and value is not None:
+                raise ValueError(f"{name} = {value!r}: must be one token id, or null")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(f"hidden_size {self.hidden_size} does not split into {self.num_attention_heads} heads of even size")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -89,14 +96,27 @@ def rotary_table(config: ModelConfig) -> Tensor:
     return torch.stack((cos, sin), dim=1).unsqueeze(2).to(torch.get_default_dtype())  # (positions, 2, 1, hs)
 
 
+class Linear(nn.Linear):
+    """x W^T. A few rows go as (W x^T)^T on a CPU: the same product, but its weights are read in the order in which they lie."""
+
+    FEW = 16
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.shape[:-1].numel()
+        if rows > self.FEW or x.device.type != "cpu":
+            return F.linear(x, self.weight)
+        columns = x.reshape(rows, -1) if rows > 1 else torch.cat((x.flatten(), x.flatten())).view(2, -1)  # two are faster than one
+        return (self.weight @ columns.mT).mT[:rows].reshape(*x.shape[:-1], -1)
+
+
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(hs)) v, with q, k, v from one fused matrix."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.nh, self.nkv, self.hs = config.num_attention_heads, config.num_key_value_heads, config.head_size
-        self.qkv_proj = nn.Linear(config.hidden_size, (self.nh + 2 * self.nkv) * self.hs, bias=False)
-        self.o_proj = nn.Linear(self.nh * self.hs, config.hidden_size, bias=False)
+        self.qkv_proj = Linear(config.hidden_size, (self.nh + 2 * self.nkv) * self.hs, bias=False)
+        self.o_proj = Linear(self.nh * self.hs, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache, start: int) -> Tensor:
         B, T, _ = x.shape
@@ -123,8 +143,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
@@ -153,7 +173,7 @@ class GPT(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("rotary", rotary_table(config), persistent=False)
         self.apply(self._init_weights)
         for block in self.layers:  # the residual stream sums 2L branches: keep its variance at 1 (GPT-2)
@@ -264,6 +284,8 @@ def read_config(path: Path) -> ModelConfig:
     """config.json -> ModelConfig. A setting that changes the computation in a way not built here is refused by name."""
     raw = read_json(path)
     rope = raw.get("rope_parameters") or {}  # newer transformers write rope_theta in here
+    if not isinstance(rope, dict):
+        raise ValueError(f"{path}: rope_parameters = {rope!r}: must be an object")
     raw = {"num_key_value_heads": raw.get("num_attention_heads"), "tie_word_embeddings": False, "rope_theta": rope.get("rope_theta", 10000.0)} | raw
     refused = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "model_type": ("llama",), "rope_scaling": (None,)}
     for name, allowed in refused.items():

@@ -6,13 +6,14 @@
 The size of the tree is chosen by measurement: what a step over N nodes costs on this device, against what N nodes would have
 earned on the calibration rows ("choose_size" in tree.py).
 """
+import math
 import os
 import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from train import OneLineParser, add_options, load_base, option, pick_device, re
 from tree import Tree, calibrated_tree, cartesian_tree, choose_size, expected_tokens, interpolate, tree_from_paths
 
 DEFAULT_PROMPT = 'class Stack:\n    """A last-in, first-out collection.'
+MAX_LEAVES = 1024  # of a tree given by widths
 SIZES = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # trees whose step is timed
 
 
@@ -65,6 +67,8 @@ def read_prompt(config: SampleConfig) -> str:
     if not config.prompt_file:
         if not config.prompt:
             raise ValueError("--prompt is empty: give at least one character")
+        if any("\ud800" <= character <= "\udfff" for character in config.prompt):
+            raise ValueError("--prompt is not UTF-8 text: check the terminal's encoding, or use --prompt-file")
         return config.prompt
     try:
         text = Path(config.prompt_file).read_bytes().decode("utf-8")
@@ -80,11 +84,12 @@ def read_prompt(config: SampleConfig) -> str:
 
 def read_calibration(directory, temperature: float) -> Counter:
     """The prefix counts measured at the temperature nearest to this one."""
-    content = read_json(Path(directory) / "calibration.json")
+    path = Path(directory) / "calibration.json"
+    content = read_json(path)
     try:
         return read_prefixes(content[min(content, key=lambda measured: abs(float(measured) - temperature))])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{Path(directory) / 'calibration.json'} is no calibration: {error!r}; train.py --mode medusa1 writes one") from None
+        raise ValueError(f"{path} is no calibration: {error!r}; train.py --mode medusa1 writes one") from None
 
 
 def timed(steps: Iterator[list[int]], n: int) -> list[float]:
@@ -102,12 +107,18 @@ def timed(steps: Iterator[list[int]], n: int) -> list[float]:
 def step_costs(model: GPT, heads: MedusaHeads, tree_of: Callable[[int], Tree], prompt: list[int], rounds: int = 3, steps: int = 5) -> dict[int, float]:
     """{N: median seconds of a whole step over N nodes}, N = 1 being plain decoding; all sizes in turn, so that a drift hits all alike."""
     times = {1: []} | {len(tree_of(size)): [] for size in SIZES}
-    prompt = prompt[: model.config.max_position_embeddings - 8 * steps]
-    for round in range(rounds):
-        for size in times:
-            sequence = plain_generate(model, prompt, 8 * steps) if size == 1 else medusa_generate(model, heads, tree_of(size), prompt, 8 * steps)
-            times[size] += timed(sequence, steps)[1:]  # the first step of a tree lays out its plan
-    return {size: statistics.median(measured) for size, measured in times.items() if measured}
+    prompt = prompt[: max(model.config.max_position_embeddings - 8 * steps, 1)]
+    config, model.config = model.config, replace(model.config, eos_token_id=None)  # a text that ends at once would leave nothing to time
+    try:
+        for _ in range(rounds):
+            for size in times:
+                sequence = plain_generate(model, prompt, 8 * steps) if size == 1 else medusa_generate(model, heads, tree_of(size), prompt, 8 * steps)
+                times[size] += timed(sequence, steps)[1:]  # the first step of a tree lays out its plan
+    finally:
+        model.config = config
+    if not all(times.values()):
+        raise ValueError(f"the context of {config.max_position_embeddings} tokens is too short to time trees in: name one with --tree")
+    return {size: statistics.median(measured) for size, measured in times.items()}
 
 
 def pick_tree(choice: str, model: GPT, heads: MedusaHeads, heads_directory, sampling: Sampling, prompt: list[int]) -> tuple[Tree, str]:
@@ -118,7 +129,10 @@ def pick_tree(choice: str, model: GPT, heads: MedusaHeads, heads_directory, samp
             raise ValueError(f"--tree {choice}: must be a JSON list of rank paths such as [[0], [1], [0, 0]]")
         return tree_from_paths(paths), f"from {choice}"
     if "x" in choice and all(width.isdecimal() for width in choice.split("x")):
-        return cartesian_tree([int(width) for width in choice.split("x")]), f"Cartesian, widths {choice}"
+        widths = [int(width) for width in choice.split("x")]
+        if math.prod(widths) > MAX_LEAVES:
+            raise ValueError(f"--tree {choice}: {math.prod(widths)} paths are more than {MAX_LEAVES}: give smaller widths")
+        return cartesian_tree(widths), f"Cartesian, widths {choice}"
     if choice != "auto" and not choice.isdecimal():
         raise ValueError(f"--tree {choice}: neither auto, nor a number of nodes, nor widths such as 4x2x1, nor a .json file")
     counts = read_calibration(heads_directory, sampling.temperature)
@@ -130,7 +144,8 @@ def pick_tree(choice: str, model: GPT, heads: MedusaHeads, heads_directory, samp
         return trees[size]
 
     if choice != "auto":
-        return tree_of(int(choice)), "calibrated, size as asked for"
+        tree = tree_of(int(choice))
+        return tree, "calibrated, size as asked for" if len(tree) == int(choice) else "calibrated, as large as the calibration goes"
     costs = step_costs(model, heads, tree_of, prompt)
     gains = {size: expected_tokens(tree_of(size), counts) * costs[1] / interpolate(costs, size) for size in range(2, max(costs) + 1)}
     size = choose_size(lambda n: expected_tokens(tree_of(n), counts), costs, gains)
@@ -157,7 +172,7 @@ class Printer:
                 continue
             self.pending.append(token)
             text = self.tokenizer.decode(self.pending)
-            if text.endswith("\ufffd") and len(self.pending) < 4:
+            if text.endswith("\ufffd"):
                 continue
             self.pending = []
             colour = self.COLOURS[(depth - 1) % len(self.COLOURS)]

@@ -50,7 +50,7 @@ class Fit(Common):
     steps: int = option(220, "optimiser steps")
     batch: int = option(32, "rows in a batch")
     context: int = option(256, "tokens in a row")
-    lr: float = option(2e-3, "peak learning rate, reached after the warm-up and then lowered to 0 along a cosine")
+    lr: float = option(2e-3, "learning rate: raised linearly in the warm-up, and lowered to 0 along a cosine")
     warmup: int = option(20, "steps of linear warm-up")
     weight_decay: float = option(0.1, "AdamW weight decay, of matrices only")
     clip: float = option(1.0, "largest norm of the gradient")
@@ -84,7 +84,7 @@ class DistillConfig(Common):
     """Text of the base's own: windows of the corpus as prompts, continued by sampling. Only the continuation carries loss."""
 
     out: str = option("", "directory to write; default: in the cache, under a name that depends on all settings")
-    shards: int = option(24, "files to write; one that exists is kept, so that a stopped run goes on where it was")
+    shards: int = option(12, "files to write; one that exists is kept, so that a stopped run goes on where it was")
     rows: int = option(256, "rows in a shard, sampled together")
     prompt_tokens: int = option(32, "tokens of a prompt")
     new_tokens: int = option(224, "tokens sampled behind each prompt, at most: a row ends with its document")
@@ -93,6 +93,7 @@ class DistillConfig(Common):
 
     def __post_init__(self):
         check_sizes(self, ["shards", "rows", "prompt_tokens", "new_tokens"])
+        Sampling(self.temperature, top_p=self.top_p)  # refuses bad values before anything is sampled
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,15 @@ class Medusa1Config(Fit):
 
     out: str = option("out/heads", "directory to write")
     data: str = option("distilled", "text to train on: distilled from the base, or the corpus itself", choices=("distilled", "corpus"))
-    distilled: str = option("", "a directory that --mode distill wrote; default: its defaults are used, made now if they are not in the cache")
+    distilled: str = option("", "a directory that --mode distill wrote; default: the shipped one for the shipped base, else one made now and cached")
     num_heads: int = option(MedusaConfig.num_heads, "K, heads to train")
     num_hidden_layers: int = option(MedusaConfig.num_hidden_layers, "residual layers of a head")
     original_lm_head: bool = option(MedusaConfig.original_lm_head, "share the base's LM head; --no-original-lm-head gives each head its own")
     decay: float = option(0.8, "weight of head k's loss is decay^k")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_sizes(self, ["num_heads", "num_hidden_layers"])
 
 
 MODES = {"base": BaseConfig, "distill": DistillConfig, "medusa1": Medusa1Config}
@@ -150,8 +155,8 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
+        return torch.Generator(torch.zeros(1, device=name).device).device  # some devices hold tensors but draw nothing
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
@@ -180,7 +185,7 @@ def load_base(directory, dtype: torch.dtype = torch.float32, device="cpu") -> tu
 
 
 def learning_rate(step: int, config: Fit) -> float:
-    """Linear warm-up, then a cosine down to 0 at the last step."""
+    """Linear warm-up, times a cosine from 1 at the first step to 0 behind the last."""
     return config.lr * min(1, (step + 1) / config.warmup) * (1 + math.cos(math.pi * step / config.steps)) / 2
 
 
@@ -199,10 +204,10 @@ def fit(module: nn.Module, loss_of_step: Callable[[int], tuple[Tensor, dict]], c
             group["lr"] = learning_rate(step, config)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss, figures = loss_of_step(step)
-        if not math.isfinite(loss.item()):
-            raise ValueError(f"the loss is {loss.item()} at step {step}: try a lower --lr or --precision float32")
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, config.clip)
+        norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+        if not math.isfinite(loss.item() + norm.item()):
+            raise ValueError(f"the loss is {loss.item()} at step {step}, its gradient's norm {norm.item()}: try a lower --lr or --precision float32")
         optimizer.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}", **figures)
@@ -211,9 +216,9 @@ def fit(module: nn.Module, loss_of_step: Callable[[int], tuple[Tensor, dict]], c
 
 def windows(tokens: Tensor, n: int, length: int, generator: torch.Generator) -> Tensor:
     """n windows (n, length) at random places of a packed text (tokens,)."""
-    if len(tokens) <= length:
+    if len(tokens) < length:
         raise ValueError(f"the text has {len(tokens)} tokens, fewer than a row of {length}: give more text or a smaller --context")
-    starts = torch.randint(len(tokens) - length, (n, 1), generator=generator)  # (n, 1)
+    starts = torch.randint(len(tokens) - length + 1, (n, 1), generator=generator)  # (n, 1)
     return tokens[starts + torch.arange(length)].long()  # (n, length)
 
 
@@ -225,10 +230,10 @@ def packed(texts: list[str], tokenizer: Tokenizer) -> Tensor:
 def bits_per_byte(model: GPT, tokens: Tensor, n_bytes: int) -> float:
     """Compression of a packed text (tokens,): bits per byte of its UTF-8. Every token is scored once, with at least half a context before it."""
     device, context = model.lm_head.weight.device, model.config.max_position_embeddings
-    nats = 0.0
-    for start in range(0, len(tokens) - 1, context // 2):
+    nats, hop = 0.0, max(context // 2, 1)
+    for start in range(0, len(tokens) - 1, hop):
         window = tokens[start : start + context + 1].long().to(device)
-        fresh = 0 if start == 0 else context - context // 2  # what the window before has scored
+        fresh = 0 if start == 0 else context - hop  # what the window before has scored
         if len(window) - 1 <= fresh:
             break
         logits = model.lm_head(model(window[None, :-1])[0, fresh:])
@@ -305,7 +310,7 @@ def sample_rows(model: GPT, prompts: Tensor, n_new: int, sampling: Sampling, gen
         noise = torch.rand(len(base_probs), 1, device=base_probs.device, generator=generator)
         new = draw(base_probs, noise)[:, None]  # (alive, 1)
         tokens[rows, position], carries[rows, position] = new[:, 0], True
-        alive = new[:, 0] != model.config.eos_token_id
+        alive = new[:, 0] != (-1 if model.config.eos_token_id is None else model.config.eos_token_id)
         if not alive.all():
             rows, new = rows[alive], new[alive]
             cache.keep_batch(alive.nonzero()[:, 0])
@@ -321,9 +326,9 @@ def distill(config: DistillConfig) -> Path:
     tokenizer, model = load_base(config.base, dtype, device)
     if config.prompt_tokens + config.new_tokens > model.config.max_position_embeddings:
         raise ValueError(f"--prompt-tokens + --new-tokens is more than the base's context of {model.config.max_position_embeddings}")
-    sides = {name: packed(documents(name == "validation", config.text), tokenizer) for name in ("train", "validation")}
-    directory = Path(config.out) if config.out else cache_directory() / f"distilled-{distill_digest(config, sides['train'])}"
-    directory.mkdir(parents=True, exist_ok=True)
+    texts = {name: documents(name == "validation", config.text) for name in ("validation", "train")}
+    sides = {name: packed(side, tokenizer) for name, side in texts.items()}
+    directory = Path(config.out) if config.out else cache_directory() / f"distilled-{distill_digest(config, *sides.values())}"
     shards = [("validation", 0, t) for t in CALIBRATION_TEMPERATURES] + [("train", i, config.temperature) for i in range(config.shards)]
     for number, (side, i, temperature) in enumerate(tqdm(shards, desc="distilling", unit="shard")):
         path = directory / (f"train-{i:05d}.safetensors" if side == "train" else f"validation-{temperature}.safetensors")
@@ -332,18 +337,24 @@ def distill(config: DistillConfig) -> Path:
             prompts = windows(sides[side], config.rows, config.prompt_tokens, torch.Generator().manual_seed(config.seed * 1_000_003 + i))
             sampling = Sampling(temperature, top_p=config.top_p)
             tokens, carries = sample_rows(model, prompts.to(device), config.new_tokens, sampling, generator)
-            write_safetensors(path, {"tokens": tokens.int().cpu(), "loss": carries.cpu()})
+            directory.mkdir(parents=True, exist_ok=True)
+            narrow = torch.int16 if tokenizer.vocab_size <= 1 << 15 else torch.int32
+            write_safetensors(path, {"tokens": tokens.to(narrow).cpu(), "loss": carries.cpu()})
     return directory
 
 
 CALIBRATION_TEMPERATURES = (0.0, 0.7, 1.0)
 
 
-def distill_digest(config: DistillConfig, prompts: Tensor) -> str:
+def distill_digest(config: DistillConfig, *prompts: Tensor) -> str:
     """Names a set of shards by all that shapes it."""
     settings = {name: value for name, value in asdict(config).items() if name not in ("base", "out", "shards", "text", "device", "precision")}
-    content = repr(settings).encode() + (Path(config.base) / "model.safetensors").read_bytes() + prompts.numpy().tobytes()
-    return hashlib.sha256(content).hexdigest()[:16]
+    digest = hashlib.sha256(repr(settings).encode())
+    for name in ("config.json", "model.safetensors"):
+        digest.update((Path(config.base) / name).read_bytes())
+    for tokens in prompts:
+        digest.update(tokens.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def read_shards(directory: Path, pattern: str, vocab_size: int) -> tuple[Tensor, Tensor]:
@@ -351,25 +362,32 @@ def read_shards(directory: Path, pattern: str, vocab_size: int) -> tuple[Tensor,
     shards = [read_safetensors(path) for path in sorted(directory.glob(pattern))]
     if not shards:
         raise ValueError(f"{directory}: no {pattern} there; make it with python train.py --mode distill --out {directory}")
-    if any(shard.keys() != {"tokens", "loss"} or shard["tokens"].max() >= vocab_size for shard in shards):
-        raise ValueError(f"{directory}: {pattern} holds no rows of this base; make them with python train.py --mode distill")
+    for shard in shards:
+        tokens, loss = shard.get("tokens", torch.empty(0)), shard.get("loss", torch.empty(0))
+        fits = len(shard) == 2 and tokens.dim() == 2 and tokens.numel() and not tokens.is_floating_point() and 0 <= tokens.min() and tokens.max() < vocab_size
+        if not fits or loss.dtype != torch.bool or loss.shape != tokens.shape or tokens.shape[1] != shards[0]["tokens"].shape[1]:
+            raise ValueError(f"{directory}: {pattern} holds no rows of this base; make them with python train.py --mode distill")
     return torch.cat([shard["tokens"] for shard in shards]).long(), torch.cat([shard["loss"] for shard in shards])
 
 
 # ---- medusa1 ----
 
 
+def scored(carries: Tensor, K: int) -> Tensor:
+    """(B, T) bool -> (B, T-K-1) bool: positions t of which all tokens that are guessed, t+1 .. t+K+1, carry loss."""
+    return carries[:, 1:].unfold(1, K + 1, 1).all(-1)
+
+
 @torch.inference_mode()
 def head_ranks(model: GPT, heads: MedusaHeads, tokens: Tensor, carries: Tensor, rows: int = 16) -> Tensor:
-    """The rank (0 is the likeliest) that each head gave to the token that came: (n, K), at positions whose K targets all carry loss."""
+    """The rank (0 is the likeliest) that each head gave to the token that came: (n, K), at the positions that are `scored`."""
     K, T = heads.config.num_heads, tokens.shape[1]
     ranks = []
     for row, mask in zip(tokens.split(rows), carries.split(rows)):
-        logits = heads(model(row), model.lm_head)[:, :, : T - K - 1]  # (K, B, T-K-1, V)
-        targets = torch.stack([row[:, k + 1 : T - K + k] for k in range(1, K + 1)])  # (K, B, T-K-1): head k at t guesses token t+k+1
-        valid = torch.stack([mask[:, k + 1 : T - K + k] for k in range(0, K + 1)]).all(0)  # (B, T-K-1), the root's own target too
+        logits = heads(model(row[:, : T - K - 1]), model.lm_head)  # (K, B, T-K-1, V)
+        targets = row[:, 2:].unfold(1, K, 1).permute(2, 0, 1)  # (K, B, T-K-1): head k at t guesses token t+k+1
         target_logits = logits.gather(-1, targets[..., None])  # (K, B, T-K-1, 1)
-        ranks.append((logits > target_logits).sum(-1)[:, valid].T.cpu())  # (n, K)
+        ranks.append((logits > target_logits).sum(-1)[:, scored(mask, K)].T.cpu())  # (n, K)
     return torch.cat(ranks)
 
 
@@ -392,15 +410,28 @@ def calibrate(model: GPT, heads: MedusaHeads, rows_of: dict[str, tuple[Tensor, T
 CALIBRATION_PREFIXES = 256
 
 
+def distilled_rows(config: Medusa1Config) -> Path:
+    """The directory of the rows to train and calibrate on; made first, if it has to be."""
+    if config.distilled:
+        return Path(config.distilled)
+    if config.base == Medusa1Config.base and not config.text:
+        return SHIPPED_ROWS
+    shards = DistillConfig.shards if config.data == "distilled" else 1  # the validation rows come along with any
+    return distill(DistillConfig(base=config.base, text=config.text, seed=config.seed, device=config.device, precision=config.precision, shards=shards))
+
+
+SHIPPED_ROWS = Path("data/distilled")
+
+
 def train_medusa1(config: Medusa1Config) -> None:
     device = pick_device(config.device)
     dtype = pick_precision(config.precision, device)
     tokenizer, model = load_base(config.base, device=device)
     model.requires_grad_(False)
-    shards = Path(config.distilled) if config.distilled else distill(
-        DistillConfig(base=config.base, text=config.text, seed=config.seed, device=config.device, precision=config.precision)
-    )
+    shards = distilled_rows(config)
     held_out = {str(t): read_shards(shards, f"validation-{t}.safetensors", model.config.vocab_size) for t in CALIBRATION_TEMPERATURES}
+    if not all(carries.shape[1] > config.num_heads + 1 and scored(carries, config.num_heads).any() for _, carries in held_out.values()):
+        raise ValueError(f"{shards}: no held-out row is long enough for {config.num_heads} heads: distil with more --new-tokens")
     generator = torch.Generator().manual_seed(config.seed)
     if config.data == "distilled":
         rows, loss_mask = read_shards(shards, "train-*.safetensors", model.config.vocab_size)
@@ -441,8 +472,11 @@ def report(config: Medusa1Config, calibration: dict) -> None:
 
 
 def read_prefixes(result: dict) -> Counter:
-    """The prefix counts of one temperature in calibration.json."""
-    return Counter({tuple(path): count for path, count in result["prefixes"]}) + Counter({(): result["positions"]})
+    """The prefix counts of one temperature in calibration.json. Raises KeyError, TypeError or ValueError for what is none."""
+    counts = Counter({tuple(path): count for path, count in result["prefixes"]}) | Counter({(): result["positions"]})
+    if not all(type(number) is int for path, count in counts.items() for number in (*path, count)) or result["positions"] < 1:
+        raise ValueError("ranks and counts must be whole numbers, and positions above 0")
+    return counts
 
 
 def main() -> None:

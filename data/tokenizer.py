@@ -42,18 +42,21 @@ class Tokenizer:
         return first + [id for part in rest for id in self._meta_space + part]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self.processor.decode(list(ids))
+        return self.processor.decode([int(id) for id in ids if id < self.vocab_size])  # a model's vocabulary may be padded
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """Learn vocab_size pieces. The documents go in as blocks of 16 lines, so that pieces with newlines can be learnt."""
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=("".join(block) for text in documents for block in _blocks(text.splitlines(keepends=True), 16)),
-        model_writer=model, model_type="bpe", vocab_size=vocab_size, byte_fallback=True, character_coverage=0.9999,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
-        allow_whitespace_only_pieces=True, split_digits=True, max_sentence_length=100_000, minloglevel=2,
-    )  # fmt: skip
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=("".join(block) for text in documents for block in _blocks(text.splitlines(keepends=True), 16)),
+            model_writer=model, model_type="bpe", vocab_size=vocab_size, byte_fallback=True, character_coverage=0.9999,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True, split_digits=True, max_sentence_length=100_000, minloglevel=2,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise ValueError(f"--vocab-size {vocab_size} does not suit this text: {error}") from None
     return Tokenizer(model.getvalue())
 
 

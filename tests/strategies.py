@@ -165,3 +165,18 @@ def text_distribution(model: GPT, prompt, max_new_tokens: int, sampling) -> dict
 
     extend((), 1.0)
     return found
+
+
+def chi_square(counts: dict, expected: dict, n: int) -> float:
+    """The probability of counts at least as odd as these, if the texts follow `expected`. Texts expected less than 5 times are pooled."""
+    if counts.keys() - expected.keys():
+        return 0.0
+    cells, rare = [], [0, 0.0]
+    for text, prob in expected.items():
+        if n * prob >= 5:
+            cells.append((counts.get(text, 0), n * prob))
+        else:
+            rare = [rare[0] + counts.get(text, 0), rare[1] + n * prob]
+    cells += [rare] if rare[1] > 0 else []
+    statistic = sum((seen - due) ** 2 / due for seen, due in cells)
+    return torch.special.gammaincc(torch.tensor((len(cells) - 1) / 2), torch.tensor(statistic / 2)).item()

@@ -17,7 +17,8 @@ from medusa import (
     MedusaConfig, MedusaHeads, Sampling, accept, base_distribution, check_fit, generate, medusa_generate, medusa_loss, typical_threshold
 )
 from strategies import (
-    CheatingHeads, built_trees, distribution, follow, greedy_text, laws, markov_gpt, next_logits, random_gpt, random_heads, rng, text_distribution, trees
+    CheatingHeads, built_trees, chi_square, distribution, follow, greedy_text, laws, markov_gpt, next_logits, random_gpt, random_heads, rng,
+    text_distribution, trees
 )
 from tree import Tree, cartesian_tree, tree_from_paths
 
@@ -378,21 +379,6 @@ def test_lossless_sampling_is_exactly_the_base_distribution(case, monkeypatch):
     assert distance(all_outcomes(run), expected) < 1e-9
     monkeypatch.setattr(medusa, "accept", accept_redrawing)
     assert distance(all_outcomes(run), expected) > 1e-3, "a child tried twice must not go unseen"
-
-
-def chi_square(counts: dict, expected: dict, n: int) -> float:
-    """The probability of counts at least as odd as these, if the texts follow `expected`. Texts expected less than 5 times are pooled."""
-    if counts.keys() - expected.keys():
-        return 0.0
-    cells, rare = [], [0, 0.0]
-    for text, prob in expected.items():
-        if n * prob >= 5:
-            cells.append((counts.get(text, 0), n * prob))
-        else:
-            rare = [rare[0] + counts.get(text, 0), rare[1] + n * prob]
-    cells += [rare] if rare[1] > 0 else []
-    statistic = sum((seen - due) ** 2 / due for seen, due in cells)
-    return torch.special.gammaincc(torch.tensor((len(cells) - 1) / 2), torch.tensor(statistic / 2)).item()
 
 
 @pytest.mark.parametrize("faulty", [False, True])
