@@ -106,7 +106,7 @@ class Linear(nn.Linear):
         if rows > self.FEW or x.device.type != "cpu":
             return F.linear(x, self.weight)
         columns = x.reshape(rows, -1) if rows > 1 else torch.cat((x.flatten(), x.flatten())).view(2, -1)  # two are faster than one
-        return (self.weight @ columns.mT).mT[:rows].reshape(*x.shape[:-1], -1)
+        return (self.weight @ columns.mT).mT[:rows].contiguous().view(*x.shape[:-1], -1)
 
 
 class Attention(nn.Module):

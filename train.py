@@ -47,12 +47,12 @@ class Common:
 
 @dataclass(frozen=True)
 class Fit(Common):
-    steps: int = option(220, "optimiser steps")
-    batch: int = option(32, "rows in a batch")
+    steps: int = option(2400, "optimiser steps")
+    batch: int = option(2, "rows in a batch")
     context: int = option(256, "tokens in a row")
-    lr: float = option(2e-3, "learning rate: raised linearly in the warm-up, and lowered to 0 along a cosine")
-    warmup: int = option(20, "steps of linear warm-up")
-    weight_decay: float = option(0.1, "AdamW weight decay, of matrices only")
+    lr: float = option(7e-3, "learning rate: raised linearly in the warm-up, and lowered to 0 along a cosine")
+    warmup: int = option(100, "steps of linear warm-up")
+    weight_decay: float = option(0.0, "AdamW weight decay, of matrices only")
     clip: float = option(1.0, "largest norm of the gradient")
 
     def __post_init__(self):
@@ -76,7 +76,9 @@ class BaseConfig(Fit):
     steps: int = option(5300, "optimiser steps")
     batch: int = option(4, "rows in a batch")
     context: int = option(1024, "tokens in a row, and the longest context of the model")
+    lr: float = option(2e-3, "learning rate: raised linearly in the warm-up, and lowered to 0 along a cosine")
     warmup: int = option(150, "steps of linear warm-up")
+    weight_decay: float = option(0.1, "AdamW weight decay, of matrices only")
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Medusa1Config(Fit):
     data: str = option("distilled", "text to train on: distilled from the base, or the corpus itself", choices=("distilled", "corpus"))
     distilled: str = option("", "a directory that --mode distill wrote; default: the shipped one for the shipped base, else one made now and cached")
     num_heads: int = option(MedusaConfig.num_heads, "K, heads to train")
-    num_hidden_layers: int = option(MedusaConfig.num_hidden_layers, "residual layers of a head")
+    num_hidden_layers: int = option(2, "residual layers of a head")
     original_lm_head: bool = option(MedusaConfig.original_lm_head, "share the base's LM head; --no-original-lm-head gives each head its own")
     decay: float = option(0.8, "weight of head k's loss is decay^k")
 

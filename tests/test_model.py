@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import model as model_module
-from model import GPT, KVCache, ModelConfig, write_atomically, write_json, write_safetensors
+from model import GPT, KVCache, Linear, ModelConfig, write_atomically, write_json, write_safetensors
 from strategies import laws, rng
 
 SMALL = ModelConfig(5, 16, 12, 2, 4, 2, 16, rope_theta=700.0, tie_word_embeddings=False)
@@ -205,6 +205,17 @@ def test_more_than_the_cache_or_the_context_holds_is_refused_and_changes_nothing
             model(tokens[:, room : room + 1], cache=cache)
     with pytest.raises(ValueError, match="context"):
         model(tokens)
+
+
+@laws
+@given(st.lists(st.integers(1, 5), max_size=2), st.integers(1, 5), st.integers(1, 5))
+def test_a_linear_map_is_the_same_product_for_few_rows_and_many_and_lies_in_order(shape, n_in, n_out):
+    """A result that lies in columns would send attention to a kernel several times slower."""
+    layer = Linear(n_in, n_out, bias=False).double()
+    x = torch.randn(*shape, n_in, generator=rng(0), dtype=torch.float64)
+    y = layer(x)
+    close(y, torch.einsum("...i,oi->...o", x, layer.weight))
+    assert y.is_contiguous() and 1 < Linear.FEW < 5 * 5
 
 
 def test_a_new_gpt_starts_small_and_the_ends_of_its_residual_branches_smaller():
