@@ -27,7 +27,7 @@ class MedusaConfig:
     hidden_size: int
     vocab_size: int
     num_heads: int = 4
-    num_hidden_layers: int = 1
+    num_hidden_layers: int = 2
     original_lm_head: bool = True
 
     def __post_init__(self):

@@ -56,6 +56,8 @@ def sampling_of(config: SampleConfig) -> Sampling:
         raise ValueError(f"--accept greedy contradicts --temperature {config.temperature}: leave one of them out")
     if config.temperature == 0 and (config.top_k, config.top_p) != (Sampling.top_k, Sampling.top_p):
         raise ValueError("--top-k and --top-p need --temperature above 0: at 0 nothing is drawn")
+    if config.accept == "typical" and config.temperature == 0:
+        raise ValueError("--accept typical needs --temperature above 0: at 0 it is greedy")
     if config.epsilon != Sampling.epsilon and config.accept != "typical":
         raise ValueError("--epsilon belongs to --accept typical")
     return Sampling(config.temperature, config.top_k, config.top_p, config.accept == "typical", config.epsilon)
@@ -104,7 +106,9 @@ def timed(steps: Iterator[list[int]], n: int) -> list[float]:
     return times
 
 
-def step_costs(model: GPT, heads: MedusaHeads, tree_of: Callable[[int], Tree], prompt: list[int], rounds: int = 3, steps: int = 5) -> dict[int, float]:
+def step_costs(
+    model: GPT, heads: MedusaHeads, tree_of: Callable[[int], Tree], prompt: list[int], sampling: Sampling, rounds: int = 3, steps: int = 5
+) -> dict[int, float]:
     """{N: median seconds of a whole step over N nodes}, N = 1 being plain decoding; all sizes in turn, so that a drift hits all alike."""
     times = {1: []} | {len(tree_of(size)): [] for size in SIZES}
     prompt = prompt[: max(model.config.max_position_embeddings - 8 * steps, 1)]
@@ -112,7 +116,8 @@ def step_costs(model: GPT, heads: MedusaHeads, tree_of: Callable[[int], Tree], p
     try:
         for _ in range(rounds):
             for size in times:
-                sequence = plain_generate(model, prompt, 8 * steps) if size == 1 else medusa_generate(model, heads, tree_of(size), prompt, 8 * steps)
+                arguments = (prompt, 8 * steps, sampling, torch.Generator(model.lm_head.weight.device).manual_seed(0))
+                sequence = plain_generate(model, *arguments) if size == 1 else medusa_generate(model, heads, tree_of(size), *arguments)
                 times[size] += timed(sequence, steps)[1:]  # the first step of a tree lays out its plan
     finally:
         model.config = config
@@ -146,7 +151,7 @@ def pick_tree(choice: str, model: GPT, heads: MedusaHeads, heads_directory, samp
     if choice != "auto":
         tree = tree_of(int(choice))
         return tree, "calibrated, size as asked for" if len(tree) == int(choice) else "calibrated, as large as the calibration goes"
-    costs = step_costs(model, heads, tree_of, prompt)
+    costs = step_costs(model, heads, tree_of, prompt, sampling)
     gains = {size: expected_tokens(tree_of(size), counts) * costs[1] / interpolate(costs, size) for size in range(2, max(costs) + 1)}
     size = choose_size(lambda n: expected_tokens(tree_of(n), counts), costs, gains)
     shown = ", ".join(f"{n}: {gains[n]:.2f}x" for n in sorted({2, 4, 8, 16, 32, size, max(costs)} & gains.keys()))
@@ -222,13 +227,15 @@ def first_difference(a: list[int], b: list[int]) -> int | None:
 
 @torch.inference_mode()
 def gap_at(model: GPT, prompt: list[int], ours: list[int], plain: list[int], at: int, sampling: Sampling, seed: int) -> float:
-    """How near the two were where the texts part: the difference of the two logits, or the distance of the draw from an edge between two tokens."""
+    """How near the two were where the texts part: the difference of the two logits, or how far the draw is from our token's."""
     device = model.lm_head.weight.device
     logits = model.lm_head(model(torch.tensor([prompt + plain[:at]], device=device))[0, -1])  # (V,)
     if sampling.temperature == 0:
         return abs(logits[ours[at]] - logits[plain[at]]).item()
     noise = NoiseAhead(model.lm_head.weight, sampling, torch.Generator(device).manual_seed(seed)).at(range(at + 1))[at]  # (1,)
-    return (base_distribution(logits, sampling).cumsum(-1) - noise).abs().min().item()
+    base_probs = base_distribution(logits, sampling)
+    above = base_probs.cumsum(-1)[ours[at]]  # our token is drawn from [above - its probability, above)
+    return max(noise.item() - above.item(), (above - base_probs[ours[at]]).item() - noise.item(), 0.0)
 
 
 def compare(ours: Run, plain: Run, difference: str, tree: Tree, why: str) -> str:

@@ -38,7 +38,6 @@ def option(default, help: str, **more):
 @dataclass(frozen=True)
 class Common:
     base: str = option("data/base", "directory of the base model")
-    out: str = option("", "directory to write; default out/MODE")
     text: list[str] = option([], "UTF-8 files to use in place of the Python standard library")
     seed: int = option(0, "seed of all that is random")
     device: str = option("auto", "auto, cpu, cuda or mps")
@@ -106,7 +105,7 @@ class Medusa1Config(Fit):
     data: str = option("distilled", "text to train on: distilled from the base, or the corpus itself", choices=("distilled", "corpus"))
     distilled: str = option("", "a directory that --mode distill wrote; default: the shipped one for the shipped base, else one made now and cached")
     num_heads: int = option(MedusaConfig.num_heads, "K, heads to train")
-    num_hidden_layers: int = option(2, "residual layers of a head")
+    num_hidden_layers: int = option(MedusaConfig.num_hidden_layers, "residual layers of a head")
     original_lm_head: bool = option(MedusaConfig.original_lm_head, "share the base's LM head; --no-original-lm-head gives each head its own")
     decay: float = option(0.8, "weight of head k's loss is decay^k")
 
@@ -327,7 +326,10 @@ def distill(config: DistillConfig) -> Path:
     dtype = pick_precision(config.precision, device)
     tokenizer, model = load_base(config.base, dtype, device)
     if config.prompt_tokens + config.new_tokens > model.config.max_position_embeddings:
-        raise ValueError(f"--prompt-tokens + --new-tokens is more than the base's context of {model.config.max_position_embeddings}")
+        raise ValueError(
+            f"--prompt-tokens {config.prompt_tokens} + --new-tokens {config.new_tokens} are more than the context of {config.base}, "
+            f"{model.config.max_position_embeddings}: use --mode distill with smaller ones, then --mode medusa1 with --distilled"
+        )
     texts = {name: documents(name == "validation", config.text) for name in ("validation", "train")}
     sides = {name: packed(side, tokenizer) for name, side in texts.items()}
     directory = Path(config.out) if config.out else cache_directory() / f"distilled-{distill_digest(config, *sides.values())}"
@@ -340,7 +342,7 @@ def distill(config: DistillConfig) -> Path:
             sampling = Sampling(temperature, top_p=config.top_p)
             tokens, carries = sample_rows(model, prompts.to(device), config.new_tokens, sampling, generator)
             directory.mkdir(parents=True, exist_ok=True)
-            narrow = torch.int16 if tokenizer.vocab_size <= 1 << 15 else torch.int32
+            narrow = torch.int16 if model.config.vocab_size <= 1 << 15 else torch.int32
             write_safetensors(path, {"tokens": tokens.to(narrow).cpu(), "loss": carries.cpu()})
     return directory
 
@@ -485,7 +487,7 @@ def main() -> None:
     chooser = OneLineParser(add_help=False)
     chooser.add_argument("--mode", choices=MODES, default="medusa1")
     mode = chooser.parse_known_args()[0].mode
-    parser = OneLineParser(description=MODES[mode].__doc__, formatter_class=argparse.HelpFormatter)
+    parser = OneLineParser(description=MODES[mode].__doc__)
     parser.add_argument("--mode", choices=MODES, default="medusa1", help="what to do; the flags below are those of this mode (default: medusa1)")
     add_options(parser, MODES[mode])
     arguments = vars(parser.parse_args())

@@ -38,7 +38,7 @@ def machine() -> str:
     """The processor, as the system names it, and how much of it is used."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else names[0] if names else platform.processor()
+    name = names[0] if names else platform.processor()
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
 
 
@@ -107,7 +107,7 @@ def first_token(directory: Path, environment: dict) -> float:
     """Seconds from the start of sample.py to its first decoded byte."""
     prompt = "def read_lines(path):\n"
     start = time.perf_counter()
-    with subprocess.Popen([sys.executable, "sample.py", "--prompt", prompt], cwd=directory, env=environment, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, "sample.py", "--prompt", prompt, "--device", "cpu"], cwd=directory, env=environment, stdout=subprocess.PIPE) as process:
         process.stdout.read(len(prompt) + 1)
         seconds = time.perf_counter() - start
         process.stdout.read()
@@ -120,9 +120,9 @@ def measure_command() -> dict:
         clone, environment = Path(temporary) / "clone", os.environ | {"XDG_CACHE_HOME": f"{temporary}/cache"}
         subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
         start = time.perf_counter()
-        subprocess.run([sys.executable, "train.py", "--mode", "medusa1"], cwd=clone, env=environment, check=True)
+        subprocess.run([sys.executable, "train.py", "--mode", "medusa1", "--device", "cpu"], cwd=clone, env=environment, check=True)
         trained = time.perf_counter()
-        subprocess.run([sys.executable, "sample.py", "--heads", "out/heads"], cwd=clone, env=environment, check=True)
+        subprocess.run([sys.executable, "sample.py", "--heads", "out/heads", "--device", "cpu"], cwd=clone, env=environment, check=True)
         sampled = time.perf_counter()
         first = statistics.median(first_token(clone, environment) for _ in range(3))
         trained_heads = measure_decoding(clone / "out/heads")

@@ -211,7 +211,7 @@ def test_auto_takes_the_tree_that_promises_the_most_tokens_a_second(tmp_path_fac
 
 def test_step_costs_are_measured_for_plain_decoding_and_for_every_size_that_the_calibration_holds(tmp_path):
     built = {n: pick(n, write(tmp_path, {"0.0": calibration(ROWS)}))[0] for n in sample.SIZES}
-    costs = sample.step_costs(*small(), built.__getitem__, [1, 2], rounds=1)
+    costs = sample.step_costs(*small(), built.__getitem__, [1, 2], Sampling(0.7), rounds=1)
     assert costs.keys() == {1} | {len(tree) for tree in built.values()}
     assert min(costs.values()) > 0
 
@@ -222,7 +222,7 @@ def test_a_step_cost_is_the_median_of_steps_behind_the_first(monkeypatch):
     monkeypatch.setattr(sample, "time", clock)
     monkeypatch.setattr(sample, "plain_generate", lambda *ignored: clock.steps([[0]] * 6, [50, 90, 2, 9, 4, 3]))
     monkeypatch.setattr(sample, "medusa_generate", lambda model, heads, tree, *ignored: clock.steps([[0]] * 6, [70, 80, 1, 5, 6, 8 * len(tree)]))
-    costs = sample.step_costs(*small(), lambda n: cartesian_tree([n - 1]), [1], steps=5)
+    costs = sample.step_costs(*small(), lambda n: cartesian_tree([n - 1]), [1], Sampling(), steps=5)
     assert costs == {1: 3.5} | {n: 5.5 for n in sample.SIZES}
 
 
@@ -351,14 +351,16 @@ def test_the_gap_of_greedy_texts_is_the_difference_of_their_logits(seed, plain, 
 
 @laws
 @given(st.integers(0, 99), st.integers(0, 3), st.floats(0.3, 2), st.integers(0, 3), st.sampled_from([0.5, 1.0]), st.integers(0, 2**31))
-def test_the_gap_of_sampled_texts_is_how_far_the_draw_was_from_another_token(seed, at, temperature, top_k, top_p, draws):
+def test_the_gap_of_sampled_texts_is_how_far_the_draw_was_from_our_token(seed, at, temperature, top_k, top_p, draws):
     model, plain = random_gpt(seed), [3, 0, 4, 1]
     generator = rng(draws)
     uniform = [torch.rand(1, generator=generator, dtype=torch.float64).item() for _ in range(at + 1)][at]
     probs = distribution(next_logits(model, [1, 2, *plain[:at]]), temperature, top_k, top_p)
     edges = list(itertools.accumulate(probs))
-    gap = gap_at(model, [1, 2], [0, 0, 0, 0], plain, at, Sampling(temperature, top_k, top_p), draws)
-    assert math.isclose(gap, min(abs(edge - uniform) for edge in edges), abs_tol=1e-9)
+    for token in range(len(probs)):
+        gap = gap_at(model, [1, 2], [token] * 4, plain, at, Sampling(temperature, top_k, top_p), draws)
+        low, high = edges[token] - probs[token], edges[token]
+        assert math.isclose(gap, 0 if low <= uniform <= high else min(abs(low - uniform), abs(high - uniform)), abs_tol=1e-9)
 
 
 @laws
@@ -475,7 +477,6 @@ def test_the_flags_reach_the_sampling():
     flags = {"temperature": 0.7, "top_k": 5, "top_p": 0.9}
     assert sampling_of(SampleConfig(**flags)) == sampling_of(SampleConfig(**flags, accept="lossless")) == Sampling(0.7, 5, 0.9)
     assert sampling_of(SampleConfig(**flags, accept="typical", epsilon=0.2)) == Sampling(0.7, 5, 0.9, True, 0.2)
-    assert sampling_of(SampleConfig(accept="typical")) == Sampling(typical=True)
 
 
 @pytest.mark.parametrize(
@@ -495,8 +496,9 @@ def test_the_flags_reach_the_sampling():
         ({"temperature": 1.0, "top_p": 0.0}, "top_p"),
         ({"temperature": 1.0, "top_p": 1.1}, "top_p"),
         ({"temperature": 1.0, "top_p": math.nan}, "top_p"),
-        ({"accept": "typical", "epsilon": 0.0}, "epsilon"),
-        ({"accept": "typical", "epsilon": math.nan}, "epsilon"),
+        ({"accept": "typical"}, "--accept typical needs --temperature"),
+        ({"accept": "typical", "temperature": 1.0, "epsilon": 0.0}, "epsilon"),
+        ({"accept": "typical", "temperature": 1.0, "epsilon": math.nan}, "epsilon"),
     ],
     ids=str,
 )

@@ -881,7 +881,7 @@ def test_training_heads_leaves_the_base_bit_for_bit_and_repeats_with_its_seed(da
     assert one.keys() == {"config.json", "model.safetensors", "calibration.json"}
 
     heads = MedusaHeads.from_pretrained(tmp_path / "one")
-    assert heads.config == MedusaConfig(16, 290, 2, 1, shared)
+    assert heads.config == MedusaConfig(16, 290, 2, MedusaConfig.num_hidden_layers, shared)
     assert all(weight.abs().max() > 0 for weight in heads.parameters())
     held_out = {str(t): read_shards(Path(shards), f"validation-{t}.safetensors", 290) for t in CALIBRATION_TEMPERATURES}
     assert json.loads(one["calibration.json"]) == calibrate(model, heads, held_out), "the calibration is that of the heads beside it"
