@@ -217,12 +217,20 @@ def test_step_costs_are_measured_for_plain_decoding_and_for_every_size_that_the_
 
 
 def test_a_step_cost_is_the_median_of_steps_behind_the_first(monkeypatch):
-    """The prompt's own pass and the step that lays out the plan are not in it."""
-    clock = Clock()
+    """The prompt's own pass and the step that lays out the plan are not in it; the draws of its sampling are."""
+    clock, samplings = Clock(), set()
+
+    def steps(seconds, sampling):
+        samplings.add(sampling)
+        return clock.steps([[0]] * 6, seconds)
+
     monkeypatch.setattr(sample, "time", clock)
-    monkeypatch.setattr(sample, "plain_generate", lambda *ignored: clock.steps([[0]] * 6, [50, 90, 2, 9, 4, 3]))
-    monkeypatch.setattr(sample, "medusa_generate", lambda model, heads, tree, *ignored: clock.steps([[0]] * 6, [70, 80, 1, 5, 6, 8 * len(tree)]))
-    costs = sample.step_costs(*small(), lambda n: cartesian_tree([n - 1]), [1], Sampling(), steps=5)
+    monkeypatch.setattr(sample, "plain_generate", lambda model, prompt, n, sampling, _: steps([50, 90, 2, 9, 4, 3], sampling))
+    monkeypatch.setattr(
+        sample, "medusa_generate", lambda model, heads, tree, prompt, n, sampling, _: steps([70, 80, 1, 5, 6, 8 * len(tree)], sampling)
+    )
+    costs = sample.step_costs(*small(), lambda n: cartesian_tree([n - 1]), [1], Sampling(0.7, 5), steps=5)
+    assert samplings == {Sampling(0.7, 5)}
     assert costs == {1: 3.5} | {n: 5.5 for n in sample.SIZES}
 
 
