@@ -349,5 +349,5 @@ def write_json(path: Path, content: dict) -> None:
     write_atomically(Path(path), lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
 
 
-def write_safetensors(path: Path, state: dict[str, Tensor]) -> None:
-    write_atomically(Path(path), lambda temporary: temporary.write_bytes(save(state, metadata={"format": "pt"})))
+def write_safetensors(path: Path, state: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    write_atomically(Path(path), lambda temporary: temporary.write_bytes(save(state, metadata=metadata or {"format": "pt"})))

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -334,8 +335,11 @@ def distill(config: DistillConfig) -> Path:
     sides = {name: packed(side, tokenizer) for name, side in texts.items()}
     directory = Path(config.out) if config.out else cache_directory() / f"distilled-{distill_digest(config, *sides.values())}"
     shards = [("validation", 0, t) for t in CALIBRATION_TEMPERATURES] + [("train", i, config.temperature) for i in range(config.shards)]
+    base = base_digest(config.base)
     for number, (side, i, temperature) in enumerate(tqdm(shards, desc="distilling", unit="shard")):
         path = directory / (f"train-{i:05d}.safetensors" if side == "train" else f"validation-{temperature}.safetensors")
+        if path.exists() and base_of(path) != base:
+            raise ValueError(f"{path} was not written by the base in {config.base}: remove {directory}, or give another --out")
         if not path.exists():
             generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + number)
             prompts = windows(sides[side], config.rows, config.prompt_tokens, torch.Generator().manual_seed(config.seed * 1_000_003 + i))
@@ -343,19 +347,31 @@ def distill(config: DistillConfig) -> Path:
             tokens, carries = sample_rows(model, prompts.to(device), config.new_tokens, sampling, generator)
             directory.mkdir(parents=True, exist_ok=True)
             narrow = torch.int16 if model.config.vocab_size <= 1 << 15 else torch.int32
-            write_safetensors(path, {"tokens": tokens.to(narrow).cpu(), "loss": carries.cpu()})
+            write_safetensors(path, {"tokens": tokens.to(narrow).cpu(), "loss": carries.cpu()}, {"base": base})
     return directory
 
 
 CALIBRATION_TEMPERATURES = (0.0, 0.7, 1.0)
 
 
+def base_digest(directory) -> str:
+    """Names a base by its configuration and weights."""
+    return hashlib.sha256(b"".join((Path(directory) / name).read_bytes() for name in ("config.json", "model.safetensors"))).hexdigest()[:16]
+
+
+def base_of(shard: Path) -> str | None:
+    """The base_digest of the base that wrote these rows; None for a file that does not say."""
+    try:
+        with safe_open(shard, "pt") as file:
+            return (file.metadata() or {}).get("base")
+    except (OSError, SafetensorError):
+        return None
+
+
 def distill_digest(config: DistillConfig, *prompts: Tensor) -> str:
     """Names a set of shards by all that shapes it."""
     settings = {name: value for name, value in asdict(config).items() if name not in ("base", "out", "shards", "text", "device", "precision")}
-    digest = hashlib.sha256(repr(settings).encode())
-    for name in ("config.json", "model.safetensors"):
-        digest.update((Path(config.base) / name).read_bytes())
+    digest = hashlib.sha256((repr(settings) + base_digest(config.base)).encode())
     for tokens in prompts:
         digest.update(tokens.numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -418,7 +434,7 @@ def distilled_rows(config: Medusa1Config) -> Path:
     """The directory of the rows to train and calibrate on; made first, if it has to be."""
     if config.distilled:
         return Path(config.distilled)
-    if config.base == Medusa1Config.base and not config.text:
+    if not config.text and base_of(SHIPPED_ROWS / "train-00000.safetensors") == base_digest(config.base):
         return SHIPPED_ROWS
     shards = DistillConfig.shards if config.data == "distilled" else 1  # the validation rows come along with any
     return distill(DistillConfig(base=config.base, text=config.text, seed=config.seed, device=config.device, precision=config.precision, shards=shards))

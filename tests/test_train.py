@@ -23,7 +23,7 @@ from model import GPT, ModelConfig, read_json, read_safetensors, write_json, wri
 from strategies import chi_square, laws, markov_gpt, random_gpt, random_heads, rng, text_distribution
 from train import (
     CALIBRATION_TEMPERATURES, MODES, BaseConfig, DistillConfig, Fit, Medusa1Config, OneLineParser, add_options, bits_per_byte, calibrate, distill,
-    fit, head_ranks, learning_rate, load_base, packed, pick_device, pick_precision, read_prefixes, read_shards, sample_rows, train_base,
+    distilled_rows, fit, head_ranks, learning_rate, load_base, packed, pick_device, pick_precision, read_prefixes, read_shards, sample_rows, train_base,
     train_medusa1, windows
 )
 from tree import calibrated_tree
@@ -649,11 +649,11 @@ def test_more_shards_later_are_the_shards_of_one_run(shards, base, text, whole, 
 def test_a_run_that_is_stopped_goes_on_to_the_same_shards(stop, base, text, whole, tmp_path, monkeypatch):
     written = []
 
-    def stopping(path, state):
+    def stopping(path, *rest):
         if len(written) == stop:
             raise KeyboardInterrupt
         written.append(path)
-        write_safetensors(path, state)
+        write_safetensors(path, *rest)
 
     config = distilling(base, text, out=str(tmp_path / "stopped"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -662,6 +662,33 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_shards(stop, base, text, whol
     assert len(contents(tmp_path / "stopped")) == stop
     distill(config)
     assert contents(tmp_path / "stopped") == whole
+
+
+@pytest.mark.parametrize("change", ["config", "weights", "garbage"])
+def test_shards_of_another_base_are_never_taken_for_ones_own(change, base, text, tmp_path):
+    config = distilling(base, text, out=str(tmp_path / "rows"))
+    distill(config)
+    if change == "config":
+        write_json(base / "config.json", read_json(base / "config.json") | {"rope_theta": 77.0})
+    elif change == "weights":
+        state = read_safetensors(base / "model.safetensors")
+        write_safetensors(base / "model.safetensors", state | {"model.norm.weight": 2 * state["model.norm.weight"]})
+    else:
+        (tmp_path / "rows" / "train-00000.safetensors").write_bytes(b"garbage")
+    before = contents(tmp_path / "rows")
+    with pytest.raises(ValueError, match="was not written by the base in"):
+        distill(config)
+    assert contents(tmp_path / "rows") == before
+
+
+def test_the_shipped_rows_serve_the_base_that_wrote_them_and_no_other(base, text, monkeypatch):
+    made = []
+    monkeypatch.setattr(train, "distill", lambda config: made.append(config) or Path("made"))
+    shipped = Path(__file__).parent.parent / "data"
+    monkeypatch.setattr(train, "SHIPPED_ROWS", shipped / "distilled")
+    assert distilled_rows(Medusa1Config(base=str(shipped / "base"))) == shipped / "distilled" and not made
+    for config in (Medusa1Config(base=str(base)), Medusa1Config(base=str(shipped / "base"), text=text)):
+        assert distilled_rows(config) == Path("made") and made[-1].base == config.base and made[-1].text == config.text
 
 
 SHAPING = {"seed": 9, "rows": 6, "prompt_tokens": 5, "new_tokens": 7, "temperature": 0.9, "top_p": 0.8}
