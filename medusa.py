@@ -272,8 +272,8 @@ def generate(
         else:
             token = draw(base_distribution(logits, sampling), noise.at((0,)))[None]  # (1, 1)
             noise.advance(1)
-        yield [token.item()]
-        if token.item() == model.config.eos_token_id:
+        yield [emitted := token.item()]
+        if emitted == model.config.eos_token_id:
             return
 
 

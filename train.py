@@ -27,7 +27,7 @@ from data.corpus import cache_directory, documents, pack, package_documents
 from data.tokenizer import Tokenizer, train_tokenizer
 from medusa import MedusaConfig, MedusaHeads, Sampling, base_distribution, draw, medusa_loss
 from model import GPT, ModelConfig, check_sizes, read_safetensors, write_json, write_safetensors
-from tree import calibrated_tree, expected_tokens, prefix_counts
+from tree import calibrated_tree, expected_tokens, prefix_counts, ranked_prefixes
 
 
 def option(default, help: str, **more):
@@ -417,12 +417,11 @@ def calibrate(model: GPT, heads: MedusaHeads, rows_of: dict[str, tuple[Tensor, T
     for temperature, (tokens, carries) in rows_of.items():
         ranks = head_ranks(model, heads, tokens.to(model.lm_head.weight.device), carries.to(model.lm_head.weight.device))
         counts = prefix_counts(ranks.tolist())
-        common = sorted((path for path in counts if path), key=lambda path: (-counts[path], len(path), path))[:CALIBRATION_PREFIXES]
         report[temperature] = {
             "positions": len(ranks),
             "top1": [round((ranks[:, k] < 1).double().mean().item(), 4) for k in range(ranks.shape[1])],
             "top5": [round((ranks[:, k] < 5).double().mean().item(), 4) for k in range(ranks.shape[1])],
-            "prefixes": [[list(path), counts[path]] for path in common],
+            "prefixes": [[list(path), counts[path]] for path in ranked_prefixes(counts)[:CALIBRATION_PREFIXES]],
         }
     return report
 

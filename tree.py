@@ -137,6 +137,11 @@ def prefix_counts(rank_paths: Iterable[Sequence[int]]) -> Counter:
     return counts
 
 
+def ranked_prefixes(counts: Counter) -> list[Path]:
+    """All prefixes but the root's, the most frequent first; ties to the shorter, then to the lower ranks, so that none stands before its own prefix."""
+    return sorted((path for path in counts if path), key=lambda path: (-counts[path], len(path), path))
+
+
 def calibrated_tree(rank_paths: Iterable[Sequence[int]] | Counter, n_nodes: int) -> Tree:
     """The tree of n_nodes nodes, the root included, on which the most tokens would have been accepted.
 
@@ -148,8 +153,7 @@ def calibrated_tree(rank_paths: Iterable[Sequence[int]] | Counter, n_nodes: int)
     counts = rank_paths if isinstance(rank_paths, Counter) else prefix_counts(rank_paths)
     if n_nodes < 2 or len(counts) < 2:
         raise ValueError(f"n_nodes = {n_nodes}, {len(counts)} prefixes: a calibrated tree needs at least one node below the root")
-    ranked = sorted((path for path in counts if path), key=lambda path: (-counts[path], len(path), path))
-    return tree_from_paths(ranked[: n_nodes - 1])
+    return tree_from_paths(ranked_prefixes(counts)[: n_nodes - 1])
 
 
 def expected_tokens(tree: Tree, counts: Counter) -> float:
