@@ -104,7 +104,10 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def medusa_loss(logits: Tensor, tokens: Tensor, mask: Tensor | None = None, decay: float = 0.8) -> tuple[Tensor, Tensor]:
+DECAY = 0.8
+
+
+def medusa_loss(logits: Tensor, tokens: Tensor, mask: Tensor | None = None, decay: float = DECAY) -> tuple[Tensor, Tensor]:
     """L = sum_k decay^k * CE(head_probs_k at t, token t+k+1)  (paper, "Medusa-1")
 
     logits (K, B, T, V) of the heads at T positions, tokens (B, T) at the same positions, mask (B, T) bool: True where a token
@@ -245,7 +248,7 @@ def accept(tree: Tree, tokens: Tensor, logits: Tensor, sampling: Sampling, noise
 ROOT = Tree((-1,), (-1,))
 
 
-def _limit(model: GPT, prompt: Sequence[int], max_new_tokens: int) -> int:
+def text_limit(model: GPT, prompt: Sequence[int], max_new_tokens: int) -> int:
     """The length at which the text ends at the latest."""
     if len(prompt) == 0:
         raise ValueError("the prompt is empty: decoding needs at least one token")
@@ -261,7 +264,7 @@ def generate(
     model: GPT, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling = Sampling(), generator: torch.Generator | None = None
 ) -> Iterator[list[int]]:
     """Plain decoding with a KV cache: yields [token] a step, up to max_new_tokens, to EOS (included), or until the context is full."""
-    end = _limit(model, prompt, max_new_tokens)
+    end = text_limit(model, prompt, max_new_tokens)
     cache = model.new_cache(end)
     token = torch.tensor([prompt], device=model.lm_head.weight.device)
     noise = NoiseAhead(model.lm_head.weight, sampling, generator)
@@ -320,7 +323,7 @@ def medusa_generate(
     Ends exactly as `generate` does, and unless sampling.typical yields the very tokens that `generate` does, given the same seed.
     """
     check_fit(model, heads, tree)
-    end = _limit(model, prompt, max_new_tokens)
+    end = text_limit(model, prompt, max_new_tokens)
     lm_head = model.lm_head
     cache = model.new_cache(end + len(tree))
     plan = Plan(tree, end, lm_head.weight)

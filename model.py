@@ -26,11 +26,11 @@ class ModelConfig:
     """The fields of a Llama config.json that shape the computation, under the names they have there."""
 
     vocab_size: int = 2048
-    hidden_size: int = 256
-    intermediate_size: int = 640
-    num_hidden_layers: int = 6
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
+    hidden_size: int = 160
+    intermediate_size: int = 448
+    num_hidden_layers: int = 10
+    num_attention_heads: int = 5
+    num_key_value_heads: int = 1
     max_position_embeddings: int = 1024
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from data.tokenizer import Tokenizer
-from medusa import ROOT, MedusaHeads, NoiseAhead, Sampling, base_distribution, check_fit, generate as plain_generate, medusa_generate
+from medusa import ROOT, MedusaHeads, NoiseAhead, Sampling, base_distribution, check_fit, generate as plain_generate, medusa_generate, text_limit
 from model import GPT, check_sizes, read_json
 from train import OneLineParser, add_options, load_base, option, pick_device, read_prefixes, run
 from tree import Tree, calibrated_tree, cartesian_tree, choose_size, expected_tokens, interpolate, tree_from_paths
@@ -84,13 +84,14 @@ def read_prompt(config: SampleConfig) -> str:
 # ---- the tree and its size ----
 
 
-def read_calibration(directory, temperature: float) -> Counter:
-    """The prefix counts measured at the temperature nearest to this one."""
+def read_calibration(directory, temperature: float) -> tuple[Counter, str]:
+    """The prefix counts measured at the temperature nearest to this one, and that temperature."""
     path = Path(directory) / "calibration.json"
     content = read_json(path)
     try:
-        return read_prefixes(content[min(content, key=lambda measured: abs(float(measured) - temperature))])
-    except (KeyError, TypeError, ValueError) as error:
+        nearest = min(content, key=lambda measured: abs(float(measured) - temperature))
+        return read_prefixes(content[nearest]), nearest
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no calibration: {error!r}; train.py --mode medusa1 writes one") from None
 
 
@@ -140,7 +141,8 @@ def pick_tree(choice: str, model: GPT, heads: MedusaHeads, heads_directory, samp
         return cartesian_tree(widths), f"Cartesian, widths {choice}"
     if choice != "auto" and not choice.isdecimal():
         raise ValueError(f"--tree {choice}: neither auto, nor a number of nodes, nor widths such as 4x2x1, nor a .json file")
-    counts = read_calibration(heads_directory, sampling.temperature)
+    counts, nearest = read_calibration(heads_directory, sampling.temperature)
+    calibrated = f"calibrated at temperature {nearest}"
     trees = {}
 
     def tree_of(size: int) -> Tree:
@@ -150,12 +152,12 @@ def pick_tree(choice: str, model: GPT, heads: MedusaHeads, heads_directory, samp
 
     if choice != "auto":
         tree = tree_of(int(choice))
-        return tree, "calibrated, size as asked for" if len(tree) == int(choice) else "calibrated, as large as the calibration goes"
+        return tree, f"{calibrated}, {'size as asked for' if len(tree) == int(choice) else 'as large as the calibration goes'}"
     costs = step_costs(model, heads, tree_of, prompt, sampling)
     gains = {size: expected_tokens(tree_of(size), counts) * costs[1] / interpolate(costs, size) for size in range(2, max(costs) + 1)}
     size = choose_size(lambda n: expected_tokens(tree_of(n), counts), costs, gains)
     shown = ", ".join(f"{n}: {gains[n]:.2f}x" for n in sorted({2, 4, 8, 16, 32, size, max(costs)} & gains.keys()))
-    return tree_of(size), f"calibrated; {size} nodes promise the most tokens a second here, by nodes {shown}"
+    return tree_of(size), f"{calibrated}; {size} nodes promise the most tokens a second here, by nodes {shown}"
 
 
 # ---- text on the terminal ----
@@ -166,25 +168,28 @@ class Printer:
 
     COLOURS = (32, 36, 34, 35, 33, 31)  # depth 1, 2, ...: green, cyan, blue, magenta, yellow, red
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int]):
         self.tokenizer = tokenizer
         self.coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        self.pending: list[int] = []  # bytes of a character that is not complete yet
+        self.before, self.pending = prompt[-1:], []  # decoded as a whole: many tokenizers drop a space in front of the first token
+
+    def text(self) -> str:
+        return self.tokenizer.decode(self.before + self.pending)[len(self.tokenizer.decode(self.before)) :]
 
     def step(self, emitted: list[int], last: int | None) -> None:
         for depth, token in enumerate(emitted, start=1):
             if token == last:  # EOS is no text
                 continue
             self.pending.append(token)
-            text = self.tokenizer.decode(self.pending)
-            if text.endswith("\ufffd"):
+            text = self.text()
+            if text.endswith("\ufffd"):  # bytes of a character that is not complete yet
                 continue
-            self.pending = []
+            self.before, self.pending = self.pending, []
             colour = self.COLOURS[(depth - 1) % len(self.COLOURS)]
             print(f"\033[{colour}m{text}\033[0m" if self.coloured and depth < len(emitted) else text, end="", flush=True)
 
     def finish(self) -> None:
-        print(self.tokenizer.decode(self.pending))
+        print(self.text())
 
 
 @dataclass(frozen=True)
@@ -262,15 +267,14 @@ def main() -> None:
     heads = MedusaHeads.from_pretrained(config.heads, dtype, device)
     prompt = [tokenizer.bos, *tokenizer.encode(text)]
     check_fit(model, heads, ROOT)
-    if len(prompt) >= model.config.max_position_embeddings:
-        raise ValueError(f"the prompt has {len(prompt)} tokens, the context is {model.config.max_position_embeddings}: shorten the prompt")
+    text_limit(model, prompt, config.max_new_tokens)
     tree, why = pick_tree(config.tree, model, heads, config.heads, sampling, prompt)
     check_fit(model, heads, tree)
 
     def seeded() -> torch.Generator:
         return torch.Generator(device).manual_seed(config.seed)
 
-    printer = Printer(tokenizer)
+    printer = Printer(tokenizer, prompt)
     steps = medusa_generate(model, heads, tree, prompt, config.max_new_tokens, sampling, seeded())
     print(text, end="", flush=True)
     ours = timed_run(steps, lambda emitted: printer.step(emitted, model.config.eos_token_id))

@@ -10,8 +10,8 @@ flags: `python train.py --mode MODE --help`. Dimension key: B rows, T tokens, D 
 import argparse
 import hashlib
 import math
+import os
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -23,11 +23,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.corpus import cache_directory, documents, pack, package_documents
+from data.corpus import cache_directory, documents, pack
 from data.tokenizer import Tokenizer, train_tokenizer
-from medusa import MedusaConfig, MedusaHeads, Sampling, base_distribution, draw, medusa_loss
+from medusa import DECAY, MedusaConfig, MedusaHeads, Sampling, base_distribution, draw, medusa_loss
 from model import GPT, ModelConfig, check_sizes, read_safetensors, write_json, write_safetensors
-from tree import calibrated_tree, expected_tokens, prefix_counts, ranked_prefixes
+from tree import calibrated_tree, expected_tokens, prefix_counts, ranked_prefixes, replay
+
+
+SHIPPED_BASE, SHIPPED_ROWS = "data/base", Path("data/distilled")
 
 
 def option(default, help: str, **more):
@@ -38,11 +41,10 @@ def option(default, help: str, **more):
 
 @dataclass(frozen=True)
 class Common:
-    base: str = option("data/base", "directory of the base model")
     text: list[str] = option([], "UTF-8 files to use in place of the Python standard library")
     seed: int = option(0, "seed of all that is random")
     device: str = option("auto", "auto, cpu, cuda or mps")
-    precision: str = option("auto", "mixed precision: bfloat16 or float32; auto takes the faster one", choices=("auto", "float32", "bfloat16"))
+    precision: str = option("auto", "of matmuls: float32, or bfloat16 mixed in; auto is bfloat16 on cuda", choices=("auto", "float32", "bfloat16"))
 
 
 @dataclass(frozen=True)
@@ -66,25 +68,31 @@ class BaseConfig(Fit):
     """A Llama from nothing. Its validation text is never trained on, and the tokenizer learns from the training side alone."""
 
     out: str = option("out/base", "directory to write")
-    packages: list[str] = option([], "installed packages whose Python sources join the training text; their share fades to 0 towards the end")
+    look_ahead: float = option(1.0, "weight, at the end, of the loss of Medusa heads trained along and then dropped: hidden states learn to look ahead")
     vocab_size: int = option(ModelConfig.vocab_size, "pieces of the tokenizer")
     hidden_size: int = option(ModelConfig.hidden_size, "model width")
     intermediate_size: int = option(ModelConfig.intermediate_size, "width inside the MLP")
-    layers: int = option(ModelConfig.num_hidden_layers, "blocks")
-    heads: int = option(ModelConfig.num_attention_heads, "attention heads")
-    kv_heads: int = option(ModelConfig.num_key_value_heads, "key/value heads")
-    steps: int = option(5300, "optimiser steps")
-    batch: int = option(4, "rows in a batch")
+    num_hidden_layers: int = option(ModelConfig.num_hidden_layers, "blocks")
+    num_attention_heads: int = option(ModelConfig.num_attention_heads, "attention heads")
+    num_key_value_heads: int = option(ModelConfig.num_key_value_heads, "key/value heads")
+    steps: int = option(3600, "optimiser steps")
+    batch: int = option(2, "rows in a batch")
     context: int = option(1024, "tokens in a row, and the longest context of the model")
     lr: float = option(2e-3, "learning rate: raised linearly in the warm-up, and lowered to 0 along a cosine")
     warmup: int = option(150, "steps of linear warm-up")
     weight_decay: float = option(0.1, "AdamW weight decay, of matrices only")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.look_ahead >= 0:
+            raise ValueError(f"--look-ahead {self.look_ahead}: must be 0 or more")
 
 
 @dataclass(frozen=True)
 class DistillConfig(Common):
     """Text of the base's own: windows of the corpus as prompts, continued by sampling. Only the continuation carries loss."""
 
+    base: str = option(SHIPPED_BASE, "directory of the base model")
     out: str = option("", "directory to write; default: in the cache, under a name that depends on all settings")
     shards: int = option(12, "files to write; one that exists is kept, so that a stopped run goes on where it was")
     rows: int = option(256, "rows in a shard, sampled together")
@@ -102,20 +110,25 @@ class DistillConfig(Common):
 class Medusa1Config(Fit):
     """L = sum_k decay^k CE(head_probs_k at t, token t+k+1) on the frozen base."""
 
+    base: str = option(SHIPPED_BASE, "directory of the base model")
     out: str = option("out/heads", "directory to write")
     data: str = option("distilled", "text to train on: distilled from the base, or the corpus itself", choices=("distilled", "corpus"))
     distilled: str = option("", "a directory that --mode distill wrote; default: the shipped one for the shipped base, else one made now and cached")
     num_heads: int = option(MedusaConfig.num_heads, "K, heads to train")
     num_hidden_layers: int = option(MedusaConfig.num_hidden_layers, "residual layers of a head")
     original_lm_head: bool = option(MedusaConfig.original_lm_head, "share the base's LM head; --no-original-lm-head gives each head its own")
-    decay: float = option(0.8, "weight of head k's loss is decay^k")
+    decay: float = option(DECAY, "weight of head k's loss is decay^k")
 
     def __post_init__(self):
         super().__post_init__()
         check_sizes(self, ["num_heads", "num_hidden_layers"])
+        if self.data == "distilled" and self.context != Fit.context:
+            raise ValueError("--context belongs to --data corpus: distilled rows are as long as they were written")
+        if self.data == "distilled" and self.distilled and self.text:
+            raise ValueError("--text and --distilled contradict each other: leave one of them out")
 
 
-MODES = {"base": BaseConfig, "distill": DistillConfig, "medusa1": Medusa1Config}
+MODES: dict[str, type[Common]] = {"base": BaseConfig, "distill": DistillConfig, "medusa1": Medusa1Config}
 
 
 # ---- the command line, generated from the dataclasses ----
@@ -146,6 +159,8 @@ def run(main: Callable[[], None]) -> None:
     """Call main; what the user can mend ends in one line and exit code 2."""
     try:
         main()
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -163,16 +178,17 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of matmuls in training: `auto` is bfloat16 where a large matmul is faster in it than in float32."""
-    if name != "auto" or device.type == "mps":
-        return torch.float32 if name == "auto" else getattr(torch, name)
-    times = {}
-    for dtype in (torch.float32, torch.bfloat16) * 2:  # the first round warms up
-        x = torch.ones(2048, 512, dtype=dtype, device=device)
-        start = time.perf_counter()
-        (x @ x[:512].mT).sum().item()
-        times[dtype] = time.perf_counter() - start
-    return min(times, key=times.get)
+    """The dtype of matmuls in training."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+def check_out(directory: str) -> None:
+    """Raises ValueError if the directory cannot be written: before the work, not after it."""
+    nearest = next(path for path in (Path(directory).absolute(), *Path(directory).absolute().parents) if path.exists())
+    if not directory or not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"--out {directory or 'is empty'}: name a directory that can be written")
 
 
 def load_base(directory, dtype: torch.dtype = torch.float32, device="cpu") -> tuple[Tokenizer, GPT]:
@@ -191,6 +207,11 @@ def learning_rate(step: int, config: Fit) -> float:
     return config.lr * min(1, (step + 1) / config.warmup) * (1 + math.cos(math.pi * step / config.steps)) / 2
 
 
+def sine_ramp(step: int, steps: int) -> float:
+    """From 0 at the first step along a sine to nearly 1 at the last: the weight of the heads' loss beside the base's  (paper, "Medusa-2")"""
+    return math.sin(math.pi / 2 * step / steps)
+
+
 def fit(module: nn.Module, loss_of_step: Callable[[int], tuple[Tensor, dict]], config: Fit, device: torch.device, dtype: torch.dtype) -> None:
     """AdamW on the module's parameters. loss_of_step(step) -> the loss, and figures for the progress bar."""
     parameters = list(module.parameters())
@@ -200,7 +221,7 @@ def fit(module: nn.Module, loss_of_step: Callable[[int], tuple[Tensor, dict]], c
     ]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
     module.train()
-    bar = tqdm(range(config.steps), desc=f"training {type(module).__name__}", unit="step", mininterval=1)
+    bar = tqdm(range(config.steps), desc="training", unit="step", mininterval=1)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
@@ -247,46 +268,35 @@ def bits_per_byte(model: GPT, tokens: Tensor, n_bytes: int) -> float:
 
 
 def train_base(config: BaseConfig) -> None:
+    check_out(config.out)
     device = pick_device(config.device)
     dtype = pick_precision(config.precision, device)
+    shape = {f.name: getattr(config, f.name) for f in fields(ModelConfig) if hasattr(config, f.name)}
+    model_config = ModelConfig(**shape, max_position_embeddings=config.context)
     texts, held_out = documents(False, config.text), documents(True, config.text)
     tokenizer = train_tokenizer(texts, config.vocab_size)
     tokens, held_out_tokens = packed(texts, tokenizer), packed(held_out, tokenizer)
-    sources = [tokens] + ([packed(package_documents(config.packages), tokenizer)] if config.packages else [])
     torch.manual_seed(config.seed)
-    model = GPT(
-        ModelConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.kv_heads,
-            max_position_embeddings=config.context,
-            bos_token_id=tokenizer.bos,
-            eos_token_id=tokenizer.eos,
-        )
-    ).to(device)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(map(len, sources)):,} tokens of text, {dtype} on {device}")
+    model = GPT(model_config).to(device)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokens):,} tokens of text, {dtype} on {device}")
+    heads = MedusaHeads(MedusaConfig(config.hidden_size, config.vocab_size)).to(device)
     generator = torch.Generator().manual_seed(config.seed)
 
     def loss_of_step(step: int) -> tuple[Tensor, dict]:
-        from_packages = torch.rand(config.batch, generator=generator) < PACKAGE_SHARE * (1 - step / config.steps)
-        n_packages = int(from_packages.sum()) if config.packages else 0
-        rows = [windows(source, n, config.context + 1, generator) for source, n in zip(sources, (config.batch - n_packages, n_packages)) if n]
-        rows = torch.cat(rows).to(device)  # (B, T+1)
-        logits = model.lm_head(model(rows[:, :-1]))  # (B, T, V)
-        return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten()), {}
+        rows = windows(tokens, config.batch, config.context + 1, generator).to(device)  # (B, T+1)
+        hidden = model(rows[:, :-1])  # (B, T, D)
+        loss = F.cross_entropy(model.lm_head(hidden).flatten(0, 1).float(), rows[:, 1:].flatten())
+        if config.look_ahead == 0:
+            return loss, {}
+        ahead, per_head = medusa_loss(heads(hidden, model.lm_head), rows)
+        return loss + config.look_ahead * sine_ramp(step, config.steps) * ahead, {"next": f"{loss.item():.2f}", "heads": " ".join(f"{value:.2f}" for value in per_head.tolist())}
 
-    fit(model, loss_of_step, config, device, dtype)
+    fit(nn.ModuleList((model, heads)) if config.look_ahead else model, loss_of_step, config, device, dtype)
     tokenizer.save(config.out)
     model.save_pretrained(config.out, torch.float16)
     bits = bits_per_byte(GPT.from_pretrained(config.out, device=device), held_out_tokens, sum(len(text.encode()) for text in held_out))
     print(f"{config.out}: {bits:.3f} bits per byte on held-out text, in {directory_size(config.out):,} bytes")
     print(f"next: python train.py --mode medusa1 --base {config.out}")
-
-
-PACKAGE_SHARE = 0.8  # of the rows at the first step; it fades to 0 at the last
 
 
 def directory_size(directory) -> int:
@@ -399,34 +409,39 @@ def scored(carries: Tensor, K: int) -> Tensor:
 
 
 @torch.inference_mode()
-def head_ranks(model: GPT, heads: MedusaHeads, tokens: Tensor, carries: Tensor, rows: int = 16) -> Tensor:
-    """The rank (0 is the likeliest) that each head gave to the token that came: (n, K), at the positions that are `scored`."""
+def head_ranks(model: GPT, heads: MedusaHeads, tokens: Tensor, carries: Tensor, rows: int = 2) -> list[Tensor]:
+    """The rank (0 is the likeliest) that each head gave to the token that came: for each row (n, K), at its positions that are `scored`."""
     K, T = heads.config.num_heads, tokens.shape[1]
     ranks = []
     for row, mask in zip(tokens.split(rows), carries.split(rows)):
         logits = heads(model(row[:, : T - K - 1]), model.lm_head)  # (K, B, T-K-1, V)
         targets = row[:, 2:].unfold(1, K, 1).permute(2, 0, 1)  # (K, B, T-K-1): head k at t guesses token t+k+1
         target_logits = logits.gather(-1, targets[..., None])  # (K, B, T-K-1, 1)
-        ranks.append((logits > target_logits).sum(-1)[:, scored(mask, K)].T.cpu())  # (n, K)
-    return torch.cat(ranks)
+        found = (logits > target_logits).sum(-1).permute(1, 2, 0)  # (B, T-K-1, K)
+        ranks += [row_ranks[row_scored].cpu() for row_ranks, row_scored in zip(found, scored(mask, K))]
+    return ranks
 
 
 def calibrate(model: GPT, heads: MedusaHeads, rows_of: dict[str, tuple[Tensor, Tensor]]) -> dict:
-    """The content of calibration.json: for each temperature the counts of rank prefixes, and each head's accuracy."""
+    """The content of calibration.json: for each temperature each head's accuracy at all positions, and the counts of rank prefixes at those
+    where steps start, as a `replay` with a tree of CALIBRATION_NODES finds them.
+    """
     report = {}
     for temperature, (tokens, carries) in rows_of.items():
-        ranks = head_ranks(model, heads, tokens.to(model.lm_head.weight.device), carries.to(model.lm_head.weight.device))
-        counts = prefix_counts(ranks.tolist())
+        texts = head_ranks(model, heads, tokens.to(model.lm_head.weight.device), carries.to(model.lm_head.weight.device))
+        ranks, texts = torch.cat(texts), [text.tolist() for text in texts]
+        starts = replay(texts, calibrated_tree(ranks.tolist(), CALIBRATION_NODES))
+        counts = prefix_counts(starts)
         report[temperature] = {
-            "positions": len(ranks),
             "top1": [round((ranks[:, k] < 1).double().mean().item(), 4) for k in range(ranks.shape[1])],
             "top5": [round((ranks[:, k] < 5).double().mean().item(), 4) for k in range(ranks.shape[1])],
-            "prefixes": [[list(path), counts[path]] for path in ranked_prefixes(counts)[:CALIBRATION_PREFIXES]],
+            "steps": len(starts),
+            "prefixes": {" ".join(map(str, path)): counts[path] for path in ranked_prefixes(counts)[:CALIBRATION_PREFIXES]},
         }
     return report
 
 
-CALIBRATION_PREFIXES = 256
+CALIBRATION_NODES, CALIBRATION_PREFIXES = 16, 256
 
 
 def distilled_rows(config: Medusa1Config) -> Path:
@@ -439,10 +454,8 @@ def distilled_rows(config: Medusa1Config) -> Path:
     return distill(DistillConfig(base=config.base, text=config.text, seed=config.seed, device=config.device, precision=config.precision, shards=shards))
 
 
-SHIPPED_ROWS = Path("data/distilled")
-
-
 def train_medusa1(config: Medusa1Config) -> None:
+    check_out(config.out)
     device = pick_device(config.device)
     dtype = pick_precision(config.precision, device)
     tokenizer, model = load_base(config.base, device=device)
@@ -473,8 +486,8 @@ def train_medusa1(config: Medusa1Config) -> None:
         return loss, {"heads": " ".join(f"{value:.2f}" for value in per_head.tolist())}
 
     fit(heads, loss_of_step, config, device, dtype)
-    calibration = calibrate(model, heads, held_out)
     heads.save_pretrained(config.out)
+    calibration = calibrate(model, heads, held_out)
     write_json(Path(config.out) / "calibration.json", calibration)
     report(config, calibration)
 
@@ -491,10 +504,10 @@ def report(config: Medusa1Config, calibration: dict) -> None:
 
 
 def read_prefixes(result: dict) -> Counter:
-    """The prefix counts of one temperature in calibration.json. Raises KeyError, TypeError or ValueError for what is none."""
-    counts = Counter({tuple(path): count for path, count in result["prefixes"]}) | Counter({(): result["positions"]})
-    if not all(type(number) is int for path, count in counts.items() for number in (*path, count)) or result["positions"] < 1:
-        raise ValueError("ranks and counts must be whole numbers, and positions above 0")
+    """The prefix counts of one temperature in calibration.json. Raises AttributeError, KeyError, TypeError or ValueError for what is none."""
+    counts = Counter({tuple(map(int, path.split())): count for path, count in result["prefixes"].items()}) | Counter({(): result["steps"]})
+    if not all(type(count) is int for count in counts.values()) or result["steps"] < 1:
+        raise ValueError("counts must be whole numbers, and steps above 0")
     return counts
 
 

@@ -105,10 +105,6 @@ def tree_from_paths(paths: Iterable[Sequence[int]]) -> Tree:
     for path in sorted(paths, key=lambda path: (len(path), path)):
         if not path:
             raise ValueError("path []: the root is implied and must not be listed")
-        if any(rank < 0 for rank in path):
-            raise ValueError(f"path {list(path)}: negative rank")
-        if path in index:
-            raise ValueError(f"path {list(path)} stands twice")
         if path[:-1] not in index:
             raise ValueError(f"path {list(path)}: its prefix {list(path[:-1])} is missing")
         index[path] = len(parents)
@@ -159,6 +155,22 @@ def calibrated_tree(rank_paths: Iterable[Sequence[int]] | Counter, n_nodes: int)
 def expected_tokens(tree: Tree, counts: Counter) -> float:
     """Tokens per step that the calibration counts promise: the next root, plus each node's chance to be accepted."""
     return sum(counts[path] for path in tree.paths) / counts[()]
+
+
+def replay(texts: Iterable[Sequence[Sequence[int]]], tree: Tree) -> list[Path]:
+    """The rank paths at which steps would start, if these texts were decoded with this tree.
+
+    texts  for each text the ranks (r_1 .. r_K) of its positions, in order
+    A step goes on behind the guesses that it accepted and the root that it drew, so most steps start right behind a miss, where
+    guesses are worse than on average: counts over all positions promise more than decoding keeps.
+    """
+    nodes, starts = set(tree.paths), []
+    for positions in texts:
+        at = 0
+        while at < len(positions):
+            starts.append(tuple(positions[at]))
+            at += 1 + max(depth for depth in range(len(starts[-1]) + 1) if starts[-1][:depth] in nodes)
+    return starts
 
 
 def choose_size(expected: Callable[[int], float], cost: dict[int, float], sizes: Iterable[int] | None = None) -> int:

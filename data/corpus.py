@@ -4,7 +4,6 @@ A file goes to training or validation by a hash of its path inside the library, 
 in every version. Token arrays are cached in the user's cache directory, under a name that is a hash of all that went in.
 """
 import hashlib
-import importlib.util
 import os
 import sysconfig
 from pathlib import Path
@@ -45,20 +44,6 @@ def library_documents(validation: bool) -> list[str]:
     """The standard library's files of one side of the split."""
     files = python_files(Path(sysconfig.get_paths()["stdlib"]))
     return [text for name, text in files.items() if is_validation(name) == validation]
-
-
-def package_documents(packages: list[str]) -> list[str]:
-    """The Python sources of installed packages. For training only."""
-    documents = []
-    for package in packages:
-        try:
-            spec = importlib.util.find_spec(package)
-        except (ModuleNotFoundError, ValueError):  # a.b where a is missing; a name that no package can have
-            spec = None
-        if spec is None or not spec.submodule_search_locations:
-            raise ValueError(f"--packages: package {package} is not installed: install it or leave it out")
-        documents += python_files(Path(spec.submodule_search_locations[0])).values()
-    return documents
 
 
 def text_documents(paths: list[str], validation: bool) -> list[str]:

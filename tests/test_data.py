@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import corpus
-from data.corpus import documents, is_validation, library_documents, pack, package_documents, python_files, text_documents
+from data.corpus import documents, is_validation, library_documents, pack, python_files, text_documents
 from data.tokenizer import Tokenizer, train_tokenizer
 from strategies import laws
 
@@ -139,15 +139,6 @@ def test_an_empty_side_is_refused(side, says, tmp_path, monkeypatch):
     for text in ([str(tmp_path / "own.txt")], None):
         with pytest.raises(ValueError, match=says):
             documents(side, text)
-
-
-def test_packages_give_their_sources_and_a_missing_one_is_named(tmp_path, monkeypatch):
-    sources = {"pack_a/__init__.py": "a = 1", "pack_a/sub/b.py": "b = 1", "pack_a/tests/c.py": "c = 1", "pack_d/__init__.py": "d = 1"}
-    monkeypatch.syspath_prepend(str(write_tree(tmp_path / "site-packages", sources)))
-    assert package_documents(["pack_d", "pack_a"]) == ["d = 1", "a = 1", "b = 1"]
-    for missing in ("no_such_package", "pack_a.no_such_package", "no_such_package.sub"):
-        with pytest.raises(ValueError, match=f"package {missing} "):
-            package_documents(["pack_a", missing])
 
 
 class Letters:

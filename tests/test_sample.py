@@ -40,7 +40,7 @@ def streamed(steps, last=None, out=None, each=lambda printed: None) -> str:
     out = io.StringIO() if out is None else out
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", out)
-        printer = Printer(tokenizer())
+        printer = Printer(tokenizer(), tokenizer().encode("x"))
         for step in steps:
             printer.step(step, last)
             each(out.getvalue())
@@ -128,7 +128,7 @@ def test_without_its_colours_the_text_is_the_plain_text(steps):
 def calibration(rows) -> dict:
     """One temperature's entry of calibration.json, as train.py writes it."""
     counts = prefix_counts(rows)
-    return {"positions": len(rows), "top1": [], "top5": [], "prefixes": [[list(path), n] for path, n in counts.items() if path]}
+    return {"top1": [], "top5": [], "steps": len(rows), "prefixes": {" ".join(map(str, path)): n for path, n in counts.items() if path}}
 
 
 def write(directory: Path, entries: dict) -> Path:
@@ -172,7 +172,7 @@ def test_a_number_names_the_most_frequent_prefixes(n, tmp_path):
     counts = prefix_counts(ROWS)
     assert len(tree) == n
     assert sorted((counts[path] for path in tree.paths), reverse=True) == sorted(counts.values(), reverse=True)[:n]
-    assert why == "calibrated, size as asked for"
+    assert why == "calibrated at temperature 0.0, size as asked for"
 
 
 def test_a_number_beyond_the_calibration_does_not_claim_the_size_asked_for(tmp_path):
@@ -203,7 +203,7 @@ def test_auto_takes_the_tree_that_promises_the_most_tokens_a_second(tmp_path_fac
     assert math.isclose(gain(len(tree)), best)
     assert all(gain(n) < best * (1 + 1e-9) for n in range(2, len(tree)))
     assert sum(prefix_counts(rows)[path] for path in tree.paths[1:]) == sum(counts[: len(tree) - 1])
-    assert why.startswith(f"calibrated; {len(tree)} nodes promise the most tokens a second here, by nodes ")
+    assert why.startswith(f"calibrated at temperature 0.0; {len(tree)} nodes promise the most tokens a second here, by nodes ")
     shown = dict(part.split(": ") for part in why.rsplit(" by nodes ")[1].split(", "))
     assert str(len(tree)) in shown and str(largest) in shown
     assert all(abs(float(promise.removesuffix("x")) - gain(int(n))) < 0.0051 for n, promise in shown.items())
@@ -255,18 +255,19 @@ def test_a_small_context_still_gets_a_tree(context, tmp_path):
 @given(st.floats(0, 3), st.lists(st.sampled_from(["0.0", "0.3", "0.7", "1.0", "2"]), min_size=1, unique=True))
 def test_the_calibration_is_that_of_the_nearest_temperature(tmp_path_factory, temperature, measured):
     entries = {key: calibration([(0,)] * (2 + at)) for at, key in enumerate(measured)}
-    counts = read_calibration(write(tmp_path_factory.getbasetemp(), entries), temperature)
+    counts, nearest = read_calibration(write(tmp_path_factory.getbasetemp(), entries), temperature)
     assert counts[()] == counts[(0,)] and counts.keys() == {(), (0,)}
     chosen = measured[counts[()] - 2]
+    assert nearest == chosen
     assert abs(float(chosen) - temperature) == min(abs(float(key) - temperature) for key in measured)
 
 
 GOOD = calibration(ROWS)
 NO_CALIBRATION = [
-    {}, {"0.0": []}, {"0.0": {}}, {"0.0": None}, {"warm": GOOD}, {"0.0": GOOD | {"positions": 0}}, {"0.0": GOOD | {"positions": "many"}},
-    {"0.0": GOOD | {"positions": -3}}, {"0.0": GOOD | {"prefixes": []}}, {"0.0": GOOD | {"prefixes": [[0, 3]]}},
-    {"0.0": GOOD | {"prefixes": [[["a"], 3]]}}, {"0.0": GOOD | {"prefixes": [[[0.5], 3]]}}, {"0.0": GOOD | {"prefixes": [[[0], "3"]]}},
-    {"0.0": GOOD | {"prefixes": [[[-1], 3]]}}, {"0.0": GOOD | {"prefixes": [[[0, 0], 3]]}}, {"0.0": GOOD | {"prefixes": [[[[0]], 3]]}},
+    {}, {"0.0": []}, {"0.0": {}}, {"0.0": None}, {"warm": GOOD}, {"0.0": GOOD | {"steps": 0}}, {"0.0": GOOD | {"steps": "many"}},
+    {"0.0": GOOD | {"steps": -3}}, {"0.0": GOOD | {"prefixes": {}}}, {"0.0": GOOD | {"prefixes": [[0, 3]]}},
+    {"0.0": GOOD | {"prefixes": {"a": 3}}}, {"0.0": GOOD | {"prefixes": {"0.5": 3}}}, {"0.0": GOOD | {"prefixes": {"0": "3"}}},
+    {"0.0": GOOD | {"prefixes": {"-1": 3}}}, {"0.0": GOOD | {"prefixes": {"0 0": 3}}}, {"0.0": GOOD | {"prefixes": {"0": [3]}}},
 ]  # fmt: skip
 
 

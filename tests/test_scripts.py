@@ -21,7 +21,7 @@ from model import GPT
 
 ROOT = Path(__file__).parent.parent
 FAST = ["--device", "cpu", "--precision", "float32"]
-SHAPE = ["--vocab-size", "300", "--hidden-size", "16", "--intermediate-size", "24", "--layers", "1", "--heads", "2", "--kv-heads", "1"]
+SHAPE = ["--vocab-size", "300", "--hidden-size", "16", "--intermediate-size", "24", "--num-hidden-layers", "1", "--num-attention-heads", "2", "--num-key-value-heads", "1"]
 ROWS = ["--shards", "1", "--rows", "6", "--prompt-tokens", "6", "--new-tokens", "18"]
 FIT = ["--steps", "4", "--batch", "2", "--warmup", "1"]
 
@@ -113,7 +113,7 @@ def test_sampling_with_what_was_trained_shows_the_text_and_an_honest_summary(mad
     out = succeeds(work, "sample.py", "--base", work / "base", "--heads", work / "heads", *flags)
     assert out.startswith("def \u20ac(") and "\033" not in out
     lines = summary(out)
-    why = r"calibrated; \1 nodes promise the most tokens a second here, by nodes (.*)"
+    why = r"calibrated at temperature 0.0; \1 nodes promise the most tokens a second here, by nodes (.*)"
     nodes, depth, shown = re.fullmatch(rf"(\d+) nodes, ([123]) deep: {why}", lines["tree"]).groups()
     assert int(nodes) > int(depth) and f"{nodes}: " in shown
     per_step, tokens, steps = re.fullmatch(r"(\S+) +\((\d+) tokens, (\d+) steps behind the prompt\)", lines["tokens/step"]).groups()
@@ -379,8 +379,11 @@ def test_sample_refuses_a_field_of_config_that_it_cannot_honour(refused, copy, n
         (["--mode", "base", "--vocab-size", "10"], "ocabulary size"),
         (["--mode", "base", "--vocab-size", "0"], "vocab_size"),
         (["--mode", "base", "--vocab-size", "30000"], "ocabulary size"),
-        (["--mode", "base", *SHAPE, "--heads", "3"], "heads"),
-        (["--mode", "base", *SHAPE, "--packages", "no_such_package"], "no_such_package"),
+        (["--mode", "base", *SHAPE, "--num-attention-heads", "3"], "num_attention_heads"),
+        (["--mode", "base", *SHAPE, "--look-ahead", "-1"], "--look-ahead"),
+        (["--mode", "base", "--base", "data/base"], "--base"),
+        (["--mode", "medusa1", "--context", "100"], "--context belongs to --data corpus"),
+        (["--mode", "medusa1", "--text", "a.txt", "--distilled", "data/distilled"], "contradict"),
         (["--mode", "distill", "--shards", "0"], "shards = 0"),
         (["--mode", "distill", "--rows", "0"], "rows = 0"),
         (["--mode", "distill", "--prompt-tokens", "200", "--new-tokens", "200"], "--prompt-tokens 200 + --new-tokens 200"),

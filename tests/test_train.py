@@ -26,7 +26,7 @@ from train import (
     distilled_rows, fit, head_ranks, learning_rate, load_base, packed, pick_device, pick_precision, read_prefixes, read_shards, sample_rows, train_base,
     train_medusa1, windows
 )
-from tree import calibrated_tree
+from tree import calibrated_tree, replay
 
 CPU = {"device": "cpu", "precision": "float32"}
 
@@ -247,8 +247,7 @@ def test_the_cpu_can_always_be_picked():
 def test_precision_is_what_was_asked_for():
     for name in ("float32", "bfloat16"):
         assert pick_precision(name, torch.device("cpu")) == getattr(torch, name)
-    assert pick_precision("auto", torch.device("cpu")) in (torch.float32, torch.bfloat16)
-    assert pick_precision("auto", torch.device("mps")) == torch.float32
+    assert [pick_precision("auto", torch.device(name)) for name in ("cpu", "mps", "cuda")] == [torch.float32, torch.float32, torch.bfloat16]
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
@@ -449,7 +448,7 @@ def test_bits_per_byte_holds_for_a_context_of_one_token():
 
 
 def base_config(tmp_path, text, name="new", **more) -> BaseConfig:
-    sizes = {"vocab_size": 290, "hidden_size": 8, "intermediate_size": 8, "layers": 1, "heads": 2, "kv_heads": 1, "context": 16}
+    sizes = {"vocab_size": 290, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "context": 16}
     return BaseConfig(text=text, out=str(tmp_path / name), **sizes | {"steps": 4, "batch": 2, "warmup": 1} | CPU | more)
 
 
@@ -470,35 +469,27 @@ def test_a_new_base_opens_again_repeats_with_its_seed_and_never_sees_the_validat
     assert f"one: {bits:.3f} bits per byte on held-out text" in capsys.readouterr().out
 
 
-def test_the_loss_of_the_base_is_the_cross_entropy_of_the_next_token_at_every_place(tmp_path, text, monkeypatch):
+@pytest.mark.parametrize("look_ahead, step", [(0.0, 2), (1.0, 0), (1.0, 2), (0.3, 3)])
+def test_the_loss_of_the_base_is_cross_entropy_and_the_ramped_loss_of_heads_trained_along(look_ahead, step, tmp_path, text, monkeypatch):
+    """New heads give the base's own logits, so every term can be written down from these."""
     drawn, losses = [], []
 
-    def first_step(model, loss_of_step, config, device, dtype):
-        loss = loss_of_step(0)[0]
-        logits = model.lm_head(model(drawn[0][:, :-1]))
-        losses.append((loss.item(), sum(nats(logits[b, t], drawn[0][b, t + 1]) for b in range(2) for t in range(15)) / 30))
+    def one_step(module, loss_of_step, config, device, dtype):
+        model = module[0] if look_ahead else module
+        assert len(list(module.parameters())) == len(list(model.parameters())) + 2 * (look_ahead > 0)
+        loss = loss_of_step(step)[0]
+        logits = model.lm_head(model(drawn[0][:, :-1]))  # (2, 15, V)
+
+        def mean(ahead: int) -> float:
+            return sum(nats(logits[b, t], drawn[0][b, t + ahead]) for b in range(2) for t in range(16 - ahead)) / 2 / (16 - ahead)
+
+        weight = look_ahead * math.sin(math.pi / 2 * step / 4)
+        losses.append((loss.item(), mean(1) + weight * sum(0.8**k * mean(k + 1) for k in range(1, 5))))
 
     monkeypatch.setattr(train, "windows", lambda *args: drawn.append(windows(*args)) or drawn[-1])
-    monkeypatch.setattr(train, "fit", first_step)
-    train_base(base_config(tmp_path, text, context=15))
+    monkeypatch.setattr(train, "fit", one_step)
+    train_base(base_config(tmp_path, text, context=15, look_ahead=look_ahead))
     assert drawn[0].shape == (2, 16) and losses[0][0] == pytest.approx(losses[0][1], rel=1e-5)
-
-
-def test_the_share_of_the_packages_fades_from_four_fifths_to_nothing(tmp_path, text, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(train, "package_documents", lambda packages: [source(100, 30)])
-    monkeypatch.setattr(train, "windows", lambda tokens, n, *args: drawn.append((len(tokens), n)) or windows(tokens, n, *args))
-    train_base(base_config(tmp_path, text, packages=["some"], steps=40, batch=50, context=4))
-    own = len(packed(documents(False, text), small_tokenizer()))
-    shares, steps = [], []
-    for length, n in drawn:  # of a step's two draws the one from the text comes first
-        if length == own:
-            steps.append([n, 0])
-        else:
-            steps[-1][1] += n
-    shares = [packages / 50 for _, packages in steps]
-    assert all(sum(step) == 50 for step in steps) and len(steps) == 40
-    assert 0.7 < sum(shares[:5]) / 5 < 0.85 and 0.3 < sum(shares[18:22]) / 4 < 0.5 and sum(shares[-5:]) / 5 < 0.1
 
 
 @pytest.mark.parametrize("vocab_size", [100, 5000])
@@ -825,44 +816,47 @@ def test_head_ranks_equal_those_found_one_position_at_a_time(case, rows):
     """A rank is the number of tokens that the head finds likelier than the one that came."""
     model, heads, tokens, mask = case
     ranks = head_ranks(model, heads, tokens, mask, rows)
-    assert ranks.tolist() == ranks_by_hand(model, heads, tokens, mask)
-    assert ranks.shape[1] == heads.config.num_heads
+    assert [row.tolist() for row in ranks] == [ranks_by_hand(model, heads, tokens[i : i + 1], mask[i : i + 1]) for i in range(len(tokens))]
+    assert all(row.shape[1] == heads.config.num_heads for row in ranks)
 
 
 def test_among_equals_nobody_is_better():
     model = random_gpt(0)
     heads = MedusaHeads(MedusaConfig(8, 5, 2, original_lm_head=False)).double()  # all logits are 0
     tokens = torch.arange(5)[None]
-    assert head_ranks(model, heads, tokens, tokens >= 0).tolist() == [[0, 0]] * 2
+    assert [row.tolist() for row in head_ranks(model, heads, tokens, tokens >= 0)] == [[[0, 0]] * 2]
 
 
 @settings(laws, max_examples=30)
-@given(measured_rows(), st.integers(1, 9), st.integers(2, 6))
-def test_a_calibration_counts_every_prefix_and_comes_back_from_its_file(tmp_path_factory, case, limit, n_nodes):
+@given(measured_rows(), st.integers(1, 9), st.integers(2, 6), st.integers(2, 9))
+def test_a_calibration_counts_every_prefix_where_a_step_starts_and_comes_back_from_its_file(tmp_path_factory, case, limit, n_nodes, reference):
     model, heads, tokens, mask = case
     mask[0] = True
     rows_of = {"0.0": (tokens, mask), "1.0": (tokens.flip(1), torch.ones_like(mask))}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "CALIBRATION_PREFIXES", limit)
+        patch.setattr(train, "CALIBRATION_NODES", reference)
         report = calibrate(model, heads, rows_of)
     path = tmp_path_factory.mktemp("heads") / "calibration.json"
     write_json(path, report)
     assert read_json(path) == report and report.keys() == rows_of.keys()
     for temperature, rows in rows_of.items():
         ranks, result = ranks_by_hand(model, heads, *rows), report[temperature]
+        texts = [ranks_by_hand(model, heads, row[None], row_mask[None]) for row, row_mask in zip(*rows)]
+        starts = replay(texts, calibrated_tree(ranks, reference))
         counts = defaultdict(int)
-        for position in ranks:
+        for position in starts:
             for depth in range(1, len(position) + 1):
                 counts[tuple(position[:depth])] += 1
         common = sorted(counts, key=lambda prefix: (-counts[prefix], len(prefix), prefix))[:limit]
-        assert result["positions"] == len(ranks)
-        assert result["prefixes"] == [[list(prefix), counts[prefix]] for prefix in common]
+        assert result["steps"] == len(starts)
+        assert list(result["prefixes"].items()) == [(" ".join(map(str, prefix)), counts[prefix]) for prefix in common]
         for k in range(heads.config.num_heads):
             for name, below in (("top1", 1), ("top5", 5)):
                 assert abs(result[name][k] - sum(position[k] < below for position in ranks) / len(ranks)) < 1e-4
-        assert read_prefixes(result) == {prefix: counts[prefix] for prefix in common} | {(): len(ranks)}
+        assert read_prefixes(result) == {prefix: counts[prefix] for prefix in common} | {(): len(starts)}
         n_nodes = min(n_nodes, limit + 1)
-        assert calibrated_tree(read_prefixes(result), n_nodes) == calibrated_tree(ranks, n_nodes)
+        assert calibrated_tree(read_prefixes(result), n_nodes) == calibrated_tree(starts, n_nodes)
 
 
 def test_top5_is_not_top1():
@@ -872,8 +866,8 @@ def test_top5_is_not_top1():
     heads.lm_heads.data = torch.arange(6, 0, -1, dtype=torch.float64)[None, :, None].expand(1, 6, 6).contiguous()
     tokens = torch.tensor([[0, 0, 0, 1, 2, 3, 4, 5]])
     result = calibrate(model, heads, {"0.7": (tokens, tokens >= 0)})["0.7"]
-    assert (result["positions"], result["top1"], result["top5"]) == (6, [round(1 / 6, 4)], [round(5 / 6, 4)])
-    assert result["prefixes"] == [[[rank], 1] for rank in range(6)]
+    assert (result["steps"], result["top1"], result["top5"]) == (3, [round(1 / 6, 4)], [round(5 / 6, 4)])
+    assert result["prefixes"] == {"0": 1, "2": 1, "4": 1}, "a tree of all ranks accepts one guess a step"
 
 
 # ---- medusa1 ----
