@@ -172,21 +172,22 @@ def base_distribution(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 class NoiseAhead:
-    """The randomness of the positions to come: a uniform variate in [0, 1) for each, made in the order of the text.
+    """The randomness of the positions to come: for each an exponential variate for every token, made in the order of the text.
 
-    Plain decoding and a tree see the same variate at the same position, whichever node asks, and so draw the same text from one seed.
+    Plain decoding and a tree see the same noise at the same position, whichever node asks, and so draw the same text from one seed.
+    The heads see it too: see `propose`.
     """
 
     def __init__(self, like: Tensor, sampling: Sampling, generator: torch.Generator | None):
-        self.made = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device, "generator": generator}
-        self.off, self.ahead = sampling.temperature == 0, []
+        self.like = at_least_float32(like[0, :0]).new_empty(like.shape[0])  # (V,)
+        self.off, self.generator, self.ahead = sampling.temperature == 0, generator, []
 
     def at(self, depths: Sequence[int]) -> Tensor | None:
-        """The variates of the positions `depths` ahead of the next token's, (N, 1); None when nothing is drawn."""
+        """The noise at the positions `depths` ahead of the next token's, (N, V); None when nothing is drawn."""
         if self.off:
             return None
         while len(self.ahead) <= max(depths):
-            self.ahead.append(torch.rand(1, **self.made))
+            self.ahead.append(exponential(self.like, self.generator))
         return torch.stack([self.ahead[depth] for depth in depths])
 
     def advance(self, n: int) -> None:
@@ -194,10 +195,14 @@ class NoiseAhead:
         del self.ahead[:n]
 
 
-def draw(base_probs: Tensor, noise: Tensor) -> Tensor:
-    """The inverse of the cumulative distribution at the noise: base_probs (n, V), noise (n, 1) uniform in [0, 1) -> tokens (n,)."""
-    cumulative = base_probs.cumsum(-1)
-    return torch.searchsorted(cumulative, noise * cumulative[:, -1:], right=True)[:, 0]  # right: never a token of probability 0
+def exponential(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Variates of the exponential distribution, none of them 0."""
+    return torch.empty_like(like).exponential_(generator=generator).clamp_(min=torch.finfo(like.dtype).tiny)
+
+
+def draw(probs: Tensor, noise: Tensor) -> Tensor:
+    """probs (n, V), noise (n, V) exponential -> tokens (n,). A race: token i arrives after noise_i / probs_i, and is first with probability probs_i."""
+    return (probs / noise).argmax(-1)
 
 
 def typical_threshold(base_probs: Tensor, epsilon: float = Sampling.epsilon, delta: float | None = None) -> Tensor:
@@ -209,7 +214,7 @@ def typical_threshold(base_probs: Tensor, epsilon: float = Sampling.epsilon, del
 def accept(tree: Tree, tokens: Tensor, logits: Tensor, sampling: Sampling, noise: Tensor | None = None) -> tuple[list[int], list[int]]:
     """Walk from the root as far as the base model agrees.
 
-    tokens (N,) at the nodes; logits (N, V) of the base model after each node; noise (N, 1), needed for temperature > 0: equal at
+    tokens (N,) at the nodes; logits (N, V) of the base model after each node; noise (N, V), needed for temperature > 0: equal at
     equal depths. A child is accepted if its parent is and it passes the rule at its parent; the deepest accepted node wins:
     - greedy and lossless: each node draws its next token; the child that holds its parent's draw passes. The draw of a node
       depends on its path and the noise of its position alone, so the text is the very text that plain decoding draws.
@@ -299,12 +304,23 @@ class Plan:
         return self.bias[:, self.capacity - past :]
 
 
-def propose(heads: MedusaHeads, lm_head: nn.Linear, hidden: Tensor, root: int, plan: Plan) -> Tensor:
-    """The tokens at the nodes of the tree, (N,): the root, and below it the likeliest guesses of the heads at `hidden` (D,)."""
+def favour(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Tensor:
+    """Scores (K, V) by which the heads' guesses are ranked, of their logits and the noise at the positions that they guess.
+
+    Greedy and typical acceptance ask for the likeliest tokens. A lossless draw is first in a race whose noise is known before: the
+    tokens that are ahead in the heads' own race with the same noise are what the base model will draw, if the heads think alike.
+    The base draws as it would without heads, whatever they guess, so the text is still exactly the base model's.
+    """
+    return logits if noise is None or sampling.typical else (at_least_float32(logits) / sampling.temperature).softmax(-1) / noise
+
+
+def propose(heads: MedusaHeads, lm_head: nn.Linear, hidden: Tensor, root: int, plan: Plan, sampling: Sampling, noise: NoiseAhead) -> Tensor:
+    """The tokens at the nodes of the tree, (N,): the root, and below it the first guesses of the heads at `hidden` (D,)."""
     root = torch.tensor([root], device=hidden.device)
     if len(plan.tree) == 1:
         return root
-    guesses = heads(hidden, lm_head).topk(plan.n_guesses).indices  # (K, guesses)
+    logits = heads(hidden, lm_head)  # (K, V)
+    guesses = favour(logits, sampling, noise.at(range(len(logits)))).topk(plan.n_guesses).indices  # (K, guesses)
     return torch.cat((root, guesses.flatten()))[plan.index]
 
 
@@ -343,7 +359,7 @@ def medusa_generate(
         if plan.depth > end - length - 1:  # a node must leave room for the token it earns
             plan = Plan(tree.cut(end - length - 1), end, lm_head.weight)
         past = length - 1
-        tokens = propose(heads, lm_head, states[path[-1]], emitted[-1], plan)  # (N,)
+        tokens = propose(heads, lm_head, states[path[-1]], emitted[-1], plan, sampling, noise)  # (N,)
         states = model(tokens[None], plan.depths + past, plan.mask(past), cache)[0]  # (N, D)
         path, emitted = accept(plan.tree, tokens, lm_head(states), sampling, noise.at(plan.tree.depths))
         cache.keep(past, path)

@@ -232,15 +232,14 @@ def first_difference(a: list[int], b: list[int]) -> int | None:
 
 @torch.inference_mode()
 def gap_at(model: GPT, prompt: list[int], ours: list[int], plain: list[int], at: int, sampling: Sampling, seed: int) -> float:
-    """How near the two were where the texts part: the difference of the two logits, or how far the draw is from our token's."""
+    """How near the two were where the texts part: the difference of the two logits, or of the logarithms of their times in the race."""
     device = model.lm_head.weight.device
     logits = model.lm_head(model(torch.tensor([prompt + plain[:at]], device=device))[0, -1])  # (V,)
     if sampling.temperature == 0:
         return abs(logits[ours[at]] - logits[plain[at]]).item()
-    noise = NoiseAhead(model.lm_head.weight, sampling, torch.Generator(device).manual_seed(seed)).at(range(at + 1))[at]  # (1,)
-    base_probs = base_distribution(logits, sampling)
-    above = base_probs.cumsum(-1)[ours[at]]  # our token is drawn from [above - its probability, above)
-    return max(noise.item() - above.item(), (above - base_probs[ours[at]]).item() - noise.item(), 0.0)
+    noise = NoiseAhead(model.lm_head.weight, sampling, torch.Generator(device).manual_seed(seed)).at(range(at + 1))[at]  # (V,)
+    scores = (base_distribution(logits, sampling) / noise).log()
+    return abs(scores[ours[at]] - scores[plain[at]]).item()
 
 
 def compare(ours: Run, plain: Run, difference: str, tree: Tree, why: str) -> str:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data.corpus import cache_directory, documents, pack
 from data.tokenizer import Tokenizer, train_tokenizer
-from medusa import DECAY, MedusaConfig, MedusaHeads, Sampling, base_distribution, draw, medusa_loss
+from medusa import DECAY, MedusaConfig, MedusaHeads, Sampling, base_distribution, draw, exponential, favour, medusa_loss
 from model import GPT, ModelConfig, check_sizes, read_safetensors, write_json, write_safetensors
 from tree import calibrated_tree, expected_tokens, prefix_counts, ranked_prefixes, replay
 
@@ -319,8 +319,7 @@ def sample_rows(model: GPT, prompts: Tensor, n_new: int, sampling: Sampling, gen
     rows, new = torch.arange(R, device=prompts.device), prompts  # the rows still alive, and their tokens to feed
     for position in range(P, P + n_new):
         base_probs = base_distribution(model.lm_head(model(new, cache=cache)[:, -1]), sampling)  # (alive, V)
-        noise = torch.rand(len(base_probs), 1, device=base_probs.device, generator=generator)
-        new = draw(base_probs, noise)[:, None]  # (alive, 1)
+        new = draw(base_probs, exponential(base_probs, generator))[:, None]  # (alive, 1)
         tokens[rows, position], carries[rows, position] = new[:, 0], True
         alive = new[:, 0] != (-1 if model.config.eos_token_id is None else model.config.eos_token_id)
         if not alive.all():
@@ -408,17 +407,32 @@ def scored(carries: Tensor, K: int) -> Tensor:
     return carries[:, 1:].unfold(1, K + 1, 1).all(-1)
 
 
+def noise_of_draws(base_probs: Tensor, tokens: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Noise with which `draw` gives these tokens (n,), as likely as it is given that: (n, V).
+
+    The first of a race arrives after a time of rate 1; whoever is still on the way then has as long to go as at the start.
+    """
+    first = exponential(base_probs[:, :1], generator)  # (n, 1)
+    return base_probs * first + exponential(base_probs, generator).scatter(1, tokens[:, None], 0)
+
+
 @torch.inference_mode()
-def head_ranks(model: GPT, heads: MedusaHeads, tokens: Tensor, carries: Tensor, rows: int = 2) -> list[Tensor]:
-    """The rank (0 is the likeliest) that each head gave to the token that came: for each row (n, K), at its positions that are `scored`."""
-    K, T = heads.config.num_heads, tokens.shape[1]
-    ranks = []
-    for row, mask in zip(tokens.split(rows), carries.split(rows)):
-        logits = heads(model(row[:, : T - K - 1]), model.lm_head)  # (K, B, T-K-1, V)
-        targets = row[:, 2:].unfold(1, K, 1).permute(2, 0, 1)  # (K, B, T-K-1): head k at t guesses token t+k+1
-        target_logits = logits.gather(-1, targets[..., None])  # (K, B, T-K-1, 1)
-        found = (logits > target_logits).sum(-1).permute(1, 2, 0)  # (B, T-K-1, K)
-        ranks += [row_ranks[row_scored].cpu() for row_ranks, row_scored in zip(found, scored(mask, K))]
+def head_ranks(model: GPT, heads: MedusaHeads, tokens: Tensor, carries: Tensor, sampling: Sampling = Sampling()) -> list[Tensor]:
+    """The rank (0 is the first guess) that each head gave to the token that came: for each row (n, K), at its positions that are `scored`.
+
+    Of rows that were sampled the noise is gone: another is made with which these tokens would have been drawn.
+    """
+    K, n = heads.config.num_heads, tokens.shape[1] - heads.config.num_heads - 1
+    ranks, generator = [], torch.Generator(tokens.device).manual_seed(0)
+    for row, mask in zip(tokens, carries):
+        hidden = model(row[None, :-1])[0]  # (T-1, D)
+        if sampling.temperature > 0:
+            noise = noise_of_draws(base_distribution(model.lm_head(hidden), sampling), row[1:], generator)  # (T-1, V), of tokens 1, 2, ...
+        found = []
+        for k, logits in enumerate(heads(hidden[:n], model.lm_head), start=1):  # (n, V); at t they guess token t+k+1
+            scores = favour(logits, sampling, noise[k : k + n] if sampling.temperature > 0 else None)
+            found.append((scores > scores.gather(1, row[k + 1 : k + 1 + n, None])).sum(-1))
+        ranks.append(torch.stack(found, dim=1)[scored(mask[None], K)[0]].cpu())  # (n, K)
     return ranks
 
 
@@ -428,7 +442,8 @@ def calibrate(model: GPT, heads: MedusaHeads, rows_of: dict[str, tuple[Tensor, T
     """
     report = {}
     for temperature, (tokens, carries) in rows_of.items():
-        texts = head_ranks(model, heads, tokens.to(model.lm_head.weight.device), carries.to(model.lm_head.weight.device))
+        device = model.lm_head.weight.device
+        texts = head_ranks(model, heads, tokens.to(device), carries.to(device), Sampling(float(temperature)))
         ranks, texts = torch.cat(texts), [text.tolist() for text in texts]
         starts = replay(texts, calibrated_tree(ranks.tolist(), CALIBRATION_NODES))
         counts = prefix_counts(starts)

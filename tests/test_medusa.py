@@ -333,7 +333,7 @@ def accept_redrawing(tree, tokens, logits, sampling, noise=None, generator=None)
     base_probs = base_distribution(logits, sampling)
 
     def draw(rows):
-        return medusa.draw(rows, torch.rand(len(rows), 1, dtype=rows.dtype, generator=generator)).tolist()
+        return medusa.draw(rows, medusa.exponential(rows, generator)).tolist()
 
     tries = draw(base_probs[torch.tensor(tree.parents[1:], dtype=torch.long)])
     reached = [0]
@@ -364,7 +364,11 @@ ENUMERATED = [
 
 @pytest.mark.parametrize("case", ENUMERATED)
 def test_lossless_sampling_is_exactly_the_base_distribution(case, monkeypatch):
-    """Every combination of the nodes' draws, weighed by its probability, gives each text the probability that the base model gives it."""
+    """Every combination of the nodes' draws, weighed by its probability, gives each text the probability that the base model gives it.
+
+    The guesses are fixed here; that they may follow the noise of the draws changes nothing is the law that a tree yields plain
+    decoding's text for every noise, and the chi-square test below.
+    """
     vocab_size, paths, n, context, eos, sampling = case
     model = random_gpt(6, vocab_size, context, eos=eos)
     heads = random_heads(model, 2, 7)
@@ -372,7 +376,7 @@ def test_lossless_sampling_is_exactly_the_base_distribution(case, monkeypatch):
 
     def run(draw):
         monkeypatch.setattr(medusa, "draw", draw)
-        return tuple(flat(medusa_generate(model, heads, tree, prompt, n, sampling)))
+        return tuple(flat(medusa_generate(model, heads, tree, prompt, n, sampling, rng(0))))
 
     expected = text_distribution(model, prompt, n, sampling)
     assert len(expected) > 3
@@ -403,19 +407,22 @@ def test_texts_sampled_through_a_tree_pass_a_chi_square_test_and_a_redraw_for_ea
 
 def test_a_token_is_drawn_with_its_probability():
     base_probs = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05], dtype=torch.float64)
-    noise = torch.rand(50_000, 1, dtype=torch.float64, generator=rng(0))
-    counts = medusa.draw(base_probs.expand(50_000, 5), noise).bincount(minlength=5)
-    expected = {token: prob for token, prob in enumerate(base_probs.tolist()) if prob > 0}
+    base_probs = base_probs.expand(50_000, 5)
+    counts = medusa.draw(base_probs, medusa.exponential(base_probs, rng(0))).bincount(minlength=5)
+    expected = {token: prob for token, prob in enumerate(base_probs[0].tolist()) if prob > 0}
     assert counts[1] == 0
     assert chi_square({token: count for token, count in enumerate(counts.tolist()) if count}, expected, 50_000) > 0.01
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_edges_of_the_noise_draw_tokens_of_nonzero_probability(dtype):
-    base_probs = torch.tensor([[0, 0.5, 0, 0.5, 0], [0, 0, 0.1, 0.2, 0.7], [0.3, 0.6, 0.1, 0, 0]], dtype=dtype)
-    most = 1 - torch.finfo(dtype).eps / 2  # the largest variate that torch.rand makes
-    assert medusa.draw(base_probs, torch.zeros(3, 1, dtype=dtype)).tolist() == [1, 2, 0]
-    assert medusa.draw(base_probs, torch.full((3, 1), most, dtype=dtype)).tolist() == [3, 4, 2]
+    base_probs = torch.tensor([[0, 0.5, 0, 0.5, 0], [0, 0, 0.1, 0.2, 0.7], [1e-30, 0.6, 0.4, 0, 0]], dtype=dtype)
+    least, most = torch.finfo(dtype).tiny, 800.0
+    for favoured in range(5):
+        noise = torch.full((3, 5), most, dtype=dtype)
+        noise[:, favoured] = least
+        assert (base_probs.gather(1, medusa.draw(base_probs, noise)[:, None]) > 0).all()
+    assert medusa.exponential(torch.empty(10**6, dtype=dtype), rng(0)).min() >= least
 
 
 @pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(1.0, typical=True)])
@@ -426,6 +433,28 @@ def test_only_the_generator_that_was_handed_in_is_drawn_from(sampling):
     list(medusa_generate(model, heads, cartesian_tree((2, 2)), [1], 9, sampling, rng(1)))
     list(generate(model, [1], 9, sampling, rng(1)))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+def test_heads_that_think_as_the_base_does_guess_every_draw(temperature):
+    """Every token has the same distribution here, so new heads are perfect; without the noise they could only repeat the likeliest."""
+    model = markov_gpt(torch.tensor([[0.3, 0.0, 0.2, -0.1]]).expand(4, 4), context=64)
+    heads = MedusaHeads(MedusaConfig(4, 4, 3)).double()
+    steps = list(medusa_generate(model, heads, CHAIN, [1], 41, Sampling(temperature), rng(0)))
+    assert [len(step) for step in steps] == [1] + [4] * 10 and len(set(flat(steps))) > 1
+
+
+@laws
+@given(st.integers(0, 99), st.integers(0, 99))
+def test_typical_and_greedy_acceptance_rank_guesses_by_likelihood_alone(seed, noise_seed):
+    logits = torch.randn(3, 6, generator=rng(seed), dtype=torch.float64)
+    noise = medusa.exponential(logits, rng(noise_seed))
+    assert torch.equal(medusa.favour(logits, Sampling(0.7, typical=True), noise), logits)
+    assert torch.equal(medusa.favour(logits, Sampling(), None), logits)
+    raced = medusa.favour(logits, Sampling(0.7), noise)
+    for k in range(3):
+        times = [float(noise[k, token]) / prob for token, prob in enumerate(distribution(logits[k], 0.7))]
+        assert raced[k].argsort(descending=True).tolist() == sorted(range(6), key=times.__getitem__)
 
 
 # ---- typical acceptance ----
@@ -461,16 +490,13 @@ def verifications(draw):
     guesses = [torch.randperm(vocab_size, generator=rng(seed + depth)).tolist() for depth in range(max(tree.depths) + 1)]
     tokens = torch.tensor([guesses[depth][rank] for depth, rank in zip(tree.depths, tree.ranks)])
     logits = draw(st.floats(0.1, 4)) * torch.randn(len(tree), vocab_size, generator=rng(seed), dtype=torch.float64)
-    noise = torch.rand(max(tree.depths) + 1, 1, dtype=torch.float64, generator=rng(seed))
+    noise = medusa.exponential(logits.new_empty(max(tree.depths) + 1, vocab_size), rng(seed))
     return tree, tokens, logits, noise[list(tree.depths)]
 
 
-def drawn(probs, noise: float) -> int:
-    """The token on whose stretch of [0, 1) the noise falls."""
-    for token, prob in enumerate(probs):
-        if noise < prob:
-            return token
-        noise -= prob
+def drawn(probs, noise) -> int:
+    """The token that arrives first."""
+    return min((float(time) / prob, token) for token, (prob, time) in enumerate(zip(probs, noise)) if prob > 0)[1]
 
 
 def typical_by_hand(tree, tokens, logits, sampling, noise):
@@ -488,7 +514,7 @@ def typical_by_hand(tree, tokens, logits, sampling, noise):
         if likelihood > 0:
             passing.append((len(path), likelihood, path))
     path = max(passing)[2]
-    return path, [tokens[node] for node in path[1:]] + [drawn(probs[path[-1]], noise[path[-1]].item())]
+    return path, [tokens[node] for node in path[1:]] + [drawn(probs[path[-1]], noise[path[-1]])]
 
 
 @settings(laws, max_examples=300)
@@ -505,7 +531,7 @@ def test_greedy_and_lossless_acceptance_follow_the_draws_of_the_nodes(case, temp
     tree, tokens, logits, noise = case
     sampling = Sampling(temperature)
     probs = [distribution(row, temperature) for row in logits.tolist()]
-    draws = [drawn(row, variate) for row, (variate,) in zip(probs, noise.tolist())]
+    draws = [drawn(row, variates) for row, variates in zip(probs, noise)]
     path = [0]
     while (node := [i for i in range(len(tree)) if tree.parents[i] == path[-1] and tokens[i] == draws[path[-1]]]):
         path += node
@@ -543,7 +569,7 @@ def test_of_equally_deep_paths_the_likeliest_wins(likelier):
     probs[0] = torch.tensor([0.5, 0.25, 0.25] if likelier == 1 else [0.25, 0.5, 0.25])
     if likelier == 2:
         probs[[1, 2]] = probs[[2, 1]]
-    path, _ = accept(tree, tokens, probs.log(), Sampling(1.0, typical=True), torch.zeros(5, 1, dtype=torch.float64))
+    path, _ = accept(tree, tokens, probs.log(), Sampling(1.0, typical=True), torch.ones(5, 3, dtype=torch.float64))
     assert path == [0, likelier, likelier + 2]
 
 
@@ -553,7 +579,7 @@ def test_the_next_root_of_typical_acceptance_is_drawn():
     tokens, logits = torch.tensor([0, 1]), torch.tensor([[0.1, 0.8, 0.1], [0.2, 0.5, 0.3]], dtype=torch.float64).log()
     generator, counts = rng(0), defaultdict(int)
     for _ in range(2000):
-        noise = torch.rand(2, 1, dtype=torch.float64, generator=generator)
+        noise = medusa.exponential(logits, generator)
         path, emitted = accept(tree, tokens, logits, Sampling(1.0, typical=True), noise)
         assert path == [0, 1] and emitted[0] == 1
         counts[emitted[1]] += 1

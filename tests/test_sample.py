@@ -360,16 +360,16 @@ def test_the_gap_of_greedy_texts_is_the_difference_of_their_logits(seed, plain, 
 
 @laws
 @given(st.integers(0, 99), st.integers(0, 3), st.floats(0.3, 2), st.integers(0, 3), st.sampled_from([0.5, 1.0]), st.integers(0, 2**31))
-def test_the_gap_of_sampled_texts_is_how_far_the_draw_was_from_our_token(seed, at, temperature, top_k, top_p, draws):
+def test_the_gap_of_sampled_texts_is_that_of_their_times_in_the_race(seed, at, temperature, top_k, top_p, draws):
     model, plain = random_gpt(seed), [3, 0, 4, 1]
     generator = rng(draws)
-    uniform = [torch.rand(1, generator=generator, dtype=torch.float64).item() for _ in range(at + 1)][at]
+    times = [torch.empty(5, dtype=torch.float64).exponential_(generator=generator) for _ in range(at + 1)][at].tolist()
     probs = distribution(next_logits(model, [1, 2, *plain[:at]]), temperature, top_k, top_p)
-    edges = list(itertools.accumulate(probs))
-    for token in range(len(probs)):
+    assume(probs[plain[at]] > 0)
+    for token, prob in enumerate(probs):
         gap = gap_at(model, [1, 2], [token] * 4, plain, at, Sampling(temperature, top_k, top_p), draws)
-        low, high = edges[token] - probs[token], edges[token]
-        assert math.isclose(gap, 0 if low <= uniform <= high else min(abs(low - uniform), abs(high - uniform)), abs_tol=1e-9)
+        expected = abs(math.log(times[token] / prob) - math.log(times[plain[at]] / probs[plain[at]])) if prob > 0 else math.inf
+        assert math.isclose(gap, expected, abs_tol=1e-9)
 
 
 @laws

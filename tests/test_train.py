@@ -5,7 +5,7 @@ import shutil
 from collections import Counter, defaultdict
 from dataclasses import MISSING, fields, replace
 from functools import cache
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 
 import pytest
@@ -18,12 +18,12 @@ from torch import nn
 import train
 from data.corpus import documents, is_validation
 from data.tokenizer import Tokenizer, train_tokenizer
-from medusa import MedusaConfig, MedusaHeads, Sampling, generate
+from medusa import MedusaConfig, MedusaHeads, Sampling, draw, generate
 from model import GPT, ModelConfig, read_json, read_safetensors, write_json, write_safetensors
 from strategies import chi_square, laws, markov_gpt, random_gpt, random_heads, rng, text_distribution
 from train import (
     CALIBRATION_TEMPERATURES, MODES, BaseConfig, DistillConfig, Fit, Medusa1Config, OneLineParser, add_options, bits_per_byte, calibrate, distill,
-    distilled_rows, fit, head_ranks, learning_rate, load_base, packed, pick_device, pick_precision, read_prefixes, read_shards, sample_rows, train_base,
+    distilled_rows, fit, head_ranks, learning_rate, load_base, noise_of_draws, packed, pick_device, pick_precision, read_prefixes, read_shards, sample_rows, train_base,
     train_medusa1, windows
 )
 from tree import calibrated_tree, replay
@@ -811,13 +811,39 @@ def measured_rows(draw):
 
 
 @settings(laws, max_examples=60)
-@given(measured_rows(), st.integers(1, 4))
-def test_head_ranks_equal_those_found_one_position_at_a_time(case, rows):
+@given(measured_rows())
+def test_head_ranks_equal_those_found_one_position_at_a_time(case):
     """A rank is the number of tokens that the head finds likelier than the one that came."""
     model, heads, tokens, mask = case
-    ranks = head_ranks(model, heads, tokens, mask, rows)
+    ranks = head_ranks(model, heads, tokens, mask)
     assert [row.tolist() for row in ranks] == [ranks_by_hand(model, heads, tokens[i : i + 1], mask[i : i + 1]) for i in range(len(tokens))]
     assert all(row.shape[1] == heads.config.num_heads for row in ranks)
+
+
+@laws
+@given(st.integers(2, 6), st.integers(0, 99), st.floats(0.1, 3))
+def test_the_noise_of_draws_draws_them_again(V, seed, scale):
+    probs = (scale * torch.randn(50, V, generator=rng(seed), dtype=torch.float64)).softmax(-1)
+    tokens = torch.randint(V, (50,), generator=rng(seed))
+    assert torch.equal(draw(probs, noise_of_draws(probs, tokens, rng(seed))), tokens)
+
+
+def test_the_noise_of_draws_is_noise():
+    """Over tokens drawn from the distribution it is exponential, whichever token it belongs to, and independent of the others."""
+    probs = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64).expand(40_000, 3)
+    noise = noise_of_draws(probs, probs.multinomial(1, generator=rng(0))[:, 0], rng(1))
+    cells = (1 - (-noise).exp()).mul(3).long()  # (n, 3): in thirds of equal probability
+    counts = Counter(map(tuple, cells.tolist()))
+    assert chi_square(counts, {cell: 1 / 27 for cell in product(range(3), repeat=3)}, 40_000) > 0.01
+
+
+def test_sampled_rows_give_heads_that_think_as_the_base_does_rank_0():
+    model = markov_gpt(torch.tensor([[0.3, 0.0, 0.2, -0.1]]).expand(4, 4))
+    heads = MedusaHeads(MedusaConfig(4, 4, 3)).double()
+    tokens = torch.randint(4, (3, 20), generator=rng(0))
+    for temperature in (0.5, 1.0):
+        assert not torch.cat(head_ranks(model, heads, tokens, tokens >= 0, Sampling(temperature))).any()
+    assert torch.cat(head_ranks(model, heads, tokens, tokens >= 0)).any()
 
 
 def test_among_equals_nobody_is_better():
@@ -832,7 +858,7 @@ def test_among_equals_nobody_is_better():
 def test_a_calibration_counts_every_prefix_where_a_step_starts_and_comes_back_from_its_file(tmp_path_factory, case, limit, n_nodes, reference):
     model, heads, tokens, mask = case
     mask[0] = True
-    rows_of = {"0.0": (tokens, mask), "1.0": (tokens.flip(1), torch.ones_like(mask))}
+    rows_of = {"0": (tokens, mask), "0.0": (tokens.flip(1), torch.ones_like(mask))}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "CALIBRATION_PREFIXES", limit)
         patch.setattr(train, "CALIBRATION_NODES", reference)
@@ -865,7 +891,7 @@ def test_top5_is_not_top1():
     heads = MedusaHeads(MedusaConfig(6, 6, 1, original_lm_head=False)).double()
     heads.lm_heads.data = torch.arange(6, 0, -1, dtype=torch.float64)[None, :, None].expand(1, 6, 6).contiguous()
     tokens = torch.tensor([[0, 0, 0, 1, 2, 3, 4, 5]])
-    result = calibrate(model, heads, {"0.7": (tokens, tokens >= 0)})["0.7"]
+    result = calibrate(model, heads, {"0.0": (tokens, tokens >= 0)})["0.0"]
     assert (result["steps"], result["top1"], result["top5"]) == (3, [round(1 / 6, 4)], [round(5 / 6, 4)])
     assert result["prefixes"] == {"0": 1, "2": 1, "4": 1}, "a tree of all ranks accepts one guess a step"
 
