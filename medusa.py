@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import GPT, check_sizes, read_json, read_safetensors, write_json, write_safetensors
+from model import GPT, check_sizes, read_json, read_pickle, read_safetensors, write_json, write_safetensors
 from tree import Tree
 
 
@@ -89,14 +89,38 @@ class MedusaHeads(nn.Module):
             heads = cls(MedusaConfig(**{name: raw[name] for name in MedusaConfig.__dataclass_fields__}))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        disk = read_safetensors(weights)
-        for name, part in heads.parts().items():
-            if name not in disk:
-                raise ValueError(f"{weights}: tensor {name} is missing")
-            if disk[name].shape != part.shape:
-                raise ValueError(f"{weights}: tensor {name} has shape {tuple(disk[name].shape)}, config.json asks for {tuple(part.shape)}")
-            part.copy_(disk[name])
+        heads._fill(heads.parts(), read_safetensors(weights), weights)
         return heads.to(device=device, dtype=dtype).eval()
+
+    @classmethod
+    def from_official(cls, path, dtype: torch.dtype = torch.float32, device="cpu") -> "MedusaHeads":
+        """Open heads of the paper's own repository, medusa_lm_head.safetensors or .pt; raises ValueError, naming file and tensor, for what is none.
+
+        There head k (from 0) is a list of J residual layers, "{k}.{j}.linear.weight" and ".bias", and a private LM head, "{k}.{J}.weight".
+        """
+        path = Path(path)
+        state = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+        K = sum(name.endswith(".0.linear.weight") for name in state)
+        J = sum(name.startswith("0.") and name.endswith(".linear.weight") for name in state)
+        if K == 0 or (last := state.get(f"0.{J}.weight")) is None or last.dim() != 2:
+            raise ValueError(f"{path}: no tensors named 0.0.linear.weight and 0.{J}.weight: no Medusa heads of the official layout")
+        heads = cls(MedusaConfig(last.shape[1], last.shape[0], K, J, original_lm_head=False))
+
+        def official(name: str) -> str:  # blocks.{k}.layers.{j}.weight -> {k}.{j}.linear.weight, lm_heads.{k}.weight -> {k}.{J}.weight
+            kind, k, *rest = name.split(".")
+            return f"{k}.{J}.weight" if kind == "lm_heads" else f"{k}.{rest[1]}.linear.{rest[2]}"
+
+        heads._fill({official(name): part for name, part in heads.parts().items()}, state, path)
+        return heads.to(device=device, dtype=dtype).eval()
+
+    @staticmethod
+    def _fill(parts: dict[str, Tensor], disk: dict[str, Tensor], path: Path) -> None:
+        for name, part in parts.items():
+            if name not in disk:
+                raise ValueError(f"{path}: tensor {name} is missing")
+            if disk[name].shape != part.shape:
+                raise ValueError(f"{path}: tensor {name} has shape {tuple(disk[name].shape)}, not {tuple(part.shape)}")
+            part.copy_(disk[name])
 
 
 def at_least_float32(x: Tensor) -> Tensor:

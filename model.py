@@ -335,6 +335,19 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
 
 
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """A torch.save file that holds tensors by name and nothing else: code in it is refused, not run."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except Exception as error:  # unpickling fails in many ways
+        raise ValueError(f"{path} cannot be read as tensors: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
+        raise ValueError(f"{path} holds no tensors by name")
+    return content
+
+
 def write_atomically(path: Path, write) -> None:
     """write(temporary path), then rename: a reader, or a kill at any moment, sees the old file or the new one, never half."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -196,7 +196,7 @@ def main() -> None:
         result = SECTIONS[name]()
         figures[name] = {"command": f"python bench/figures.py {name}", "machine": machine(), "date": date.today().isoformat(), "result": result}
         print(json.dumps({name: figures[name]}, indent=1))
-    write_json(path, figures)
+        write_json(path, figures)
     begin, end = "<!-- figures -->", "<!-- end of figures -->"
     text = readme.read_text(encoding="utf-8")
     if begin not in text or end not in text:

@@ -685,6 +685,69 @@ def test_private_heads_start_as_copies_of_their_own():
     assert heads.lm_heads.requires_grad
 
 
+def official_state(K: int, J: int) -> dict:
+    shapes = {f"{k}.{j}.linear.{part}": (6, 6)[: 1 + (part == "weight")] for k in range(K) for j in range(J) for part in ("weight", "bias")}
+    shapes |= {f"{k}.{J}.weight": (5, 6) for k in range(K)}
+    return {name: torch.randn(shape, generator=rng(i)) for i, (name, shape) in enumerate(shapes.items())}
+
+
+def write_official(state: dict, path):
+    save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
+    return path
+
+
+OFFICIAL_FILES = pytest.mark.parametrize("name", ["medusa_lm_head.pt", "medusa_lm_head.safetensors"])
+
+
+@OFFICIAL_FILES
+@pytest.mark.parametrize("K, J", [(1, 1), (5, 1), (12, 2)])
+def test_official_heads_give_the_logits_of_their_own_formula(K, J, name, tmp_path):
+    """Residual blocks x + SiLU(linear(x)), then the head's own matrix; the LM head of the base has no part in it."""
+    state = official_state(K, J)
+    heads = MedusaHeads.from_official(write_official(state, tmp_path / name), torch.float64)
+    x = torch.randn(6, generator=rng(99), dtype=torch.float64)
+    logits = heads(x, None)
+    assert heads.config == MedusaConfig(6, 5, K, J, original_lm_head=False)
+    for k in range(K):
+        y = x
+        for j in range(J):
+            y = y + F.silu(F.linear(y, state[f"{k}.{j}.linear.weight"].double(), state[f"{k}.{j}.linear.bias"].double()))
+        torch.testing.assert_close(logits[k], state[f"{k}.{J}.weight"].double() @ y)
+
+
+@OFFICIAL_FILES
+@pytest.mark.parametrize("fault, says", [
+    ({"1.0.linear.bias": None}, "1.0.linear.bias is missing"), ({"1.1.weight": None}, "1.1.weight is missing"),
+    ({"0.0.linear.weight": None, "1.0.linear.weight": None}, "official layout"), ({"0.1.weight": torch.zeros(5)}, "official layout"),
+    ({"1.0.linear.weight": torch.zeros(6, 7)}, "shape (6, 7), not (6, 6)"),
+])  # fmt: skip
+def test_official_heads_that_do_not_fit_are_refused_by_tensor(fault, says, name, tmp_path):
+    state = {key: tensor for key, tensor in (official_state(2, 1) | fault).items() if tensor is not None}
+    with pytest.raises(ValueError) as error:
+        MedusaHeads.from_official(write_official(state, tmp_path / name))
+    assert says in str(error.value) and name in str(error.value)
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("content", ["code", "list", "numbers", "garbage", "missing"])
+def test_a_pickle_that_is_no_table_of_tensors_is_refused_and_its_code_is_not_run(content, tmp_path):
+    path, trace = tmp_path / "medusa_lm_head.pt", tmp_path / "trace"
+    if content == "garbage":
+        path.write_bytes(b"\x80\x04garbage")
+    elif content != "missing":
+        torch.save({"code": {"0.0.linear.weight": Bomb(str(trace))}, "list": [torch.zeros(1)], "numbers": {"a": 1}}[content], path)
+    with pytest.raises(ValueError, match="medusa_lm_head.pt"):
+        MedusaHeads.from_official(path)
+    assert not trace.exists()
+
+
 # ---- the loss ----
 
 

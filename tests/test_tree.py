@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from strategies import built_trees, laws, rank_data, trees
 from tree import (
-    Tree, calibrated_tree, cartesian_tree, choose_size, expected_tokens, interpolate, prefix_counts, tree_from_paths
+    Tree, calibrated_tree, cartesian_tree, choose_size, expected_tokens, interpolate, prefix_counts, replay, tree_from_paths
 )
 
 
@@ -185,6 +185,27 @@ def test_calibrated_tree_assumes_no_independence():
 def test_calibrated_tree_takes_counts_as_well_as_rows():
     rows = [(0, 0), (0, 1), (1, 0)]
     assert calibrated_tree(prefix_counts(rows), 4) == calibrated_tree(iter(rows), 4)
+
+
+@laws
+@given(st.lists(rank_data(max_depth=3, n_ranks=3), max_size=3), trees(max_depth=3, n_ranks=3))
+def test_a_replay_starts_a_step_behind_all_that_the_step_before_it_earned(texts, tree):
+    expected = []
+    for positions in texts:
+        free = 0  # the first position that no step has passed yet
+        for at, ranks in enumerate(positions):
+            if at == free:
+                expected.append(ranks)
+                free += 1 + hits(tree.paths, [ranks])
+    assert replay(texts, tree) == expected
+
+
+def test_a_replay_of_a_text_tells_what_decoding_earns():
+    """Every other position misses: by all positions a step would earn 1.5 tokens, but a step that hits passes over a miss."""
+    tree, positions = Tree((-1, 0), (-1, 0)), [(0,), (1,)] * 50
+    assert expected_tokens(tree, prefix_counts(positions)) == 1.5
+    assert expected_tokens(tree, prefix_counts(replay([positions], tree))) == 2.0
+    assert replay([positions[1:]], tree) == [(1,)] + [(0,)] * 49
 
 
 @pytest.mark.parametrize("rows, n_nodes", [([(0, 0)], 1), ([(0, 0)], 0), ([], 4), ([()], 4)])
