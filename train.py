@@ -73,6 +73,8 @@ class Fit(Common):
         check_sizes(self, ["steps", "batch", "accumulate", "context", "warmup", "save_every"])
         if not self.lr > 0 or not self.clip > 0:
             raise ValueError("--lr and --clip must be above 0")
+        if self.batch < self.accumulate:
+            raise ValueError(f"--batch {self.batch} does not split into --accumulate {self.accumulate} parts")
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,6 @@ class Medusa1Config(Fit):
         check_sizes(self, ["num_heads", "num_hidden_layers"])
         if self.data == "distilled" and self.context != Fit.context:
             raise ValueError("--context belongs to --data corpus: distilled rows are as long as they were written")
-        if self.data == "distilled" and self.distilled and self.text:
-            raise ValueError("--text and --distilled contradict each other: leave one of them out")
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,10 @@ class Medusa2Config(Medusa1Config):
         super().__post_init__()
         if self.heads_steps < 0 or not self.lr_ratio > 0 or not self.lambda_0 >= 0:
             raise ValueError("--heads-steps and --lambda-0 must be 0 or more, --lr-ratio above 0")
+        if self.heads and any(getattr(self, name) != getattr(MedusaConfig, name) for name in ("num_heads", "num_hidden_layers", "original_lm_head")):
+            raise ValueError("--num-heads, --num-hidden-layers and --original-lm-head are of new heads: leave them out beside --heads")
+        if Path(self.base).absolute() == Path(self.out).absolute() / "base":
+            raise ValueError(f"--out {self.out} would overwrite its own --base: name another directory")
 
 
 MODES: dict[str, type[Common]] = {"base": BaseConfig, "distill": DistillConfig, "medusa1": Medusa1Config, "medusa2": Medusa2Config}
@@ -209,7 +213,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    if name == "auto" and torch.cuda.is_available() and dist.is_initialized():
+    if name in ("auto", "cuda") and torch.cuda.is_available() and dist.is_initialized():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -246,6 +250,11 @@ def say(line: str) -> None:
 def prepare(config: Fit) -> tuple[torch.device, torch.dtype]:
     """What can go wrong is looked at before the work."""
     check_out(config.out)
+    path = checkpoint_path(config)
+    if config.resume and not path.exists():
+        raise ValueError(f"--resume: {path} does not exist; leave --resume out to start a run")
+    if path.exists() and not config.resume:
+        raise ValueError(f"{path} is of a run that was stopped: go on with --resume, or remove it")
     if config.plot:
         try:
             import matplotlib  # noqa: F401
@@ -430,15 +439,14 @@ def save(config: Fit, step: int, parts: dict, optimizer: torch.optim.Optimizer, 
         for name, p in parameters.items():
             tensors |= {f"{part}.{name}|{key}": t.detach().cpu().contiguous() for key, t in {"value": p, **optimizer.state[p]}.items()}
     settings = {name: value for name, value in asdict(config).items() if name not in NOT_RESULT}
-    write_safetensors(checkpoint_path(config), tensors, {"step": str(step), "settings": json.dumps(settings), "inputs": inputs})
+    about = {"step": str(step), "settings": json.dumps(settings), "inputs": inputs, "tensors": str(len(tensors))}
+    write_safetensors(checkpoint_path(config), tensors, about)
 
 
 def resume(config: Fit, parts: dict, optimizer: torch.optim.Optimizer, inputs: str) -> int:
     """Take up the checkpoint, if --resume says so; returns the number of finished steps."""
     path = checkpoint_path(config)
     if not config.resume:
-        if path.exists():
-            raise ValueError(f"{path} is of a run that was stopped: go on with --resume, or remove it")
         return 0
     try:
         tensors, about = read_safetensors(path), metadata_of(path)
@@ -448,6 +456,8 @@ def resume(config: Fit, parts: dict, optimizer: torch.optim.Optimizer, inputs: s
                 raise ValueError(f"the run was started with --{name.replace('_', '-')} {value}, not {getattr(config, name)}")
         if about["inputs"] != inputs:
             raise ValueError("the run was started with another base or other text")
+        if len(tensors) != int(about["tensors"]):
+            raise ValueError(f"{len(tensors)} tensors are there, of {about['tensors']}")
         for part, parameters in parts.items():
             for name, p in parameters.items():
                 state = {key.rpartition("|")[2]: t.to(p.device) for key, t in tensors.items() if key.startswith(f"{part}.{name}|")}
@@ -511,7 +521,8 @@ def perplexity(model: GPT, tokens: Tensor) -> float:
 
 def finish(config: Fit) -> None:
     """The run is over, its results are written."""
-    checkpoint_path(config).unlink()
+    for path in Path(config.out).glob(f"*{checkpoint_path(config).name}*"):  # and what a kill left half written
+        path.unlink()
     if config.plot:
         from bench.plot import draw_log
 
@@ -672,11 +683,10 @@ def distilled_rows(config: Medusa1Config) -> Path:
         return SHIPPED_ROWS
     shards = DistillConfig.shards if config.data == "distilled" else 0  # the held-out rows come along with any
     more = DistillConfig(base=config.base, text=config.text, seed=config.seed, device=config.device, precision=config.precision, shards=shards)
-    if is_first():
-        distill(more)
+    directory = distill(more) if is_first() else None
     if dist.is_initialized():
         dist.barrier()
-    return distill(more)  # all there: read by all processes
+    return directory or distill(more)  # all there, for the other processes
 
 
 def held_out_rows(directory: Path, vocab_size: int, K: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -689,7 +699,7 @@ def held_out_rows(directory: Path, vocab_size: int, K: int) -> dict[str, tuple[T
 
 def continued(model: GPT, tokens: Tensor, carries: Tensor, sampling: Sampling, seed: int) -> tuple[Tensor, Tensor]:
     """The prompts of these rows, continued by this model: tokens (R, T) and loss (R, T)."""
-    n = int(carries.int().argmax(1).min())  # tokens of a prompt
+    n = max(int(carries.any(0).int().argmax()), 1)  # tokens of a prompt
     device = model.lm_head.weight.device
     return sample_rows(model.eval(), tokens[:, :n].to(device), tokens.shape[1] - n, sampling, torch.Generator(device).manual_seed(seed))
 
@@ -701,7 +711,6 @@ def train_medusa(config: Medusa1Config) -> None:
     tokenizer, model = load_base(config.base, device=device)
     model.requires_grad_(False)
     shards = distilled_rows(config)
-    held_out = held_out_rows(shards, model.config.vocab_size, config.num_heads)
     if config.data == "distilled":
         rows, loss_mask = read_shards(shards, "train-*.safetensors", model.config.vocab_size)
         inputs = digest_of(base_digest(config.base), rows)
@@ -714,6 +723,7 @@ def train_medusa(config: Medusa1Config) -> None:
     else:
         shape = MedusaConfig(model.config.hidden_size, model.config.vocab_size, config.num_heads, config.num_hidden_layers, config.original_lm_head)
         heads = MedusaHeads(shape, model.lm_head).to(device)
+    held_out = held_out_rows(shards, model.config.vocab_size, heads.config.num_heads)
     parts, teacher, stages = {"heads": dict(heads.named_parameters())}, None, [config.steps]
     if joint:
         parts["base"], teacher = trained_base(joint, model)
