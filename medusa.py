@@ -131,23 +131,45 @@ def at_least_float32(x: Tensor) -> Tensor:
 DECAY = 0.8
 
 
-def medusa_loss(logits: Tensor, tokens: Tensor, mask: Tensor | None = None, decay: float = DECAY) -> tuple[Tensor, Tensor]:
+def cross_entropy_ahead(logits: Tensor, tokens: Tensor, mask: Tensor | None, ahead: int, count: Tensor | None = None) -> Tensor:
+    """Cross-entropy, in nats, of logits (B, n, V) at the first n positions against the tokens `ahead` positions later.
+
+    The mean is over the targets that carry loss: there are `count` of them in the whole batch, if these rows are a part of it.
+    Of targets without loss not even the logits are looked at.
+    """
+    n = max(min(logits.shape[1], tokens.shape[1] - ahead), 0)
+    logits, targets = logits[:, :n], tokens[:, ahead : ahead + n]
+    carries = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask[:, ahead : ahead + n]
+    loss = F.cross_entropy(at_least_float32(logits[carries]), targets[carries], reduction="sum")
+    return loss / (carries.sum() if count is None else count).clamp(min=1)
+
+
+def medusa_loss(
+    logits: Tensor, tokens: Tensor, mask: Tensor | None = None, decay: float = DECAY, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """L = sum_k decay^k * CE(head_probs_k at t, token t+k+1)  (paper, "Medusa-1")
 
-    logits (K, B, T, V) of the heads at T positions, tokens (B, T) at the same positions, mask (B, T) bool: True where a token
-    carries loss AS A TARGET. Each head's mean is over its own targets that carry loss; a head without any adds 0.
+    logits (K, B, n, V) of the heads at the first n positions of tokens (B, T); mask (B, T) bool: True where a token carries loss AS
+    A TARGET. Each head's mean is over its own targets that carry loss, or counts (K,) of them; a head without any adds 0.
     Returns the loss and the K means it is made of, both in nats.
     """
-    losses = []
-    for k, head_logits in enumerate(logits, start=1):
-        ahead = k + 1  # head k at t guesses token t+k+1
-        targets = tokens[:, ahead:]  # (B, T-ahead)
-        loss = F.cross_entropy(at_least_float32(head_logits[:, : targets.shape[1]]).flatten(0, 1), targets.flatten(), reduction="none")
-        carries = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask[:, ahead:]
-        losses.append((loss * carries.flatten()).sum() / carries.sum().clamp(min=1))
-    losses = torch.stack(losses)  # (K,)
+    losses = torch.stack(
+        [cross_entropy_ahead(part, tokens, mask, k + 1, None if counts is None else counts[k - 1]) for k, part in enumerate(logits, start=1)]
+    )  # (K,)
     weights = torch.tensor([decay**k for k in range(1, len(losses) + 1)], dtype=losses.dtype, device=losses.device)
     return (weights * losses).sum(), losses
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None, count: Tensor | None = None) -> Tensor:
+    """KL(teacher || student), in nats: both are logits (..., V)  (paper, "Self-distillation")
+
+    mask (...) bool: the positions that carry loss, all by default. The mean is over them, or over `count` if they are a part.
+    """
+    if mask is not None:
+        student, teacher = student[mask], teacher[mask]
+    student, teacher = (at_least_float32(logits).log_softmax(-1) for logits in (student, teacher))
+    divergence = (teacher.exp() * (teacher - student)).sum(-1)  # (...)
+    return divergence.sum() / (torch.tensor(divergence.numel()) if count is None else count).clamp(min=1)
 
 
 # ---- acceptance ----

@@ -3,32 +3,41 @@
     python train.py --mode base      a small Llama from nothing: tokenizer, then next-token cross-entropy
     python train.py --mode distill   continuations of seed prompts, sampled from the base model  (paper, "Self-distillation")
     python train.py --mode medusa1   heads on the frozen base  (paper, "Medusa-1"), then the tree is calibrated
+    python train.py --mode medusa2   heads alone, then heads and base together  (paper, "Medusa-2")
 
-Without other flags medusa1 trains heads for the shipped base in data/base, on text distilled from it. Every mode has its own
-flags: `python train.py --mode MODE --help`. Dimension key: B rows, T tokens, D model width, V vocabulary, K heads.
+Without other flags the heads are for the shipped base in data/base, and learn from text distilled from it. Every mode has its own
+flags: `python train.py --mode MODE --help`. A run that was stopped goes on with `--resume`; on several GPUs a run is started with
+`torchrun --nproc-per-node N train.py ...`. Dimension key: B rows, T tokens, D model width, V vocabulary, K heads.
 """
 import argparse
-import hashlib
+import copy
+import json
 import math
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import cache, partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data.corpus import cache_directory, documents, pack
+from data.shards import base_digest, digest_of, metadata_of, read_shards, write_shard
 from data.tokenizer import Tokenizer, train_tokenizer
-from medusa import DECAY, MedusaConfig, MedusaHeads, Sampling, base_distribution, draw, exponential, favour, medusa_loss
-from model import GPT, ModelConfig, check_sizes, read_safetensors, write_json, write_safetensors
+from medusa import (
+    DECAY, ROOT, MedusaConfig, MedusaHeads, Sampling, base_distribution, check_fit, cross_entropy_ahead, distillation_loss, draw, exponential,
+    favour, medusa_loss
+)
+from model import GPT, Linear, ModelConfig, check_sizes, read_safetensors, write_atomically, write_json, write_safetensors
 from tree import calibrated_tree, expected_tokens, prefix_counts, ranked_prefixes, replay
-
 
 SHIPPED_BASE, SHIPPED_ROWS = "data/base", Path("data/distilled")
 
@@ -50,17 +59,23 @@ class Common:
 @dataclass(frozen=True)
 class Fit(Common):
     steps: int = option(2400, "optimiser steps")
-    batch: int = option(2, "rows in a batch")
+    batch: int = option(2, "rows in a batch, over all processes")
+    accumulate: int = option(1, "parts into which a process splits its rows, one after the other, to save memory")
     context: int = option(256, "tokens in a row")
     lr: float = option(7e-3, "learning rate: raised linearly in the warm-up, and lowered to 0 along a cosine")
     warmup: int = option(100, "steps of linear warm-up")
     weight_decay: float = option(0.0, "AdamW weight decay, of matrices only")
-    clip: float = option(1.0, "largest norm of the gradient")
+    clip: float = option(1.0, "largest norm of the gradient, of heads and of base apart")
+    save_every: int = option(200, "steps between checkpoints")
+    resume: bool = option(False, "go on from the checkpoint in --out")
+    plot: bool = option(False, "draw losses, accuracies and rates of the run (needs bench/requirements.txt)")
 
     def __post_init__(self):
-        check_sizes(self, ["steps", "batch", "context", "warmup"])
+        check_sizes(self, ["steps", "batch", "accumulate", "context", "warmup", "save_every"])
         if not self.lr > 0 or not self.clip > 0:
             raise ValueError("--lr and --clip must be above 0")
+        if self.batch < self.accumulate:
+            raise ValueError(f"--batch {self.batch} does not split into --accumulate {self.accumulate} parts")
 
 
 @dataclass(frozen=True)
@@ -76,7 +91,6 @@ class BaseConfig(Fit):
     num_attention_heads: int = option(ModelConfig.num_attention_heads, "attention heads")
     num_key_value_heads: int = option(ModelConfig.num_key_value_heads, "key/value heads")
     steps: int = option(3600, "optimiser steps")
-    batch: int = option(2, "rows in a batch")
     context: int = option(1024, "tokens in a row, and the longest context of the model")
     lr: float = option(2e-3, "learning rate: raised linearly in the warm-up, and lowered to 0 along a cosine")
     warmup: int = option(150, "steps of linear warm-up")
@@ -94,7 +108,7 @@ class DistillConfig(Common):
 
     base: str = option(SHIPPED_BASE, "directory of the base model")
     out: str = option("", "directory to write; default: in the cache, under a name that depends on all settings")
-    shards: int = option(12, "files to write; one that exists is kept, so that a stopped run goes on where it was")
+    shards: int = option(12, "files to write, besides the held-out ones; one that exists is kept, so that a stopped run goes on where it was")
     rows: int = option(256, "rows in a shard, sampled together")
     prompt_tokens: int = option(32, "tokens of a prompt")
     new_tokens: int = option(224, "tokens sampled behind each prompt, at most: a row ends with its document")
@@ -102,7 +116,9 @@ class DistillConfig(Common):
     top_p: float = option(1.0, "nucleus")
 
     def __post_init__(self):
-        check_sizes(self, ["shards", "rows", "prompt_tokens", "new_tokens"])
+        check_sizes(self, ["rows", "prompt_tokens", "new_tokens"])
+        if self.shards < 0:
+            raise ValueError(f"--shards {self.shards}: must be 0 (held-out rows alone) or more")
         Sampling(self.temperature, top_p=self.top_p)  # refuses bad values before anything is sampled
 
 
@@ -124,11 +140,35 @@ class Medusa1Config(Fit):
         check_sizes(self, ["num_heads", "num_hidden_layers"])
         if self.data == "distilled" and self.context != Fit.context:
             raise ValueError("--context belongs to --data corpus: distilled rows are as long as they were written")
-        if self.data == "distilled" and self.distilled and self.text:
-            raise ValueError("--text and --distilled contradict each other: leave one of them out")
 
 
-MODES: dict[str, type[Common]] = {"base": BaseConfig, "distill": DistillConfig, "medusa1": Medusa1Config}
+@dataclass(frozen=True)
+class Medusa2Config(Medusa1Config):
+    """L = L_base + lambda_0 L_medusa, after a stage in which the heads learn alone. Writes OUT/base and OUT/heads."""
+
+    out: str = option("out/medusa2", "directory to write")
+    heads: str = option("", "directory of trained heads to start from; default: new ones")
+    heads_steps: int = option(800, "steps of the first stage, heads alone; 0: none")
+    steps: int = option(1600, "steps of the second stage, heads and base together")
+    lr: float = option(2e-3, "learning rate of the heads: raised linearly in the warm-up of each stage, and lowered to 0 along a cosine")
+    lr_ratio: float = option(4.0, "how many times lower the base's learning rate is")
+    lambda_0: float = option(0.2, "weight of the heads' loss beside the base's")
+    ramp: bool = option(False, "raise lambda_0 along a sine from 0")
+    base_loss: str = option("auto", "kl: to the base as it was; ce: the text's own tokens; auto: kl on distilled text, ce on the corpus", choices=("auto", "kl", "ce"))
+    lora: bool = option(False, "train adapters of the base's linear layers in place of the weights; they are merged in the end")
+    checkpoint_activations: bool = option(False, "recompute the blocks' activations in the backward pass, to save memory")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.heads_steps < 0 or not self.lr_ratio > 0 or not self.lambda_0 >= 0:
+            raise ValueError("--heads-steps and --lambda-0 must be 0 or more, --lr-ratio above 0")
+        if self.heads and any(getattr(self, name) != getattr(MedusaConfig, name) for name in ("num_heads", "num_hidden_layers", "original_lm_head")):
+            raise ValueError("--num-heads, --num-hidden-layers and --original-lm-head are of new heads: leave them out beside --heads")
+        if Path(self.base).absolute() == Path(self.out).absolute() / "base":
+            raise ValueError(f"--out {self.out} would overwrite its own --base: name another directory")
+
+
+MODES: dict[str, type[Common]] = {"base": BaseConfig, "distill": DistillConfig, "medusa1": Medusa1Config, "medusa2": Medusa2Config}
 
 
 # ---- the command line, generated from the dataclasses ----
@@ -161,14 +201,21 @@ def run(main: Callable[[], None]) -> None:
         main()
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError) as error:
+        says = " ".join(str(error).split())
+        if isinstance(error, RuntimeError):
+            if "out of memory" not in says and "can't allocate memory" not in says:
+                raise
+            says = "out of memory: give --mode a smaller --batch, a larger --accumulate or a shorter --context"
+        print(f"{Path(sys.argv[0]).name}: error: {says}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def pick_device(name: str) -> torch.device:
+    if name in ("auto", "cuda") and torch.cuda.is_available() and dist.is_initialized():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -191,6 +238,37 @@ def check_out(directory: str) -> None:
         raise ValueError(f"--out {directory or 'is empty'}: name a directory that can be written")
 
 
+def is_first() -> bool:
+    """Of several processes, the one that writes and speaks."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def say(line: str) -> None:
+    if is_first():
+        print(line)
+
+
+def prepare(config: Fit) -> tuple[torch.device, torch.dtype]:
+    """What can go wrong is looked at before the work."""
+    check_out(config.out)
+    path = checkpoint_path(config)
+    if config.resume and not path.exists():
+        raise ValueError(f"--resume: {path} does not exist; leave --resume out to start a run")
+    if path.exists() and not config.resume:
+        raise ValueError(f"{path} is of a run that was stopped: go on with --resume, or remove it")
+    if config.plot:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise ValueError("--plot needs matplotlib: pip install -r bench/requirements.txt") from None
+    device = pick_device(config.device)
+    return device, pick_precision(config.precision, device)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
+
+
 def load_base(directory, dtype: torch.dtype = torch.float32, device="cpu") -> tuple[Tokenizer, GPT]:
     """A base directory's tokenizer and model; raises ValueError if they do not belong together."""
     tokenizer, model = Tokenizer.load(directory), GPT.from_pretrained(directory, dtype, device)
@@ -202,9 +280,9 @@ def load_base(directory, dtype: torch.dtype = torch.float32, device="cpu") -> tu
 # ---- optimisation, the same in every mode ----
 
 
-def learning_rate(step: int, config: Fit) -> float:
+def learning_rate(step: int, lr: float, warmup: int, steps: int) -> float:
     """Linear warm-up, times a cosine from 1 at the first step to 0 behind the last."""
-    return config.lr * min(1, (step + 1) / config.warmup) * (1 + math.cos(math.pi * step / config.steps)) / 2
+    return lr * min(1, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def sine_ramp(step: int, steps: int) -> float:
@@ -212,29 +290,188 @@ def sine_ramp(step: int, steps: int) -> float:
     return math.sin(math.pi / 2 * step / steps)
 
 
-def fit(module: nn.Module, loss_of_step: Callable[[int], tuple[Tensor, dict]], config: Fit, device: torch.device, dtype: torch.dtype) -> None:
-    """AdamW on the module's parameters. loss_of_step(step) -> the loss, and figures for the progress bar."""
-    parameters = list(module.parameters())
+CHUNK_LOGITS = 1 << 24  # logits that stand in memory at once, at most
+
+
+def backpropagate(
+    model: GPT, heads: MedusaHeads, tokens: Tensor, mask: Tensor, counts: Tensor, weights: tuple[float, float], decay: float = DECAY, teacher=None
+) -> Tensor:
+    """Add the gradient of weights[0] * L_base + weights[1] * L_medusa to the parameters.
+
+    tokens (B, T), mask (B, T) bool, counts (K + 1,): the targets that carry loss in the whole batch, of which these rows are a part,
+    for the base and each head. L_base is cross-entropy, or, given teacher, a function that makes hidden states of tokens and its LM
+    head, the KL divergence to it. With weights[0] = 0 the base is frozen.
+    Returns (2K + 1,): the losses of base and heads, and the share of targets that each head's first guess met.
+
+    K x V logits of all positions would fill the memory. So the hidden states are cut off from the base, the loss is taken
+    chunk by chunk and backpropagated to them, and from there through the base once.
+    """
+    weight_base, weight_heads = weights
+    K, V = heads.config.num_heads, heads.config.vocab_size
+    with torch.set_grad_enabled(weight_base > 0):
+        hidden = model(tokens[:, :-1])  # (B, T - 1, D)
+    cut = hidden.detach().requires_grad_(weight_base > 0)
+    figures = torch.zeros(2 * K + 1, device=tokens.device)
+    chunk = max(CHUNK_LOGITS // (len(tokens) * max(K, 1) * V), 1)
+    if teacher:
+        with torch.no_grad():
+            goal, goal_head = teacher[0](tokens[:, :-1]), teacher[1]  # (B, T - 1, D)
+    for start in range(0, cut.shape[1], chunk):
+        part = cut[:, start : start + chunk]  # (B, n, D)
+        ahead, carries = (rows[:, start : start + chunk + K + 1] for rows in (tokens, mask))
+        loss = torch.zeros((), device=tokens.device)
+        if weight_base > 0:
+            logits = model.lm_head(part)  # (B, n, V)
+            if teacher:
+                with torch.no_grad():
+                    goal_logits = goal_head(goal[:, start : start + chunk])
+                loss = distillation_loss(logits, goal_logits, carries[:, 1 : part.shape[1] + 1], counts[0])
+            else:
+                loss = cross_entropy_ahead(logits, ahead, carries, 1, counts[0])
+            figures[0] += loss.detach()
+            loss = weight_base * loss
+        if weight_heads > 0:
+            guesses = heads(part, model.lm_head)  # (K, B, n, V)
+            medusa, per_head = medusa_loss(guesses, ahead, carries, decay, counts[1:])
+            figures[1:] += torch.cat((per_head.detach(), hits(guesses.detach(), ahead, carries) / counts[1:].clamp(min=1)))
+            loss = loss + weight_heads * medusa
+        if loss.requires_grad:
+            loss.backward()
+    if weight_base > 0:
+        hidden.backward(cut.grad)
+    return figures
+
+
+def hits(guesses: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    """(K,): how many of the targets that carry loss are the first guess in guesses (K, B, n, V)."""
+    met = []
+    for ahead, guess in enumerate(guesses.argmax(-1), start=2):  # (B, n)
+        n = max(min(guess.shape[1], tokens.shape[1] - ahead), 0)
+        met.append(((guess[:, :n] == tokens[:, ahead : ahead + n]) & mask[:, ahead : ahead + n]).sum())
+    return torch.stack(met)
+
+
+def fit(
+    config: Fit,
+    steps: int,
+    rows_of_step: Callable[[int], tuple[Tensor, Tensor]],
+    step_on_rows: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+    parts: dict[str, dict[str, nn.Parameter]],
+    rates: Callable[[int], dict[str, float]],
+    K: int,
+    device: torch.device,
+    inputs: str,
+) -> None:
+    """AdamW on all parts, to the last step. What a step does depends on its number alone, so that a run can go on where it was stopped.
+
+    rows_of_step  step -> tokens (B, T) and mask (B, T) of the whole batch
+    step_on_rows  (step, tokens, mask, counts) of some of these rows -> the figures of `backpropagate`, which has added the gradients
+    parts         name -> its parameters by name; each part is clipped by itself, and has the learning rate that `rates` gives
+    inputs        names what the run depends on besides its settings
+    """
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if config.batch < ranks * config.accumulate:
+        raise ValueError(f"--batch {config.batch} is less than {ranks} processes x --accumulate {config.accumulate}")
     groups = [
-        {"params": [p for p in parameters if p.dim() > 1 and p.shape[-2] > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1 or p.shape[-2] == 1], "weight_decay": 0.0},  # gains and biases
+        {"part": part, "params": [p for name, p in parameters.items() if matrix == is_matrix(p)], "weight_decay": config.weight_decay * matrix}
+        for part, parameters in parts.items()
+        for matrix in (True, False)
     ]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
-    module.train()
-    bar = tqdm(range(config.steps), desc="training", unit="step", mininterval=1)
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
+    log = Path(config.out) / "log.jsonl"
+    first = resume(config, parts, optimizer, inputs)
+    lines = log.read_text().splitlines()[:first] if first else []
+    bar = tqdm(range(first, steps), desc="training", unit="step", mininterval=1, initial=first, total=steps, disable=rank > 0)
     for step in bar:
+        tokens, mask = rows_of_step(step)
+        counts = torch.stack([mask[:, ahead:].sum() for ahead in range(1, K + 2)]).to(device)
+        now = rates(step)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss, figures = loss_of_step(step)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, config.clip)
-        if not math.isfinite(loss.item() + norm.item()):
-            raise ValueError(f"the loss is {loss.item()} at step {step}, its gradient's norm {norm.item()}: try a lower --lr or --precision float32")
+            group["lr"] = now[group["part"]]
+        pieces = list(zip(tokens.tensor_split(ranks * config.accumulate), mask.tensor_split(ranks * config.accumulate)))
+        figures = torch.stack([step_on_rows(step, *(rows.to(device) for rows in piece), counts) for piece in pieces[rank::ranks]]).sum(0)
+        gradients = [p.grad for parameters in parts.values() for p in parameters.values() if p.grad is not None]
+        sum_over_processes([figures, *gradients])
+        norms = {part: nn.utils.clip_grad_norm_(parameters.values(), config.clip).item() for part, parameters in parts.items()}
+        figures = figures.tolist()
+        if not math.isfinite(sum(figures) + sum(norms.values())):
+            raise ValueError(
+                f"the loss is {figures[: K + 1]} at step {step}, the gradient's norm {norms}: try a lower --lr or --precision float32; "
+                f"{config.out} keeps the last checkpoint"
+            )
         optimizer.step()
         optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}", **figures)
-    module.eval()
+        record = {"step": step, "base": figures[0], "heads": figures[1 : K + 1], "top1": figures[K + 1 :], "lr": now, "norm": norms}
+        lines.append(json.dumps(record))
+        bar.set_postfix(base=f"{figures[0]:.2f}", heads=" ".join(f"{value:.2f}" for value in figures[1 : K + 1]))
+        if rank == 0 and ((step + 1) % config.save_every == 0 or step + 1 == steps):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(log, lambda temporary: temporary.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+            save(config, step + 1, parts, optimizer, inputs)
+
+
+def is_matrix(parameter: nn.Parameter) -> bool:
+    """What weight decay is for; gains and biases are none."""
+    return parameter.dim() > 1 and parameter.shape[-2] > 1
+
+
+def sum_over_processes(tensors: list[Tensor]) -> None:
+    """In place, and in one message."""
+    if dist.is_initialized():
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, summed in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(summed.view_as(t))
+
+
+# ---- checkpoints: what a run that was stopped needs to go on, in one file, written atomically ----
+
+NOT_RESULT = ("out", "resume", "plot", "save_every", "device")  # settings that a run may change on its way
+
+
+def checkpoint_path(config: Fit) -> Path:
+    return Path(config.out) / "checkpoint.safetensors"
+
+
+def save(config: Fit, step: int, parts: dict, optimizer: torch.optim.Optimizer, inputs: str) -> None:
+    """All parameters and the optimiser's state, the number of finished steps, and the settings."""
+    tensors = {}
+    for part, parameters in parts.items():
+        for name, p in parameters.items():
+            tensors |= {f"{part}.{name}|{key}": t.detach().cpu().contiguous() for key, t in {"value": p, **optimizer.state[p]}.items()}
+    settings = {name: value for name, value in asdict(config).items() if name not in NOT_RESULT}
+    about = {"step": str(step), "settings": json.dumps(settings), "inputs": inputs, "tensors": str(len(tensors))}
+    write_safetensors(checkpoint_path(config), tensors, about)
+
+
+def resume(config: Fit, parts: dict, optimizer: torch.optim.Optimizer, inputs: str) -> int:
+    """Take up the checkpoint, if --resume says so; returns the number of finished steps."""
+    path = checkpoint_path(config)
+    if not config.resume:
+        return 0
+    try:
+        tensors, about = read_safetensors(path), metadata_of(path)
+        settings, finished = json.loads(about["settings"]), int(about["step"])
+        for name, value in settings.items():
+            if getattr(config, name) != value:
+                raise ValueError(f"the run was started with --{name.replace('_', '-')} {value}, not {getattr(config, name)}")
+        if about["inputs"] != inputs:
+            raise ValueError("the run was started with another base or other text")
+        if len(tensors) != int(about["tensors"]):
+            raise ValueError(f"{len(tensors)} tensors are there, of {about['tensors']}")
+        for part, parameters in parts.items():
+            for name, p in parameters.items():
+                state = {key.rpartition("|")[2]: t.to(p.device) for key, t in tensors.items() if key.startswith(f"{part}.{name}|")}
+                p.data.copy_(state.pop("value"))
+                optimizer.state[p] = state
+    except (ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"--resume: cannot go on from {path}: {error}; to start anew, remove it and leave --resume out") from None
+    return finished
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    """A generator of its own for every purpose and step."""
+    return torch.Generator().manual_seed(hash(numbers) % (1 << 63))
 
 
 def windows(tokens: Tensor, n: int, length: int, generator: torch.Generator) -> Tensor:
@@ -245,13 +482,18 @@ def windows(tokens: Tensor, n: int, length: int, generator: torch.Generator) -> 
     return tokens[starts + torch.arange(length)].long()  # (n, length)
 
 
+@cache
+def shuffled(n: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(n, generator=seeded(seed, epoch))
+
+
 def packed(texts: list[str], tokenizer: Tokenizer) -> Tensor:
     return torch.from_numpy(pack(texts, tokenizer).astype("int32"))
 
 
 @torch.inference_mode()
-def bits_per_byte(model: GPT, tokens: Tensor, n_bytes: int) -> float:
-    """Compression of a packed text (tokens,): bits per byte of its UTF-8. Every token is scored once, with at least half a context before it."""
+def cross_entropy(model: GPT, tokens: Tensor) -> float:
+    """Sum over a packed text (tokens,), in nats. Every token but the first is scored once, with at least half a context before it."""
     device, context = model.lm_head.weight.device, model.config.max_position_embeddings
     nats, hop = 0.0, max(context // 2, 1)
     for start in range(0, len(tokens) - 1, hop):
@@ -261,16 +503,38 @@ def bits_per_byte(model: GPT, tokens: Tensor, n_bytes: int) -> float:
             break
         logits = model.lm_head(model(window[None, :-1])[0, fresh:])
         nats += F.cross_entropy(logits, window[1 + fresh :], reduction="sum").item()
-    return nats / math.log(2) / n_bytes
+    return nats
+
+
+def bits_per_byte(model: GPT, tokens: Tensor, n_bytes: int) -> float:
+    """Compression of a packed text (tokens,) that has n_bytes as UTF-8."""
+    return cross_entropy(model, tokens) / math.log(2) / n_bytes
+
+
+PERPLEXITY_TOKENS = 1 << 15
+
+
+def perplexity(model: GPT, tokens: Tensor) -> float:
+    """On the beginning of a packed text."""
+    tokens = tokens[:PERPLEXITY_TOKENS]
+    return math.exp(cross_entropy(model, tokens) / (len(tokens) - 1))
+
+
+def finish(config: Fit) -> None:
+    """The run is over, its results are written."""
+    for path in Path(config.out).glob(f"*{checkpoint_path(config).name}*"):  # and what a kill left half written
+        path.unlink()
+    if config.plot:
+        from bench.plot import draw_log
+
+        draw_log(Path(config.out) / "log.jsonl")
 
 
 # ---- base ----
 
 
 def train_base(config: BaseConfig) -> None:
-    check_out(config.out)
-    device = pick_device(config.device)
-    dtype = pick_precision(config.precision, device)
+    device, dtype = prepare(config)
     shape = {f.name: getattr(config, f.name) for f in fields(ModelConfig) if hasattr(config, f.name)}
     model_config = ModelConfig(**shape, max_position_embeddings=config.context)
     texts, held_out = documents(False, config.text), documents(True, config.text)
@@ -278,29 +542,30 @@ def train_base(config: BaseConfig) -> None:
     tokens, held_out_tokens = packed(texts, tokenizer), packed(held_out, tokenizer)
     torch.manual_seed(config.seed)
     model = GPT(model_config).to(device)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokens):,} tokens of text, {dtype} on {device}")
     heads = MedusaHeads(MedusaConfig(config.hidden_size, config.vocab_size)).to(device)
-    generator = torch.Generator().manual_seed(config.seed)
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokens):,} tokens of text, {dtype} on {device}")
 
-    def loss_of_step(step: int) -> tuple[Tensor, dict]:
-        rows = windows(tokens, config.batch, config.context + 1, generator).to(device)  # (B, T+1)
-        hidden = model(rows[:, :-1])  # (B, T, D)
-        loss = F.cross_entropy(model.lm_head(hidden).flatten(0, 1).float(), rows[:, 1:].flatten())
-        if config.look_ahead == 0:
-            return loss, {}
-        ahead, per_head = medusa_loss(heads(hidden, model.lm_head), rows)
-        return loss + config.look_ahead * sine_ramp(step, config.steps) * ahead, {"next": f"{loss.item():.2f}", "heads": " ".join(f"{value:.2f}" for value in per_head.tolist())}
+    def rows_of_step(step: int) -> tuple[Tensor, Tensor]:
+        rows = windows(tokens, config.batch, config.context + 1, seeded(config.seed, step))  # (B, T + 1)
+        return rows, torch.ones_like(rows, dtype=torch.bool)
 
-    fit(nn.ModuleList((model, heads)) if config.look_ahead else model, loss_of_step, config, device, dtype)
-    tokenizer.save(config.out)
-    model.save_pretrained(config.out, torch.float16)
-    bits = bits_per_byte(GPT.from_pretrained(config.out, device=device), held_out_tokens, sum(len(text.encode()) for text in held_out))
-    print(f"{config.out}: {bits:.3f} bits per byte on held-out text, in {directory_size(config.out):,} bytes")
-    print(f"next: python train.py --mode medusa1 --base {config.out}")
+    def step_on_rows(step: int, rows: Tensor, mask: Tensor, counts: Tensor) -> Tensor:
+        with autocast(device, dtype):
+            return backpropagate(model, heads, rows, mask, counts, (1.0, config.look_ahead * sine_ramp(step, config.steps)))
 
+    def rates(step: int) -> dict[str, float]:
+        return dict.fromkeys(("base", "heads"), learning_rate(step, config.lr, config.warmup, config.steps))
 
-def directory_size(directory) -> int:
-    return sum(path.stat().st_size for path in Path(directory).iterdir())
+    parts = {"base": dict(model.named_parameters()), "heads": dict(heads.named_parameters())}
+    fit(config, config.steps, rows_of_step, step_on_rows, parts, rates, heads.config.num_heads, device, digest_of(tokens))
+    if is_first():
+        tokenizer.save(config.out)
+        model.save_pretrained(config.out, torch.float16)
+        bits = bits_per_byte(GPT.from_pretrained(config.out, device=device), held_out_tokens, sum(len(text.encode()) for text in held_out))
+        finish(config)
+        size = sum((Path(config.out) / name).stat().st_size for name in ("config.json", "model.safetensors", "tokenizer.model"))
+        say(f"{config.out}: {bits:.3f} bits per byte on held-out text, in {size:,} bytes")
+        say(f"next: python train.py --mode medusa1 --base {config.out}")
 
 
 # ---- distill ----
@@ -340,66 +605,33 @@ def distill(config: DistillConfig) -> Path:
             f"--prompt-tokens {config.prompt_tokens} + --new-tokens {config.new_tokens} are more than the context of {config.base}, "
             f"{model.config.max_position_embeddings}: use --mode distill with smaller ones, then --mode medusa1 with --distilled"
         )
-    texts = {name: documents(name == "validation", config.text) for name in ("validation", "train")}
-    sides = {name: packed(side, tokenizer) for name, side in texts.items()}
+    sides = {name: packed(documents(name == "validation", config.text), tokenizer) for name in ("validation", "train")}
     directory = Path(config.out) if config.out else cache_directory() / f"distilled-{distill_digest(config, *sides.values())}"
     shards = [("validation", 0, t) for t in CALIBRATION_TEMPERATURES] + [("train", i, config.temperature) for i in range(config.shards)]
     base = base_digest(config.base)
     for number, (side, i, temperature) in enumerate(tqdm(shards, desc="distilling", unit="shard")):
         path = directory / (f"train-{i:05d}.safetensors" if side == "train" else f"validation-{temperature}.safetensors")
-        if path.exists() and base_of(path) != base:
+        if path.exists() and metadata_of(path).get("base") != base:
             raise ValueError(f"{path} was not written by the base in {config.base}: remove {directory}, or give another --out")
         if not path.exists():
             generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + number)
             prompts = windows(sides[side], config.rows, config.prompt_tokens, torch.Generator().manual_seed(config.seed * 1_000_003 + i))
             sampling = Sampling(temperature, top_p=config.top_p)
             tokens, carries = sample_rows(model, prompts.to(device), config.new_tokens, sampling, generator)
-            directory.mkdir(parents=True, exist_ok=True)
-            narrow = torch.int16 if model.config.vocab_size <= 1 << 15 else torch.int32
-            write_safetensors(path, {"tokens": tokens.to(narrow).cpu(), "loss": carries.cpu()}, {"base": base})
+            write_shard(path, tokens, carries, model.config.vocab_size, base)
     return directory
 
 
 CALIBRATION_TEMPERATURES = (0.0, 0.7, 1.0)
 
 
-def base_digest(directory) -> str:
-    """Names a base by its configuration and weights."""
-    return hashlib.sha256(b"".join((Path(directory) / name).read_bytes() for name in ("config.json", "model.safetensors"))).hexdigest()[:16]
-
-
-def base_of(shard: Path) -> str | None:
-    """The base_digest of the base that wrote these rows; None for a file that does not say."""
-    try:
-        with safe_open(shard, "pt") as file:
-            return (file.metadata() or {}).get("base")
-    except (OSError, SafetensorError):
-        return None
-
-
 def distill_digest(config: DistillConfig, *prompts: Tensor) -> str:
     """Names a set of shards by all that shapes it."""
     settings = {name: value for name, value in asdict(config).items() if name not in ("base", "out", "shards", "text", "device", "precision")}
-    digest = hashlib.sha256((repr(settings) + base_digest(config.base)).encode())
-    for tokens in prompts:
-        digest.update(tokens.numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return digest_of(settings, base_digest(config.base), *prompts)
 
 
-def read_shards(directory: Path, pattern: str, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """tokens (R, T) long and loss (R, T) bool of all shards whose name matches."""
-    shards = [read_safetensors(path) for path in sorted(directory.glob(pattern))]
-    if not shards:
-        raise ValueError(f"{directory}: no {pattern} there; make it with python train.py --mode distill --out {directory}")
-    for shard in shards:
-        tokens, loss = shard.get("tokens", torch.empty(0)), shard.get("loss", torch.empty(0))
-        fits = len(shard) == 2 and tokens.dim() == 2 and tokens.numel() and not tokens.is_floating_point() and 0 <= tokens.min() and tokens.max() < vocab_size
-        if not fits or loss.dtype != torch.bool or loss.shape != tokens.shape or tokens.shape[1] != shards[0]["tokens"].shape[1]:
-            raise ValueError(f"{directory}: {pattern} holds no rows of this base; make them with python train.py --mode distill")
-    return torch.cat([shard["tokens"] for shard in shards]).long(), torch.cat([shard["loss"] for shard in shards])
-
-
-# ---- medusa1 ----
+# ---- medusa1 and medusa2 ----
 
 
 def scored(carries: Tensor, K: int) -> Tensor:
@@ -460,54 +692,168 @@ CALIBRATION_NODES, CALIBRATION_PREFIXES = 16, 256
 
 
 def distilled_rows(config: Medusa1Config) -> Path:
-    """The directory of the rows to train and calibrate on; made first, if it has to be."""
+    """The directory of the rows to train and calibrate on; made first, by one process, if it has to be."""
     if config.distilled:
         return Path(config.distilled)
-    if not config.text and base_of(SHIPPED_ROWS / "train-00000.safetensors") == base_digest(config.base):
+    if not config.text and metadata_of(SHIPPED_ROWS / "train-00000.safetensors").get("base") == base_digest(config.base):
         return SHIPPED_ROWS
-    shards = DistillConfig.shards if config.data == "distilled" else 1  # the validation rows come along with any
-    return distill(DistillConfig(base=config.base, text=config.text, seed=config.seed, device=config.device, precision=config.precision, shards=shards))
+    shards = DistillConfig.shards if config.data == "distilled" else 0  # the held-out rows come along with any
+    more = DistillConfig(base=config.base, text=config.text, seed=config.seed, device=config.device, precision=config.precision, shards=shards)
+    directory = distill(more) if is_first() else None
+    if dist.is_initialized():
+        dist.barrier()
+    return directory or distill(more)  # all there, for the other processes
 
 
-def train_medusa1(config: Medusa1Config) -> None:
-    check_out(config.out)
-    device = pick_device(config.device)
-    dtype = pick_precision(config.precision, device)
+def held_out_rows(directory: Path, vocab_size: int, K: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """{temperature: tokens (R, T) and loss (R, T)}"""
+    rows_of = {str(t): read_shards(directory, f"validation-{t}.safetensors", vocab_size) for t in CALIBRATION_TEMPERATURES}
+    if not all(carries.shape[1] > K + 1 and scored(carries, K).any() for _, carries in rows_of.values()):
+        raise ValueError(f"{directory}: no held-out row is long enough for {K} heads: distil with more --new-tokens")
+    return rows_of
+
+
+def continued(model: GPT, tokens: Tensor, carries: Tensor, sampling: Sampling, seed: int) -> tuple[Tensor, Tensor]:
+    """The prompts of these rows, continued by this model: tokens (R, T) and loss (R, T)."""
+    n = max(int(carries.any(0).int().argmax()), 1)  # tokens of a prompt
+    device = model.lm_head.weight.device
+    return sample_rows(model.eval(), tokens[:, :n].to(device), tokens.shape[1] - n, sampling, torch.Generator(device).manual_seed(seed))
+
+
+def train_medusa(config: Medusa1Config) -> None:
+    """Medusa-1, and with a Medusa2Config Medusa-2, whose first stage is Medusa-1."""
+    device, dtype = prepare(config)
+    joint = config if isinstance(config, Medusa2Config) else None
     tokenizer, model = load_base(config.base, device=device)
     model.requires_grad_(False)
     shards = distilled_rows(config)
-    held_out = {str(t): read_shards(shards, f"validation-{t}.safetensors", model.config.vocab_size) for t in CALIBRATION_TEMPERATURES}
-    if not all(carries.shape[1] > config.num_heads + 1 and scored(carries, config.num_heads).any() for _, carries in held_out.values()):
-        raise ValueError(f"{shards}: no held-out row is long enough for {config.num_heads} heads: distil with more --new-tokens")
-    generator = torch.Generator().manual_seed(config.seed)
     if config.data == "distilled":
         rows, loss_mask = read_shards(shards, "train-*.safetensors", model.config.vocab_size)
-        order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(-(-config.steps * config.batch // len(rows)))])
+        inputs = digest_of(base_digest(config.base), rows)
     else:
         corpus = packed(documents(False, config.text), tokenizer)
-    heads_config = MedusaConfig(model.config.hidden_size, model.config.vocab_size, config.num_heads, config.num_hidden_layers, config.original_lm_head)
-    heads = MedusaHeads(heads_config, model.lm_head).to(device)
-    print(f"{sum(p.numel() for p in heads.parameters()):,} parameters in {config.num_heads} heads, {dtype} on {device}")
+        inputs = digest_of(base_digest(config.base), corpus)
+    if joint and joint.heads:
+        heads = MedusaHeads.from_pretrained(joint.heads, device=device)
+        check_fit(model, heads, ROOT)
+    else:
+        shape = MedusaConfig(model.config.hidden_size, model.config.vocab_size, config.num_heads, config.num_hidden_layers, config.original_lm_head)
+        heads = MedusaHeads(shape, model.lm_head).to(device)
+    held_out = held_out_rows(shards, model.config.vocab_size, heads.config.num_heads)
+    parts, teacher, stages = {"heads": dict(heads.named_parameters())}, None, [config.steps]
+    if joint:
+        parts["base"], teacher = trained_base(joint, model)
+        stages = [joint.heads_steps, config.steps]
+        if joint.base_loss == "ce" or joint.base_loss == "auto" and config.data == "corpus":
+            teacher = None
+    counted = sum(p.numel() for parameters in parts.values() for p in parameters.values())
+    say(f"{counted:,} parameters to train, {heads.config.num_heads} heads, {dtype} on {device}")
 
-    def loss_of_step(step: int) -> tuple[Tensor, dict]:
+    def rows_of_step(step: int) -> tuple[Tensor, Tensor]:
         if config.data == "distilled":
-            chosen = order[step * config.batch : (step + 1) * config.batch]
-            tokens, mask = rows[chosen].to(device), loss_mask[chosen].to(device)  # (B, T)
-        else:
-            tokens, mask = windows(corpus, config.batch, config.context, generator).to(device), None
-        with torch.no_grad():
-            hidden = model(tokens)  # (B, T, D)
-        loss, per_head = medusa_loss(heads(hidden, model.lm_head), tokens, mask, config.decay)
-        return loss, {"heads": " ".join(f"{value:.2f}" for value in per_head.tolist())}
+            chosen = torch.stack([shuffled(len(rows), config.seed, i // len(rows))[i % len(rows)] for i in range(step * config.batch, (step + 1) * config.batch)])
+            return rows[chosen], loss_mask[chosen]
+        text = windows(corpus, config.batch, config.context, seeded(config.seed, step))
+        return text, torch.ones_like(text, dtype=torch.bool)
 
-    fit(heads, loss_of_step, config, device, dtype)
-    heads.save_pretrained(config.out)
-    calibration = calibrate(model, heads, held_out)
-    write_json(Path(config.out) / "calibration.json", calibration)
-    report(config, calibration)
+    def stage_of(step: int) -> tuple[bool, int, int]:
+        """Does the base learn too? The step within the stage, and the stage's steps."""
+        together = joint is not None and step >= stages[0]
+        return together, step - stages[0] * together, stages[together]
+
+    def step_on_rows(step: int, tokens: Tensor, mask: Tensor, counts: Tensor) -> Tensor:
+        together, step, steps = stage_of(step)
+        for p in parts.get("base", {}).values():
+            p.requires_grad_(together)
+        with autocast(device, dtype):
+            if not together:
+                return backpropagate(model, heads, tokens, mask, counts, (0.0, 1.0), config.decay)
+            weight = joint.lambda_0 * (sine_ramp(step, steps) if joint.ramp else 1.0)
+            return backpropagate(model, heads, tokens, mask, counts, (1.0, weight), config.decay, teacher)
+
+    def rates(step: int) -> dict[str, float]:
+        together, step, steps = stage_of(step)
+        rate = learning_rate(step, config.lr, config.warmup, steps)
+        return {"heads": rate, "base": rate / joint.lr_ratio if together else 0.0}
+
+    fit(config, sum(stages), rows_of_step, step_on_rows, parts, rates, heads.config.num_heads, device, inputs)
+    if not is_first():
+        return
+    base, out = config.base, config.out
+    if joint:
+        base, out = f"{config.out}/base", f"{config.out}/heads"
+        merge_adapters(model)
+        tokenizer.save(base)
+        model.save_pretrained(base)
+        held_out = {t: continued(model, *rows, Sampling(float(t)), config.seed) for t, rows in held_out.items()}
+    heads.save_pretrained(out)
+    calibration = calibrate(model.eval(), heads.eval(), held_out)
+    write_json(Path(out) / "calibration.json", calibration)
+    finish(config)
+    text = packed(documents(True, config.text), tokenizer)
+    before = perplexity(load_base(config.base, device=device)[1], text)
+    say(f"perplexity of the base on held-out text: {before:.3f}" + (f" before, {perplexity(model, text):.3f} after" if joint else ""))
+    report(base, out, calibration)
 
 
-def report(config: Medusa1Config, calibration: dict) -> None:
+# ---- medusa2: the base learns too ----
+
+
+def trained_base(config: Medusa2Config, model: GPT) -> tuple[dict[str, nn.Parameter], tuple]:
+    """The base's parameters that learn, and the teacher: the base as it is now, as a function to hidden states and its LM head."""
+    frozen = None if config.lora else copy.deepcopy(model)
+    if config.checkpoint_activations:
+        for block in model.layers:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if frozen:
+        return dict(model.named_parameters()), (frozen, frozen.lm_head)
+    adapters = add_adapters(model, config.seed)
+
+    def without_adapters(tokens: Tensor) -> Tensor:
+        for adapter in adapters.values():
+            adapter.on = False
+        try:
+            return model(tokens)
+        finally:
+            for adapter in adapters.values():
+                adapter.on = True
+
+    return {f"{name}.{part}": p for name, adapter in adapters.items() for part, p in adapter.named_parameters()}, (without_adapters, model.lm_head)
+
+
+class Adapter(nn.Module):
+    """W + alpha / r * up down, of rank r; up starts at zero, so that nothing changes at first.  ("LoRA", Hu et al., 2021)"""
+
+    RANK, ALPHA = 32, 16
+
+    def __init__(self, weight: Tensor, generator: torch.Generator):
+        super().__init__()
+        rows, columns = weight.shape
+        down = torch.randn(self.RANK, columns, generator=generator) / columns**0.5
+        self.down, self.up = nn.Parameter(down.to(weight)), nn.Parameter(weight.new_zeros(rows, self.RANK))
+        self.on = True
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.ALPHA / self.RANK * (self.up @ self.down) if self.on else weight
+
+
+def add_adapters(model: GPT, seed: int) -> dict[str, Adapter]:
+    """On all linear layers of the blocks, whose own weights stay frozen."""
+    adapters, generator = {}, seeded(seed)
+    for name, module in list(model.layers.named_modules()):
+        if isinstance(module, Linear):
+            adapters[name] = Adapter(module.weight, generator)
+            parametrize.register_parametrization(module, "weight", adapters[name])
+    return adapters
+
+
+def merge_adapters(model: GPT) -> None:
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            parametrize.remove_parametrizations(module, "weight")
+
+
+def report(base: str, heads: str, calibration: dict) -> None:
     """Print what training reached, on rows continued from held-out prompts."""
     for temperature, result in calibration.items():
         accuracy = "   ".join(f"head {k}: {a:.1%} / {b:.1%}" for k, (a, b) in enumerate(zip(result["top1"], result["top5"]), start=1))
@@ -515,7 +861,7 @@ def report(config: Medusa1Config, calibration: dict) -> None:
         counts = read_prefixes(result)
         sizes = {n: expected_tokens(calibrated_tree(counts, n), counts) for n in (4, 8, 16, 32)}
         print("   expected tokens/step: " + "   ".join(f"{tokens:.2f} with {n} nodes" for n, tokens in sizes.items()))
-    print(f"next: python sample.py --base {config.base} --heads {config.out}")
+    print(f"next: python sample.py --base {base} --heads {heads}")
 
 
 def read_prefixes(result: dict) -> Counter:
@@ -535,12 +881,18 @@ def main() -> None:
     add_options(parser, MODES[mode])
     arguments = vars(parser.parse_args())
     config = MODES[arguments.pop("mode")](**arguments)
-    if mode == "base":
-        train_base(config)
-    elif mode == "distill":
-        print(f"next: python train.py --mode medusa1 --base {config.base} --distilled {distill(config)}")
-    else:
-        train_medusa1(config)
+    if "RANK" in os.environ:  # one of several processes that torchrun started
+        dist.init_process_group("nccl" if torch.cuda.is_available() and config.device in ("auto", "cuda") else "gloo")
+    try:
+        if mode == "base":
+            train_base(config)
+        elif mode == "distill":
+            print(f"next: python train.py --mode medusa1 --base {config.base} --distilled {distill(config)}")
+        else:
+            train_medusa(config)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from data.tokenizer import Tokenizer  # noqa: E402
 from medusa import MedusaHeads, Sampling, generate, medusa_generate  # noqa: E402
 from model import GPT, read_json, write_json  # noqa: E402
 from sample import first_difference, gap_at, pick_tree, timed_run  # noqa: E402
-from train import bits_per_byte, directory_size, packed, windows  # noqa: E402
+from train import bits_per_byte, packed, windows  # noqa: E402
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 50, 64, 128
 TEMPERATURES = (0.0, 0.7, 1.0)
@@ -48,13 +48,17 @@ def held_out() -> tuple[Tokenizer, torch.Tensor, int]:
     return tokenizer, packed(texts, tokenizer), sum(len(text.encode()) for text in texts)
 
 
+def megabytes(directory: Path) -> float:
+    return sum(path.stat().st_size for path in directory.iterdir()) / 1e6
+
+
 def measure_base() -> dict:
     _, tokens, n_bytes = held_out()
     model = GPT.from_pretrained(ROOT / "data/base")
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "megabytes": directory_size(ROOT / "data/base") / 1e6,
-        "megabytes of the heads": directory_size(ROOT / "data/heads") / 1e6,
+        "megabytes": megabytes(ROOT / "data/base"),
+        "megabytes of the heads": megabytes(ROOT / "data/heads"),
         "bits per byte": bits_per_byte(model, tokens, n_bytes),
     }
 

@@ -1,12 +1,18 @@
 """What the tests draw from: small trees, small GPTs in float64, heads of every quality, and oracles written without the code under test."""
 import math
+from functools import cache
+from itertools import count
+from pathlib import Path
 
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from data.corpus import is_validation
+from data.tokenizer import Tokenizer, train_tokenizer
 from medusa import MedusaConfig, MedusaHeads
-from model import GPT, ModelConfig
+from model import GPT, ModelConfig, write_safetensors
+from train import DistillConfig, Medusa1Config
 from tree import Tree, calibrated_tree, cartesian_tree, tree_from_paths
 
 laws = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -180,3 +186,69 @@ def chi_square(counts: dict, expected: dict, n: int) -> float:
     cells += [rare] if rare[1] > 0 else []
     statistic = sum((seen - due) ** 2 / due for seen, due in cells)
     return torch.special.gammaincc(torch.tensor((len(cells) - 1) / 2), torch.tensor(statistic / 2)).item()
+
+
+# ---- training ----
+
+
+def rate(step: int, lr: float, warmup: int, steps: int) -> float:
+    """The formula: a ramp up to 1 over the warm-up, times half a turn of the cosine from 1 to 0 over the run."""
+    ramp = (step + 1) / warmup if step < warmup else 1.0
+    return lr * ramp * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+# ---- a base of a few hundred weights, with its text, on disk ----
+
+CPU = {"device": "cpu", "precision": "float32"}
+
+
+def source(first: int, n: int) -> str:
+    return "".join(f"def f{i}(x):\n    return x * {i * 7 % 13} + {i}\n" for i in range(first, first + n))
+
+
+@cache
+def small_tokenizer() -> Tokenizer:
+    return train_tokenizer([source(0, 40)], 290)
+
+
+def write_text(folder: Path) -> list[str]:
+    """Two files, one on each side of the split: training, then validation, in other words."""
+    names = {side: next(f"{i}.txt" for i in count() if is_validation(f"{i}.txt:0") == side) for side in (False, True)}
+    (folder / names[False]).write_text(source(0, 40))
+    (folder / names[True]).write_text(source(40, 20).replace("def f", "def g").replace("x", "y").replace("*", "-"))
+    return [str(folder / names[False]), str(folder / names[True])]
+
+
+def write_base(folder: Path) -> Path:
+    """A base with weights so large that its greedy text moves about."""
+    tokenizer = small_tokenizer()
+    model = GPT(ModelConfig(tokenizer.vocab_size, 16, 16, 1, 2, 1, 40, bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos))
+    generator = rng(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.4 * torch.randn(weight.shape, generator=generator))
+    tokenizer.save(folder / "base")
+    model.save_pretrained(folder / "base")
+    return folder / "base"
+
+
+def contents(directory) -> dict[str, bytes]:
+    """Every file below a directory, by its path there."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in Path(directory).rglob("*") if path.is_file()}
+
+
+def distilling(base, text, **more) -> DistillConfig:
+    return DistillConfig(**{"base": str(base), "text": text, "shards": 3, "rows": 5, "prompt_tokens": 4, "new_tokens": 6} | CPU | more)
+
+
+def training(base, text, out, config: type[Medusa1Config] = Medusa1Config, **more) -> Medusa1Config:
+    """A run of a few steps, on rows that are given, or on the corpus."""
+    sizes = {"steps": 4, "batch": 3, "warmup": 1, "num_heads": 2} | ({"context": 9} if more.get("data") == "corpus" else {})
+    return config(**{"base": str(base), "text": text, "out": str(out)} | sizes | CPU | more)
+
+
+def write_shard(directory, name: str, tokens, loss=None) -> None:
+    tokens = torch.as_tensor(tokens)
+    directory.mkdir(parents=True, exist_ok=True)
+    loss = torch.ones(tokens.shape, dtype=torch.bool) if loss is None else torch.as_tensor(loss)
+    write_safetensors(directory / name, {"tokens": tokens, "loss": loss})

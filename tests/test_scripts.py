@@ -68,8 +68,8 @@ def made(tmp_path_factory):
 
 def test_mode_base_writes_a_base_and_says_how_good_and_how_large_it_is(made):
     work, said = made
-    assert {file.name for file in (work / "base").iterdir()} == {"config.json", "model.safetensors", "tokenizer.model"}
-    size = sum(file.stat().st_size for file in (work / "base").iterdir())
+    assert {file.name for file in (work / "base").iterdir()} == {"config.json", "model.safetensors", "tokenizer.model", "log.jsonl"}
+    size = sum(file.stat().st_size for file in (work / "base").iterdir() if file.name != "log.jsonl")
     model = GPT.from_pretrained(work / "base")
     bits, said_size = re.search(rf"^{work}/base: (\d+\.\d{{3}}) bits per byte on held-out text, in ([\d,]+) bytes$", said["base"], re.M).groups()
     assert 0.5 < float(bits) < 8 and int(said_size.replace(",", "")) == size
@@ -87,7 +87,7 @@ def test_mode_distill_writes_its_shards_and_names_the_next_command(made):
 
 def test_mode_medusa1_writes_heads_and_says_what_each_head_reached(made):
     work, said = made
-    assert {file.name for file in (work / "heads").iterdir()} == {"config.json", "model.safetensors", "calibration.json"}
+    assert {file.name for file in (work / "heads").iterdir()} == {"config.json", "model.safetensors", "calibration.json", "log.jsonl"}
     entries = json.loads((work / "heads" / "calibration.json").read_text())
     lines = said["medusa1"].splitlines()
     for temperature in ("0.0", "0.7", "1.0"):
@@ -379,12 +379,17 @@ def test_sample_refuses_a_field_of_config_that_it_cannot_honour(refused, copy, n
         (["--mode", "base", "--vocab-size", "10"], "ocabulary size"),
         (["--mode", "base", "--vocab-size", "0"], "vocab_size"),
         (["--mode", "base", "--vocab-size", "30000"], "ocabulary size"),
-        (["--mode", "base", *SHAPE, "--num-attention-heads", "3"], "num_attention_heads"),
+        (["--mode", "base", *SHAPE, "--num-attention-heads", "3"], "3 heads of even size"),
         (["--mode", "base", *SHAPE, "--look-ahead", "-1"], "--look-ahead"),
         (["--mode", "base", "--base", "data/base"], "--base"),
         (["--mode", "medusa1", "--context", "100"], "--context belongs to --data corpus"),
-        (["--mode", "medusa1", "--text", "a.txt", "--distilled", "data/distilled"], "contradict"),
-        (["--mode", "distill", "--shards", "0"], "shards = 0"),
+        (["--mode", "medusa2", "--context", "100"], "--context belongs to --data corpus"),
+        (["--mode", "medusa2", "--accumulate", "3"], "--accumulate 3"),
+        (["--mode", "medusa2", "--heads", "none/heads"], "none/heads"),
+        (["--mode", "medusa2", "--lambda-0", "-1"], "--lambda-0"),
+        (["--mode", "medusa2", "--base-loss", "mse"], "mse"),
+        *[(["--mode", mode, "--resume"], "checkpoint.safetensors does not exist") for mode in ("base", "medusa1", "medusa2")],
+        (["--mode", "distill", "--shards", "-1"], "--shards -1"),
         (["--mode", "distill", "--rows", "0"], "rows = 0"),
         (["--mode", "distill", "--prompt-tokens", "200", "--new-tokens", "200"], "--prompt-tokens 200 + --new-tokens 200"),
         (["--mode", "distill", "--temperature", "nan"], "temperature nan"),
@@ -403,7 +408,8 @@ def test_train_refuses_bad_flags(refused, made, tmp_path, argv, says):
     mode = argv[1] if argv[0] == "--mode" and argv[1:] and argv[1] in train.MODES else "medusa1"
     text = next(work.glob("text*.txt"))
     trained = ["--base", work / "base"]
-    shared = {"base": [], "distill": [*trained, *ROWS], "medusa1": [*trained, "--distilled", work / "distilled"]}[mode]
+    rows = [*trained, "--distilled", work / "distilled"]
+    shared = {"base": [], "distill": [*trained, *ROWS], "medusa1": rows, "medusa2": rows}[mode]
     refused(says, "train.py", "--text", text, "--out", tmp_path / "out", "--device", "cpu", *shared, *argv)
 
 
@@ -428,11 +434,9 @@ def test_train_refuses_a_text_shorter_than_a_row_in_one_line_and_leaves_no_outpu
     work, _ = made
     file = tmp_path / named([False, True], "short")
     file.write_text("x = 1\n" * 1366 + "y\n")
-    flags = {
-        "base": [*SHAPE, "--vocab-size", "265", *FIT, "--context", "20000"],
-        "distill": ["--base", work / "base"],
-        "medusa1": ["--base", work / "base", "--data", "corpus", "--distilled", work / "distilled", *FIT, "--context", "20000"],
-    }[mode]
+    corpus = ["--base", work / "base", "--data", "corpus", "--distilled", work / "distilled", *FIT, "--context", "20000"]
+    base = [*SHAPE, "--vocab-size", "265", *FIT, "--context", "20000"]
+    flags = {"base": base, "distill": ["--base", work / "base"], "medusa1": corpus, "medusa2": corpus}[mode]
     before = listing(tmp_path)
     code, _, err = call("train.py", "--mode", mode, "--text", file, "--out", tmp_path / "out", *FAST, *flags)
     assert code == 2

@@ -3,9 +3,8 @@ import json
 import math
 import shutil
 from collections import Counter, defaultdict
-from dataclasses import MISSING, fields, replace
-from functools import cache
-from itertools import count, product
+from dataclasses import MISSING, dataclass, fields, replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -15,74 +14,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import data.shards
 import train
-from data.corpus import documents, is_validation
-from data.tokenizer import Tokenizer, train_tokenizer
+from data.corpus import documents
+from data.shards import read_shards
+from data.tokenizer import train_tokenizer
 from medusa import MedusaConfig, MedusaHeads, Sampling, draw, generate
 from model import GPT, ModelConfig, read_json, read_safetensors, write_json, write_safetensors
-from strategies import chi_square, laws, markov_gpt, random_gpt, random_heads, rng, text_distribution
+from strategies import (
+    CPU, chi_square, contents, distilling, laws, markov_gpt, random_gpt, random_heads, rate, rng, small_tokenizer, source, text_distribution, training,
+    write_shard
+)
 from train import (
-    CALIBRATION_TEMPERATURES, MODES, BaseConfig, DistillConfig, Fit, Medusa1Config, OneLineParser, add_options, bits_per_byte, calibrate, distill,
-    distilled_rows, fit, head_ranks, learning_rate, load_base, noise_of_draws, packed, pick_device, pick_precision, read_prefixes, read_shards, sample_rows, train_base,
-    train_medusa1, windows
+    CALIBRATION_TEMPERATURES, MODES, BaseConfig, DistillConfig, Fit, Medusa1Config, Medusa2Config, OneLineParser, add_options, bits_per_byte, calibrate,
+    checkpoint_path, distill, distilled_rows, fit, head_ranks, learning_rate, load_base, noise_of_draws, packed, perplexity, pick_device, pick_precision,
+    read_prefixes, sample_rows, seeded, sine_ramp, train_base, train_medusa, windows
 )
 from tree import calibrated_tree, replay
 
-CPU = {"device": "cpu", "precision": "float32"}
-
-
-def source(first: int, n: int) -> str:
-    return "".join(f"def f{i}(x):\n    return x * {i * 7 % 13} + {i}\n" for i in range(first, first + n))
-
-
-@cache
-def small_tokenizer() -> Tokenizer:
-    return train_tokenizer([source(0, 40)], 290)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """And one thread: these models are too small for two, which only wait for each other."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def write_text(folder: Path) -> list[str]:
-    """Two files, one on each side of the split: training, then validation, in other words."""
-    names = {side: next(f"{i}.txt" for i in count() if is_validation(f"{i}.txt:0") == side) for side in (False, True)}
-    (folder / names[False]).write_text(source(0, 40))
-    (folder / names[True]).write_text(source(40, 20).replace("def f", "def g").replace("x", "y").replace("*", "-"))
-    return [str(folder / names[False]), str(folder / names[True])]
-
-
-def write_base(folder: Path) -> Path:
-    """A base with weights so large that its greedy text moves about."""
-    tokenizer = small_tokenizer()
-    model = GPT(ModelConfig(tokenizer.vocab_size, 16, 16, 1, 2, 1, 40, bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos))
-    generator = rng(0)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(0.4 * torch.randn(weight.shape, generator=generator))
-    tokenizer.save(folder / "base")
-    model.save_pretrained(folder / "base")
-    return folder / "base"
-
-
-@pytest.fixture
-def text(tmp_path) -> list[str]:
-    return write_text(tmp_path)
-
-
-@pytest.fixture
-def base(tmp_path) -> Path:
-    return write_base(tmp_path)
-
-
-def contents(directory) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # ---- the command line ----
@@ -120,8 +70,10 @@ def test_every_field_is_a_flag_and_sets_that_field_alone(config, field):
         arguments = [flag if value else flag.replace("--", "--no-", 1)]
     else:
         arguments = [flag, *value] if isinstance(value, list) else [flag, str(value)]
+    more = {"batch": 8} if field.name == "accumulate" else {"data": "corpus"} if field.name == "context" and config is not BaseConfig else {}
+    arguments += [f"--{name}={choice}" for name, choice in more.items()]
     chosen = config(**vars(parser_of(config).parse_args(arguments)))
-    assert chosen == replace(config(), **{field.name: value}) and type(getattr(chosen, field.name)) is type(value)
+    assert chosen == replace(config(), **{field.name: value}, **more) and type(getattr(chosen, field.name)) is type(value)
 
 
 def test_a_boolean_flag_has_a_form_for_yes_and_one_for_no():
@@ -146,7 +98,7 @@ def command(monkeypatch):
     asked = []
     monkeypatch.setattr(train, "train_base", lambda config: asked.append(("base", config)))
     monkeypatch.setattr(train, "distill", lambda config: asked.append(("distill", config)) or "a/directory")
-    monkeypatch.setattr(train, "train_medusa1", lambda config: asked.append(("medusa1", config)))
+    monkeypatch.setattr(train, "train_medusa", lambda config: asked.append(("medusa2" if type(config) is Medusa2Config else "medusa1", config)))
 
     def call(*arguments):
         asked.clear()
@@ -175,7 +127,11 @@ BAD_USAGE = [
     (["--mode", "distill", "--steps", "3"], "--steps"), (["--mode", "base", "--shards", "3"], "--shards"),
     (["--mode", "distill", "--top-p", "0"], "top_p"), (["--mode", "distill", "--temperature", "-1"], "temperature"),
     (["--mode", "distill", "--rows", "0"], "rows"), (["--num-heads", "0"], "num_heads"),
-    (["--steps", "0"], "steps"), (["--batch", "-3"], "batch"), (["--warmup", "0"], "warmup"),
+    (["--steps", "0"], "steps"), (["--batch", "-3"], "batch"), (["--warmup", "0"], "warmup"), (["--save-every", "0"], "save_every"),
+    (["--accumulate", "0"], "accumulate"), (["--batch", "2", "--accumulate", "3"], "--accumulate 3"), (["--lora"], "--lora"),
+    (["--mode", "medusa2", "--lr-ratio", "0"], "--lr-ratio"), (["--mode", "medusa2", "--lr-ratio", "nan"], "--lr-ratio"),
+    (["--mode", "medusa2", "--lambda-0", "-0.1"], "--lambda-0"), (["--mode", "medusa2", "--heads-steps", "-1"], "--heads-steps"),
+    (["--mode", "medusa2", "--base-loss", "mse"], "--base-loss"), (["--mode", "medusa1", "--context", "9"], "--context"),
 ]
 
 
@@ -220,9 +176,9 @@ def test_a_fault_of_ours_is_not_hidden(error):
 
 
 @pytest.mark.parametrize("config, names", [
-    (Medusa1Config, ("steps", "batch", "context", "warmup", "num_heads", "num_hidden_layers")),
-    (BaseConfig, ("steps", "batch", "context", "warmup")),
-    (DistillConfig, ("shards", "rows", "prompt_tokens", "new_tokens")),
+    (Medusa1Config, ("steps", "batch", "warmup", "save_every", "num_heads", "num_hidden_layers")),
+    (BaseConfig, ("steps", "batch", "accumulate", "context", "warmup")),
+    (DistillConfig, ("rows", "prompt_tokens", "new_tokens")),
 ])  # fmt: skip
 @pytest.mark.parametrize("size", [0, -1, 1.5, True])
 def test_sizes_below_one_are_refused_by_name(config, names, size):
@@ -265,32 +221,52 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
 # ---- optimisation ----
 
 
-def rate(step: int, lr: float, warmup: int, steps: int) -> float:
-    """The formula: a ramp up to 1 over the warm-up, times half a turn of the cosine from 1 to 0 over the run."""
-    ramp = (step + 1) / warmup if step < warmup else 1.0
-    return lr * ramp * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
 @laws
 @given(st.integers(1, 200), st.integers(1, 250), st.floats(1e-5, 10))
 def test_learning_rate_equals_the_formula(steps, warmup, lr):
-    rates = [learning_rate(step, Fit(steps=steps, warmup=warmup, lr=lr)) for step in range(steps)]
+    rates = [learning_rate(step, lr, warmup, steps) for step in range(steps)]
     for step, value in enumerate(rates):
         assert math.isclose(value, rate(step, lr, warmup, steps), rel_tol=1e-9)
         assert 0 < value <= lr
 
 
 def test_learning_rate_rises_to_its_peak_along_a_line_and_falls_to_0_along_a_cosine():
-    config = Fit(steps=10_000, warmup=10, lr=2.0)
-    rates = [learning_rate(step, config) for step in range(10_000)]
+    rates = [learning_rate(step, 2.0, 10, 10_000) for step in range(10_000)]
     assert rates[:10] == pytest.approx([0.2 * n for n in range(1, 11)], rel=1e-5)
     assert max(rates) == rates[9] and rates[5000] == pytest.approx(1.0) and rates[-1] < 1e-6
     assert all(later < earlier for earlier, later in zip(rates[9:], rates[10:]))
-    assert learning_rate(0, Fit(warmup=1, lr=2.0)) == 2.0
+    assert learning_rate(0, 2.0, 1, 10_000) == 2.0
 
 
 def is_matrix(name: str) -> bool:
     return not name.endswith(("norm.weight", "bias"))
+
+
+@dataclass(frozen=True)
+class FitConfig(Fit):
+    out: str = ""
+
+
+def a_fit(out, **more) -> Fit:
+    return FitConfig(**CPU, out=str(out), **more)
+
+
+def fitted(config: Fit, parts: dict[str, nn.Module], add_gradients, rates=None) -> None:
+    """fit, where add_gradients(step) may return the figures; K is 1."""
+    rows = torch.zeros(config.batch, 3, dtype=torch.long)
+
+    def step_on_rows(step, tokens, mask, counts):
+        figures = add_gradients(step)
+        return torch.zeros(3) if figures is None else figures
+
+    rates = rates or (lambda step: dict.fromkeys(parts, rate(step, config.lr, config.warmup, config.steps)))
+    named = {part: dict(module.named_parameters()) for part, module in parts.items()}
+    fit(config, config.steps, lambda step: (rows, rows == 0), step_on_rows, named, rates, 1, torch.device("cpu"), "")
+
+
+def add(gradients: dict, module: nn.Module) -> None:
+    for name, weight in module.named_parameters():
+        weight.grad = gradients[name].clone()
 
 
 @settings(laws, max_examples=40)
@@ -298,87 +274,141 @@ def is_matrix(name: str) -> bool:
     st.integers(1, 3), st.integers(1, 2), st.booleans(), st.integers(1, 6), st.floats(0.01, 20), st.floats(0, 0.5), st.floats(1e-3, 0.1),
     st.integers(0, 999),
 )
-def test_fit_is_adamw_with_clipped_gradients_and_decay_of_matrices_alone(K, J, shared, steps, clip, decay, lr, seed):
-    """Written out, parameter by parameter. The loss is a sum of parameters times weights of this step, so its gradient is known."""
+def test_fit_is_adamw_with_gradients_clipped_part_by_part_and_decay_of_matrices_alone(tmp_path_factory, K, J, shared, steps, clip, decay, lr, seed):
+    """Written out, parameter by parameter; the base is four times slower than the heads."""
     generator = rng(seed)
-    heads = MedusaHeads(MedusaConfig(3, 4, K, J, shared)).double()
+    parts = {"heads": MedusaHeads(MedusaConfig(3, 4, K, J, shared)).double(), "base": random_gpt(seed)}
     ours = {}
-    for name, weight in heads.named_parameters():
-        weight.data = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-        ours[name] = [weight.detach().clone(), torch.zeros_like(weight), torch.zeros_like(weight)]
+    for part, module in parts.items():
+        for name, weight in module.named_parameters():
+            weight.data = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+            ours[part, name] = [weight.detach().clone(), torch.zeros_like(weight), torch.zeros_like(weight)]
     sizes = 10.0 ** torch.randint(-2, 3, (steps,), generator=generator)
-    gradients = [{n: size * torch.randn(w.shape, generator=generator, dtype=torch.float64) for n, w in heads.named_parameters()} for size in sizes]
-    config = Fit(steps=steps, warmup=2, lr=lr, clip=clip, weight_decay=decay)
+    gradients = [{at: size * torch.randn(w.shape, generator=generator, dtype=torch.float64) for at, (w, _, _) in ours.items()} for size in sizes]
+    config = a_fit(tmp_path_factory.mktemp("run"), steps=steps, warmup=2, lr=lr, clip=clip, weight_decay=decay)
+    slower = {"heads": 1, "base": 4}
 
-    def loss_of_step(step):
-        return sum((weight * gradients[step][name]).sum() for name, weight in heads.named_parameters()), {}
+    def add_gradients(step):
+        for part, module in parts.items():
+            add({name: gradients[step][part, name] for name, _ in module.named_parameters()}, module)
 
-    fit(heads, loss_of_step, config, torch.device("cpu"), torch.float32)
+    fitted(config, parts, add_gradients, lambda step: {part: rate(step, lr, 2, steps) / slower[part] for part in parts})
     for step, gradient in enumerate(gradients):
-        norm = math.sqrt(sum((g**2).sum().item() for g in gradient.values()))
-        for name, (weight, mean, square) in ours.items():
-            g = gradient[name] * min(1, clip / norm)
+        norms = {part: math.sqrt(sum((g**2).sum().item() for at, g in gradient.items() if at[0] == part)) for part in parts}
+        for (part, name), (weight, mean, square) in ours.items():
+            g = gradient[part, name] * min(1, clip / norms[part])
             mean.mul_(0.9).add_(0.1 * g)
             square.mul_(0.95).add_(0.05 * g**2)
-            now = rate(step, lr, 2, steps)
+            now = rate(step, lr, 2, steps) / slower[part]
             if is_matrix(name):
                 weight.mul_(1 - now * decay)
             weight.sub_(now * mean / (1 - 0.9 ** (step + 1)) / ((square / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8))
-    for name, weight in heads.named_parameters():
-        torch.testing.assert_close(weight.detach(), ours[name][0], rtol=1e-5, atol=1e-7)
-    assert not heads.training
+    for part, module in parts.items():
+        for name, weight in module.named_parameters():
+            torch.testing.assert_close(weight.detach(), ours[part, name][0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("make", [
     lambda: GPT(ModelConfig(6, 4, 4, 2, 2, 1, 8, tie_word_embeddings=False)), lambda: GPT(ModelConfig(6, 4, 4, 1, 1, 1, 8)),
     lambda: MedusaHeads(MedusaConfig(4, 6, 1, 1)), lambda: MedusaHeads(MedusaConfig(4, 6, 3, 2, False)),
 ])  # fmt: skip
-def test_without_a_gradient_matrices_decay_and_gains_and_biases_stay(make):
+def test_where_the_gradient_is_zero_matrices_decay_and_gains_and_biases_stay(make, tmp_path):
     module = make()
     for weight in module.parameters():
         nn.init.ones_(weight)
-    config = Fit(steps=3, warmup=1, lr=0.1, weight_decay=0.5)
-    fit(module, lambda step: (sum(weight.sum() for weight in module.parameters()) * 0.0, {}), config, torch.device("cpu"), torch.float32)
+    config = a_fit(tmp_path, steps=3, warmup=1, lr=0.1, weight_decay=0.5)
+    fitted(config, {"it": module}, lambda step: add({name: torch.zeros_like(w) for name, w in module.named_parameters()}, module))
     left = math.prod(1 - 0.5 * rate(step, 0.1, 1, 3) for step in range(3))
     for name, weight in module.named_parameters():
         torch.testing.assert_close(weight.detach(), torch.full_like(weight, left if is_matrix(name) else 1.0), msg=name)
 
 
+def test_a_parameter_without_a_gradient_is_left_alone(tmp_path):
+    """As the base is in the first stage of Medusa-2: it does not even decay, and its moments are not begun."""
+    one, two = nn.Linear(2, 2), nn.Linear(2, 2)
+    before = [weight.detach().clone() for weight in one.parameters()]
+    ones = {name: torch.ones_like(weight) for name, weight in two.named_parameters()}
+    fitted(a_fit(tmp_path, steps=3, warmup=1, weight_decay=0.5), {"one": one, "two": two}, lambda step: add(ones, two))
+    assert all(torch.equal(*pair) for pair in zip(before, one.parameters()))
+    assert {key for key in read_safetensors(tmp_path / "checkpoint.safetensors") if key.startswith("one")} == {"one.weight|value", "one.bias|value"}
+
+
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("bad", [0, 2])
-def test_a_loss_that_is_no_number_stops_at_its_step_before_it_moves_a_weight(loss, bad):
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_a_loss_that_is_no_number_stops_at_its_step_before_it_moves_a_weight(loss, bad, tmp_path):
+    """And the checkpoint before it stays what it was."""
     module = nn.Linear(2, 2)
     seen = []
 
-    def loss_of_step(step):
+    def add_gradients(step):
         seen.append(module.weight.detach().clone())
-        return (module.weight.sum() * 0 + loss if step == bad else module.weight.square().sum()), {}
+        add({name: weight.detach().clone() for name, weight in module.named_parameters()}, module)
+        return torch.tensor([1.0, loss if step == bad else 2.0, 0.0])
 
-    with pytest.raises(ValueError, match=f"loss is {loss} at step {bad},"):
-        fit(module, loss_of_step, Fit(steps=5, warmup=1), torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError, match=rf"loss is \[1.0, {loss}\] at step {bad},"):
+        fitted(a_fit(tmp_path, steps=5, warmup=1, save_every=1), {"it": module}, add_gradients)
     assert len(seen) == bad + 1 and torch.equal(module.weight, seen[-1])
     assert bad == 0 or not torch.equal(seen[0], seen[-1])
+    if bad:
+        assert torch.equal(read_safetensors(tmp_path / "checkpoint.safetensors")["it.weight|value"], seen[-1])
+        assert len((tmp_path / "log.jsonl").read_text().splitlines()) == bad
+    else:
+        assert contents(tmp_path) == {}
 
 
-def test_a_gradient_that_is_no_number_stops_too():
+def test_a_gradient_that_is_no_number_stops_too(tmp_path):
     module = nn.Linear(2, 2)
     before = module.weight.detach().clone()
-    with pytest.raises(ValueError, match="loss is 0.0 at step 0, its gradient's norm nan"):
-        fit(module, lambda step: ((module.weight * 0).sum().sqrt(), {}), Fit(steps=1, warmup=1), torch.device("cpu"), torch.float32)
+    nan = {name: torch.full_like(weight, math.nan) for name, weight in module.named_parameters()}
+    with pytest.raises(ValueError, match=r"loss is \[0.0, 0.0\] at step 0, the gradient's norm {'it': nan}"):
+        fitted(a_fit(tmp_path, steps=1, warmup=1), {"it": module}, lambda step: add(nan, module))
     assert torch.equal(module.weight, before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_matmuls_run_in_the_precision_and_weights_stay_in_float32(dtype):
+@pytest.mark.parametrize("batch, accumulate", [(5, 1), (5, 2), (5, 5), (4, 3)])
+def test_the_rows_of_a_step_are_dealt_out_once_in_parts_and_its_figures_are_their_sum(batch, accumulate, tmp_path):
+    """And the counts are those of the whole batch, in every part."""
     module, seen = nn.Linear(2, 2), []
+    rows, mask = torch.arange(3 * batch).view(batch, 3), torch.rand(batch, 3, generator=rng(batch)) < 0.5
 
-    def loss_of_step(step):
-        y = module(torch.ones(1, 2))
-        seen.append((y.dtype, module.training))
-        return y.float().sum(), {}
+    def step_on_rows(step, tokens, part_mask, counts):
+        assert counts.tolist() == [mask[:, 1:].sum(), mask[:, 2:].sum()]
+        add({name: torch.ones_like(weight) for name, weight in module.named_parameters()}, module)
+        seen.append((tokens, part_mask))
+        return torch.tensor([1.0, tokens[0, 0], 0.5])
 
-    fit(module, loss_of_step, Fit(steps=2, warmup=1), torch.device("cpu"), dtype)
-    assert seen == [(dtype, True)] * 2 and module.weight.dtype == torch.float32 and not module.training
+    parts = {"it": dict(module.named_parameters())}
+    config = a_fit(tmp_path, steps=1, warmup=1, batch=batch, accumulate=accumulate)
+    fit(config, 1, lambda step: (rows, mask), step_on_rows, parts, lambda step: {"it": 0.1}, 1, torch.device("cpu"), "")
+    assert len(seen) == accumulate and max(len(tokens) for tokens, _ in seen) - min(len(tokens) for tokens, _ in seen) <= 1
+    assert torch.equal(torch.cat([tokens for tokens, _ in seen]), rows) and torch.equal(torch.cat([part for _, part in seen]), mask)
+    record = json.loads((tmp_path / "log.jsonl").read_text())
+    assert record["base"] == accumulate and record["heads"] == [sum(tokens[0, 0] for tokens, _ in seen)] and record["top1"] == [accumulate / 2]
+
+
+def test_the_log_has_a_line_for_every_step_with_all_that_was_measured(base, text, shards, tmp_path):
+    train_medusa(training(base, text, tmp_path / "out", distilled=shards, steps=5, save_every=2, lr=0.01, warmup=2, clip=0.5))
+    records = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(5))
+    for step, record in enumerate(records):
+        assert record.keys() == {"step", "base", "heads", "top1", "lr", "norm"} and record["base"] == 0.0
+        assert len(record["heads"]) == len(record["top1"]) == 2 and all(loss > 0 for loss in record["heads"])
+        assert all(0 <= share <= 1 for share in record["top1"]) and record["norm"]["heads"] > 0
+        assert math.isclose(record["lr"]["heads"], rate(step, 0.01, 2, 5)) and record["lr"]["base"] == 0.0
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_matmuls_run_in_the_precision_and_weights_stay_in_float32(precision, base, text, shards, tmp_path, monkeypatch):
+    seen, loss = [], train.medusa_loss
+
+    def recording(logits, *rest):
+        seen.append(logits.dtype)
+        return loss(logits, *rest)
+
+    monkeypatch.setattr(train, "medusa_loss", recording)
+    train_medusa(training(base, text, tmp_path / "out", distilled=shards, precision=precision))
+    assert seen == [getattr(torch, precision)] * 4
+    assert {t.dtype for t in read_safetensors(tmp_path / "out" / "model.safetensors").values()} == {torch.float32}
 
 
 # ---- windows, and the compression of a text ----
@@ -459,7 +489,7 @@ def test_a_new_base_opens_again_repeats_with_its_seed_and_never_sees_the_validat
         train_base(base_config(tmp_path, text, name, seed=seed))
     one, two, three = (contents(tmp_path / name) for name in ("one", "two", "three"))
     assert one == two and one["model.safetensors"] != three["model.safetensors"]
-    assert one.keys() == {"config.json", "model.safetensors", "tokenizer.model"}
+    assert one.keys() == {"config.json", "model.safetensors", "tokenizer.model", "log.jsonl"}
     tokenizer, model = load_base(tmp_path / "one")
     assert tokenizer.model == train_tokenizer(documents(False, text), 290).model
     assert all(torch.equal(tokens, packed(documents(False, text), tokenizer)) for tokens in sources) and len(sources) == 12
@@ -471,25 +501,30 @@ def test_a_new_base_opens_again_repeats_with_its_seed_and_never_sees_the_validat
 
 @pytest.mark.parametrize("look_ahead, step", [(0.0, 2), (1.0, 0), (1.0, 2), (0.3, 3)])
 def test_the_loss_of_the_base_is_cross_entropy_and_the_ramped_loss_of_heads_trained_along(look_ahead, step, tmp_path, text, monkeypatch):
-    """New heads give the base's own logits, so every term can be written down from these."""
-    drawn, losses = [], []
+    """New heads give the base's own logits, so every term, and its gradient, can be written down from these."""
+    models = []
 
-    def one_step(module, loss_of_step, config, device, dtype):
-        model = module[0] if look_ahead else module
-        assert len(list(module.parameters())) == len(list(model.parameters())) + 2 * (look_ahead > 0)
-        loss = loss_of_step(step)[0]
-        logits = model.lm_head(model(drawn[0][:, :-1]))  # (2, 15, V)
-
-        def mean(ahead: int) -> float:
-            return sum(nats(logits[b, t], drawn[0][b, t + ahead]) for b in range(2) for t in range(16 - ahead)) / 2 / (16 - ahead)
-
+    def one_step(config, steps, rows_of_step, step_on_rows, parts, rates, K, device, inputs):
+        rows, mask = rows_of_step(step)
+        assert steps == 4 and rows.shape == (2, 16) and mask.all() and rates(step) == dict.fromkeys(parts, rate(step, config.lr, 1, 4))
+        counts = torch.tensor([mask[:, ahead:].sum() for ahead in range(1, K + 2)])
+        figures = step_on_rows(step, rows, mask, counts)
+        grads = {name: weight.grad.clone() for name, weight in parts["base"].items()}
+        model = models[0].requires_grad_().zero_grad() or models[0]
+        logits = model.lm_head(model(rows[:, :-1])).log_softmax(-1)  # (2, 15, V)
+        means = [-logits[:, : 16 - k].gather(-1, rows[:, k:, None]).mean() for k in range(1, K + 2)]
         weight = look_ahead * math.sin(math.pi / 2 * step / 4)
-        losses.append((loss.item(), mean(1) + weight * sum(0.8**k * mean(k + 1) for k in range(1, 5))))
+        (means[0] + weight * sum(0.8**k * mean for k, mean in enumerate(means[1:], start=1))).backward()
+        torch.testing.assert_close(figures[: K + 1], torch.stack([means[0], *(mean * (weight > 0) for mean in means[1:])]).detach())
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(grads[name], parameter.grad, msg=name)
+        Path(config.out).mkdir()
+        checkpoint_path(config).touch()
 
-    monkeypatch.setattr(train, "windows", lambda *args: drawn.append(windows(*args)) or drawn[-1])
+    monkeypatch.setattr(train, "GPT", type("Kept", (GPT,), {"__init__": lambda self, config: (GPT.__init__(self, config), models.append(self))[0]}))
     monkeypatch.setattr(train, "fit", one_step)
     train_base(base_config(tmp_path, text, context=15, look_ahead=look_ahead))
-    assert drawn[0].shape == (2, 16) and losses[0][0] == pytest.approx(losses[0][1], rel=1e-5)
+    assert models
 
 
 @pytest.mark.parametrize("vocab_size", [100, 5000])
@@ -562,10 +597,6 @@ def test_rows_of_a_base_without_eos_never_end():
     tokens, carries = sample_rows(model, torch.tensor([[1], [2]]), 5, Sampling(), rng(0))
     assert [row[1:].tolist() for row in tokens] == [flat(generate(model, [token], 5)) for token in (1, 2)]
     assert carries.tolist() == [[False] + [True] * 5] * 2
-
-
-def distilling(base, text, **more) -> DistillConfig:
-    return DistillConfig(**{"base": str(base), "text": text, "shards": 3, "rows": 5, "prompt_tokens": 4, "new_tokens": 6} | CPU | more)
 
 
 def test_distilled_rows_are_windows_of_their_side_and_what_the_base_writes_behind_them(base, text):
@@ -648,7 +679,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_shards(stop, base, text, whol
 
     config = distilling(base, text, out=str(tmp_path / "stopped"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "write_safetensors", stopping)
+        patch.setattr(data.shards, "write_safetensors", stopping)
         distill(config)
     assert len(contents(tmp_path / "stopped")) == stop
     distill(config)
@@ -729,13 +760,6 @@ def test_rows_longer_than_the_context_are_refused_before_anything_is_written(bas
     with pytest.raises(ValueError, match="--prompt-tokens.*--new-tokens.*40"):
         distill(distilling(base, text, prompt_tokens=31, new_tokens=10, out=str(tmp_path / "never")))
     assert not (tmp_path / "never").exists()
-
-
-def write_shard(directory, name: str, tokens, loss=None) -> None:
-    tokens = torch.as_tensor(tokens)
-    directory.mkdir(parents=True, exist_ok=True)
-    loss = torch.ones(tokens.shape, dtype=torch.bool) if loss is None else torch.as_tensor(loss)
-    write_safetensors(directory / name, {"tokens": tokens, "loss": loss})
 
 
 def test_shards_come_back_in_the_order_of_their_names(tmp_path):
@@ -899,16 +923,6 @@ def test_top5_is_not_top1():
 # ---- medusa1 ----
 
 
-def training(base, text, out, **more) -> Medusa1Config:
-    sizes = {"steps": 4, "batch": 3, "context": 9, "warmup": 1, "num_heads": 2}
-    return Medusa1Config(**{"base": str(base), "text": text, "out": str(out)} | sizes | CPU | more)
-
-
-@pytest.fixture
-def shards(base, text, tmp_path) -> str:
-    return str(distill(distilling(base, text, out=str(tmp_path / "shards"), new_tokens=10)))
-
-
 @pytest.mark.parametrize("data", ["distilled", "corpus"])
 @pytest.mark.parametrize("shared, precision", [(True, "float32"), (False, "float32"), (True, "bfloat16")])
 def test_training_heads_leaves_the_base_bit_for_bit_and_repeats_with_its_seed(data, shared, precision, base, text, shards, tmp_path, monkeypatch):
@@ -916,16 +930,16 @@ def test_training_heads_leaves_the_base_bit_for_bit_and_repeats_with_its_seed(da
     monkeypatch.setattr(train, "load_base", lambda *args, **more: used.append(load_base(*args, **more)) or used[-1])
     more = {"data": data, "original_lm_head": shared, "precision": precision, "distilled": shards}
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
-        train_medusa1(training(base, text, tmp_path / name, seed=seed, **more))
+        train_medusa(training(base, text, tmp_path / name, seed=seed, **more))
     assert contents(base) == before
     model = GPT.from_pretrained(base)
     for _, trained in used:
         state = trained.state_dict()
-        assert len(used) == 3 and all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
+        assert all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
         assert all(weight.grad is None for weight in trained.parameters())
     one, two, three = (contents(tmp_path / name) for name in ("one", "two", "three"))
     assert one == two and one["model.safetensors"] != three["model.safetensors"]
-    assert one.keys() == {"config.json", "model.safetensors", "calibration.json"}
+    assert one.keys() == {"config.json", "model.safetensors", "calibration.json", "log.jsonl"}
 
     heads = MedusaHeads.from_pretrained(tmp_path / "one")
     assert heads.config == MedusaConfig(16, 290, 2, MedusaConfig.num_hidden_layers, shared)
@@ -958,7 +972,7 @@ def test_training_teaches_head_k_the_token_k_plus_1_ahead_and_nothing_else(offse
     for t in CALIBRATION_TEMPERATURES:
         write_shard(tmp_path / "shards", f"validation-{t}.safetensors", held_out)
     more = {"distilled": str(tmp_path / "shards"), "original_lm_head": False, "num_heads": 3, "lr": 0.2, "clip": 100.0, "weight_decay": 0.0}
-    train_medusa1(training(tmp_path / "base", text, tmp_path / "heads", steps=50, batch=16, warmup=3, **more))
+    train_medusa(training(tmp_path / "base", text, tmp_path / "heads", steps=50, batch=16, warmup=3, **more))
 
     heads = MedusaHeads.from_pretrained(tmp_path / "heads")
     with torch.no_grad():
@@ -972,14 +986,15 @@ def test_training_teaches_head_k_the_token_k_plus_1_ahead_and_nothing_else(offse
 
 
 def recorded(monkeypatch) -> list:
-    seen, loss = [], train.medusa_loss
+    """What every step is taken on: (tokens, mask, decay)."""
+    seen, step = [], train.backpropagate
 
-    def recording(logits, tokens, mask, decay):
-        assert logits.shape[1:3] == tokens.shape
+    def recording(model, heads, tokens, mask, counts, weights, decay):
+        assert weights == (0.0, 1.0) and counts.tolist() == [mask[:, ahead:].sum() for ahead in range(1, heads.config.num_heads + 2)]
         seen.append((tokens, mask, decay))
-        return loss(logits, tokens, mask, decay)
+        return step(model, heads, tokens, mask, counts, weights, decay)
 
-    monkeypatch.setattr(train, "medusa_loss", recording)
+    monkeypatch.setattr(train, "backpropagate", recording)
     return seen
 
 
@@ -989,7 +1004,7 @@ def test_every_row_is_trained_on_once_with_its_own_mask_before_any_comes_again(b
         tokens = read_safetensors(path)["tokens"]
         write_shard(path.parent, path.name, tokens, torch.rand(tokens.shape, generator=rng(int(path.stem[-1]))) < 0.5)
     rows, loss = read_shards(Path(shards), "train-*.safetensors", 290)
-    train_medusa1(training(base, text, tmp_path / "heads", distilled=shards, steps=10, batch=3, decay=0.7))  # 30 of 15 rows
+    train_medusa(training(base, text, tmp_path / "heads", distilled=shards, steps=10, batch=3, decay=0.7))  # 30 of 15 rows
 
     def pairs(batches) -> list:
         return [(row.tolist(), mask.tolist()) for tokens, masks in batches for row, mask in zip(tokens, masks)]
@@ -1001,18 +1016,18 @@ def test_every_row_is_trained_on_once_with_its_own_mask_before_any_comes_again(b
 
 def test_training_on_the_corpus_takes_windows_of_the_training_text_alone(base, text, shards, tmp_path, monkeypatch):
     seen = recorded(monkeypatch)
-    train_medusa1(training(base, text, tmp_path / "heads", distilled=shards, data="corpus"))
+    train_medusa(training(base, text, tmp_path / "heads", distilled=shards, data="corpus"))
     corpus = " " + " ".join(map(str, packed(documents(False, text), small_tokenizer()).tolist())) + " "
-    assert len(seen) == 4 and all(tokens.shape == (3, 9) and mask is None for tokens, mask, _ in seen)
+    assert len(seen) == 4 and all(tokens.shape == (3, 9) and mask.all() for tokens, mask, _ in seen)
     assert all(" " + " ".join(map(str, row)) + " " in corpus for tokens, _, _ in seen for row in tokens.tolist())
 
 
 def test_without_distilled_text_the_defaults_are_distilled_from_this_base(base, text, shards, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(train, "distill", lambda config: asked.append(config) or Path(shards))
-    train_medusa1(training(base, text, tmp_path / "heads", seed=5))
+    train_medusa(training(base, text, tmp_path / "heads", seed=5))
     assert asked == [DistillConfig(base=str(base), text=text, seed=5, **CPU)]
-    train_medusa1(training(base, text, tmp_path / "heads", distilled=shards))
+    train_medusa(training(base, text, tmp_path / "heads", distilled=shards))
     assert len(asked) == 1
 
 
@@ -1026,15 +1041,15 @@ def test_rows_in_which_nothing_can_be_measured_are_refused_by_name(length, gap, 
         write_shard(tmp_path / "shards", f"{name}.safetensors", torch.ones(3, length, dtype=torch.int32), loss)
     config = training(base, text, tmp_path / "heads", distilled=str(tmp_path / "shards"), num_heads=4)
     if length == 6 and gap != 1:
-        train_medusa1(config)
+        train_medusa(config)
         return
     with pytest.raises(ValueError, match="shards"):
-        train_medusa1(config)
+        train_medusa(config)
     assert not (tmp_path / "heads" / "calibration.json").exists()
 
 
 def test_the_report_names_every_accuracy_and_what_comes_next(base, text, shards, tmp_path, capsys):
-    train_medusa1(training(base, text, tmp_path / "heads", distilled=shards))
+    train_medusa(training(base, text, tmp_path / "heads", distilled=shards))
     out = capsys.readouterr().out
     for temperature, result in read_json(tmp_path / "heads" / "calibration.json").items():
         line = next(line for line in out.splitlines() if line.startswith(f"temperature {temperature},"))
