@@ -49,7 +49,7 @@ def held_out() -> tuple[Tokenizer, torch.Tensor, int]:
 
 
 def megabytes(directory: Path) -> float:
-    return sum(path.stat().st_size for path in directory.iterdir()) / 1e6
+    return sum(path.stat().st_size for path in directory.iterdir() if path.name != "log.jsonl") / 1e6
 
 
 def measure_base() -> dict:
@@ -188,24 +188,29 @@ def table(figures: dict) -> str:
     return "\n".join(lines + ["", *(f"Measured by `bench/figures.py` on {machine}; {day}." for machine, day in sorted(measured))])
 
 
+def replace_between(begin: str, end: str, content: str) -> None:
+    """Put the content into the README, between these two lines."""
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    if begin not in text or end not in text:
+        raise SystemExit(f"README.md: the lines {begin} and {end} are missing, so the figures stay where they were written")
+    readme.write_text(text[: text.index(begin)] + begin + "\n" + content + "\n" + text[text.index(end) :], encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sections", nargs="*", default=["base", "decoding"], help=f"of {', '.join(SECTIONS)}")
     sections = parser.parse_args().sections
     if unknown := set(sections) - SECTIONS.keys():
         parser.error(f"no section {', '.join(unknown)}: there are {', '.join(SECTIONS)}")
-    path, readme = ROOT / "bench/figures.json", ROOT / "README.md"
+    path = ROOT / "bench/figures.json"
     figures = read_json(path) if path.exists() else {}
     for name in sections:
         result = SECTIONS[name]()
         figures[name] = {"command": f"python bench/figures.py {name}", "machine": machine(), "date": date.today().isoformat(), "result": result}
         print(json.dumps({name: figures[name]}, indent=1))
         write_json(path, figures)
-    begin, end = "<!-- figures -->", "<!-- end of figures -->"
-    text = readme.read_text(encoding="utf-8")
-    if begin not in text or end not in text:
-        raise SystemExit(f"README.md: the lines {begin} and {end} are missing, so the figures stay in {path}")
-    readme.write_text(text[: text.index(begin)] + begin + "\n" + table(figures) + "\n" + text[text.index(end) :], encoding="utf-8")
+    replace_between("<!-- figures -->", "<!-- end of figures -->", table(figures))
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ from strategies import (
 )
 from train import (
     CALIBRATION_TEMPERATURES, MODES, BaseConfig, DistillConfig, Fit, Medusa1Config, Medusa2Config, OneLineParser, add_options, bits_per_byte, calibrate,
-    checkpoint_path, distill, distilled_rows, fit, head_ranks, learning_rate, load_base, noise_of_draws, packed, perplexity, pick_device, pick_precision,
-    read_prefixes, sample_rows, seeded, sine_ramp, train_base, train_medusa, windows
+    checkpoint_path, distill, distilled_rows, fit, head_ranks, learning_rate, load_base, noise_of_draws, packed, pick_device, pick_precision,
+    read_prefixes, sample_rows, train_base, train_medusa, windows
 )
 from tree import calibrated_tree, replay
 

@@ -1,0 +1,101 @@
+"""What each choice in training buys: the same base, equal steps, three seeds. Results go to bench/ablations.json, and from there into the README.
+
+    python bench/ablations.py                all variants that are not in bench/ablations.json yet
+    python bench/ablations.py medusa1        only those whose name begins so
+
+tokens/step is that of greedy decoding with a tree of 8 nodes, replayed over text that the base itself wrote behind held-out prompts:
+the tree is calibrated on one half of the prompts and replayed on the other, both ways.
+"""
+import statistics
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench.figures import machine, replace_between  # noqa: E402
+from data.corpus import documents  # noqa: E402
+from medusa import MedusaHeads, Sampling  # noqa: E402
+from model import read_json, write_json  # noqa: E402
+from train import Medusa1Config, Medusa2Config, continued, head_ranks, load_base, packed, perplexity, read_shards, train_medusa  # noqa: E402
+from tree import calibrated_tree, expected_tokens, prefix_counts, replay  # noqa: E402
+
+SEEDS, STEPS, NODES = (0, 1, 2), 600, 8
+
+
+VARIANTS = {
+    "medusa1, distilled text": {},
+    "medusa1, corpus text": {"data": "corpus"},
+    "medusa1, decay 1.0": {"decay": 1.0},
+    "medusa1, head 1's loss nearly alone (decay 0.1)": {"decay": 0.1},
+    "medusa1, one residual layer": {"num_hidden_layers": 1},
+    "medusa1, private LM heads, one residual layer": {"num_hidden_layers": 1, "original_lm_head": False},
+    "medusa2, corpus text, naive: one rate, no warm-up, no first stage": {"heads_steps": 0, "lr_ratio": 1.0, "warmup": 1, "data": "corpus"},
+    "medusa2, corpus text": {"data": "corpus"},
+    "medusa2, distilled text, hard labels": {"base_loss": "ce"},
+    "medusa2, distilled text, KL": {},
+    "medusa2, distilled text, KL, adapters": {"lora": True},
+}
+
+
+def measure(name: str, seed: int) -> dict:
+    """Train, then look at what it reached."""
+    with tempfile.TemporaryDirectory() as directory:
+        shared = {"base": str(ROOT / "data/base"), "out": directory, "seed": seed, "device": "cpu", **VARIANTS[name]}
+        if shared.get("data") != "corpus":
+            shared["distilled"] = str(ROOT / "data/distilled")
+        if name.startswith("medusa1"):
+            base, heads = ROOT / "data/base", Path(directory)
+            train_medusa(Medusa1Config(**{"steps": STEPS, **shared}))
+        else:
+            base, heads = Path(directory) / "base", Path(directory) / "heads"
+            heads_steps = shared.get("heads_steps", STEPS // 2)
+            train_medusa(Medusa2Config(**shared | {"heads_steps": heads_steps, "steps": STEPS - heads_steps}))
+        tokenizer, model = load_base(base)
+        heads = MedusaHeads.from_pretrained(heads)
+        rows = read_shards(ROOT / "data/distilled", "validation-0.0.safetensors", model.config.vocab_size)
+        texts = [ranks.tolist() for ranks in head_ranks(model, heads, *continued(model, *rows, Sampling(), 0))]
+        halves = texts[::2], texts[1::2]
+        earned, steps = 0.0, 0
+        for mine, other in (halves, halves[::-1]):
+            tree = calibrated_tree((ranks for text in other for ranks in text), NODES)
+            tree = calibrated_tree(replay(other, tree), NODES)
+            counts = prefix_counts(replay(mine, tree))
+            earned, steps = earned + expected_tokens(tree, counts) * counts[()], steps + counts[()]
+        return {
+            "tokens/step": earned / steps,
+            "perplexity": perplexity(model, packed(documents(True), tokenizer)),
+            "head parameters": sum(p.numel() for p in heads.parameters()),
+        }
+
+
+def table(results: dict) -> str:
+    """Mean over the seeds, and the range of tokens/step."""
+    lines = ["| training | tokens/step (range) | perplexity of the base | parameters of the heads |", "|---|---|---|---|"]
+    for name, runs in results.items():
+        steps = [run["tokens/step"] for run in runs]
+        lines.append(
+            f"| {name} | {statistics.mean(steps):.2f} ({min(steps):.2f} to {max(steps):.2f}) "
+            f"| {statistics.mean(run['perplexity'] for run in runs):.2f} | {runs[0]['head parameters'] / 1e6:.2f} M |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    path = ROOT / "bench/ablations.json"
+    content = read_json(path) if path.exists() else {"results": {}}
+    for name in VARIANTS:
+        if not name.startswith(sys.argv[1] if len(sys.argv) > 1 else "") or name in content["results"]:
+            continue
+        runs = [measure(name, seed) for seed in SEEDS]
+        content["results"][name] = runs
+        content |= {"command": "python bench/ablations.py", "machine": machine(), "date": date.today().isoformat(), "steps": STEPS, "seeds": SEEDS}
+        write_json(path, content)
+    about = f"{STEPS} steps each, seeds {', '.join(map(str, SEEDS))}. Measured by `bench/ablations.py` on {content['machine']}; {content['date']}."
+    replace_between("<!-- ablations -->", "<!-- end of ablations -->", table(content["results"]) + "\n\n" + about)
+
+
+if __name__ == "__main__":
+    main()
