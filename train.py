@@ -36,7 +36,7 @@ from medusa import (
     DECAY, ROOT, MedusaConfig, MedusaHeads, Sampling, base_distribution, check_fit, cross_entropy_ahead, distillation_loss, draw, exponential,
     favour, medusa_loss
 )
-from model import GPT, Linear, ModelConfig, check_sizes, read_safetensors, write_atomically, write_json, write_safetensors
+from model import GPT, Linear, ModelConfig, check_sizes, read_json, read_safetensors, write_atomically, write_json, write_safetensors
 from tree import calibrated_tree, expected_tokens, prefix_counts, ranked_prefixes, replay
 
 SHIPPED_BASE, SHIPPED_ROWS = "data/base", Path("data/distilled")
@@ -784,7 +784,7 @@ def train_medusa(config: Medusa1Config) -> None:
         base, out = f"{config.out}/base", f"{config.out}/heads"
         merge_adapters(model)
         tokenizer.save(base)
-        model.save_pretrained(base)
+        model.save_pretrained(base, getattr(torch, read_json(Path(config.base) / "config.json").get("dtype", "float32")))  # as it was
         held_out = {t: continued(model, *rows, Sampling(float(t)), config.seed) for t, rows in held_out.items()}
     heads.save_pretrained(out)
     calibration = calibrate(model.eval(), heads.eval(), held_out)
