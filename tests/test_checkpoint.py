@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 # ---- killed ----
 
 
-@pytest.mark.parametrize("what, kills", [("medusa1", 20), ("medusa2", 24), ("lora", 8), ("distill", 20)])
+@pytest.mark.parametrize("what, kills", [("medusa2", 20), ("lora", 8), ("distill", 20)])
 def test_a_run_that_is_killed_again_and_again_ends_bit_for_bit_as_one_that_is_not(what, kills, tmp_path):
     """At any moment, in the middle of a file, before and behind a rename: heads, base, calibration, log, and no checkpoint is left."""
     helper = [sys.executable, Path(__file__).parent / "killed.py", tmp_path, what, kills, "0"]
