@@ -1,4 +1,5 @@
 """What the tests draw from: small trees, small GPTs in float64, heads of every quality, and oracles written without the code under test."""
+import json
 import math
 from functools import cache
 from itertools import count
@@ -12,7 +13,7 @@ from data.corpus import is_validation
 from data.tokenizer import Tokenizer, train_tokenizer
 from medusa import MedusaConfig, MedusaHeads
 from model import GPT, ModelConfig, write_safetensors
-from train import DistillConfig, Medusa1Config
+from train import BaseConfig, DistillConfig, Medusa1Config
 from tree import Tree, calibrated_tree, cartesian_tree, tree_from_paths
 
 laws = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -235,6 +236,16 @@ def write_base(folder: Path) -> Path:
 def contents(directory) -> dict[str, bytes]:
     """Every file below a directory, by its path there."""
     return {str(path.relative_to(directory)): path.read_bytes() for path in Path(directory).rglob("*") if path.is_file()}
+
+
+def log_of(out) -> list[dict]:
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def base_config(tmp_path, text, name="new", **more) -> BaseConfig:
+    sizes = {"vocab_size": 290, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes |= {"context": 16}
+    return BaseConfig(text=text, out=str(tmp_path / name), **sizes | {"steps": 4, "batch": 2, "warmup": 1} | CPU | more)
 
 
 def distilling(base, text, **more) -> DistillConfig:

@@ -15,7 +15,7 @@ import train
 from data.shards import read_shards
 from medusa import MedusaHeads, Sampling, cross_entropy_ahead, distillation_loss, generate, medusa_loss
 from model import GPT, read_safetensors
-from strategies import contents, laws, random_gpt, random_heads, rate, rng, training
+from strategies import contents, laws, log_of, random_gpt, random_heads, rate, rng, training
 from train import Medusa2Config, add_adapters, backpropagate, calibrate, continued, held_out_rows, load_base, merge_adapters, train_medusa, trained_base
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -277,10 +277,6 @@ def test_the_weights_under_adapters_never_move_and_the_merged_base_is_a_plain_on
 
 def joint(base, text, out, shards, **more) -> Medusa2Config:
     return training(base, text, out, Medusa2Config, **{"distilled": shards, "heads_steps": 0} | more)
-
-
-def log_of(out) -> list[dict]:
-    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("heads_steps, corpus", [(0, False), (3, False), (2, True)])

@@ -18,6 +18,7 @@ from data.corpus import is_validation
 from data.tokenizer import Tokenizer
 from medusa import MedusaConfig, MedusaHeads
 from model import GPT
+from strategies import log_of
 
 ROOT = Path(__file__).parent.parent
 FAST = ["--device", "cpu", "--precision", "float32"]
@@ -97,6 +98,47 @@ def test_mode_medusa1_writes_heads_and_says_what_each_head_reached(made):
         for (_, top1, top5), one, five in zip(found, entries[temperature]["top1"], entries[temperature]["top5"], strict=True):
             assert abs(float(top1) - 100 * one) < 0.06 and abs(float(top5) - 100 * five) < 0.06 and one <= five
     assert lines[-1] == f"next: python sample.py --base {work}/base --heads {work}/heads"
+
+
+def medusa2(work: Path, out: Path, *more) -> list:
+    """A few steps of both stages, of what the modes have made."""
+    trained = ["--text", next(work.glob("text*.txt")), "--base", work / "base", "--distilled", work / "distilled", "--out", out]
+    return ["train.py", "--mode", "medusa2", *trained, *FAST, *FIT, "--heads-steps", "3", "--num-heads", "3", *more]
+
+
+@pytest.mark.parametrize("more", [[], ["--lora", "--checkpoint-activations", "--accumulate", "2", "--ramp"]], ids=str)
+def test_mode_medusa2_writes_a_base_and_its_heads_and_they_decode(made, call, tmp_path, more):
+    work, _ = made
+    said = succeeds(work, *medusa2(work, tmp_path / "out", *more))
+    files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    both = {"base": ("config.json", "model.safetensors", "tokenizer.model"), "heads": ("config.json", "model.safetensors", "calibration.json")}
+    assert files == {"log.jsonl"} | {f"{directory}/{name}" for directory, names in both.items() for name in names}
+    assert [record["step"] for record in log_of(tmp_path / "out")] == list(range(7))
+    assert re.search(r"^perplexity of the base on held-out text: \d+\.\d{3} before, \d+\.\d{3} after$", said, re.M)
+    assert said.splitlines()[-1] == f"next: python sample.py --base {tmp_path}/out/base --heads {tmp_path}/out/heads"
+    flags = ["--base", tmp_path / "out" / "base", "--heads", tmp_path / "out" / "heads", "--max-new-tokens", "24", "--dtype", "float64", "--tree", "4"]
+    code, out, err = call("sample.py", *flags)
+    assert (code, err) == (0, "") and summary(out)["text"] == "identical, token for token"
+
+
+def test_two_processes_train_what_one_trains(made, call, tmp_path):
+    """Started by torchrun; three rows do not split evenly. The first process alone speaks and writes."""
+    work, _ = made
+    code, said, _ = call(*medusa2(work, tmp_path / "one", "--batch", "3"))
+    run = script(work, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *medusa2(work, tmp_path / "two", "--batch", "3"))
+    assert (code, run.returncode) == (0, 0), run.stderr
+    assert len(run.stdout.splitlines()) == len(said.splitlines())
+    for one, two in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        for name in ("base", "heads", "top1", "lr", "norm"):
+            assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-5), (one["step"], name)
+    one, two = (MedusaHeads.from_pretrained(tmp_path / name / "heads") for name in ("one", "two"))
+    torch.testing.assert_close(one.weight, two.weight, rtol=0, atol=1e-4)
+    assert one.weight.abs().max() > 1e-3
+
+
+def test_a_plot_without_matplotlib_costs_one_line_and_nothing_else(refused, made, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    refused("--plot needs matplotlib", *medusa2(made[0], tmp_path / "out", "--plot"))
 
 
 def summary(out: str) -> dict[str, str]:

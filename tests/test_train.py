@@ -22,12 +22,12 @@ from data.tokenizer import train_tokenizer
 from medusa import MedusaConfig, MedusaHeads, Sampling, draw, generate
 from model import GPT, ModelConfig, read_json, read_safetensors, write_json, write_safetensors
 from strategies import (
-    CPU, chi_square, contents, distilling, laws, markov_gpt, random_gpt, random_heads, rate, rng, small_tokenizer, source, text_distribution, training,
+    CPU, base_config, chi_square, contents, distilling, laws, markov_gpt, random_gpt, random_heads, rate, rng, small_tokenizer, source, text_distribution, training,
     write_shard
 )
 from train import (
     CALIBRATION_TEMPERATURES, MODES, BaseConfig, DistillConfig, Fit, Medusa1Config, Medusa2Config, OneLineParser, add_options, bits_per_byte, calibrate,
-    checkpoint_path, distill, distilled_rows, fit, head_ranks, learning_rate, load_base, noise_of_draws, packed, pick_device, pick_precision,
+    checkpoint_path, distill, distilled_rows, fit, head_ranks, learning_rate, load_base, noise_of_draws, packed, perplexity, pick_device, pick_precision,
     read_prefixes, sample_rows, train_base, train_medusa, windows
 )
 from tree import calibrated_tree, replay
@@ -175,6 +175,25 @@ def test_a_fault_of_ours_is_not_hidden(error):
         train.run(main)
 
 
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ..."), RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), None
+])  # fmt: skip
+def test_memory_that_runs_out_is_one_line_that_says_what_needs_less(error, capsys, monkeypatch):
+    """None: what the CPU really says."""
+    monkeypatch.setattr("sys.argv", ["a/train.py"])
+
+    def main():
+        if error:
+            raise error
+        torch.empty(1 << 50)
+
+    with pytest.raises(SystemExit) as stop:
+        train.run(main)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and err.startswith("train.py: error: out of memory: ")
+    assert all(flag in err for flag in ("--batch", "--accumulate", "--context"))
+
+
 @pytest.mark.parametrize("config, names", [
     (Medusa1Config, ("steps", "batch", "warmup", "save_every", "num_heads", "num_hidden_layers")),
     (BaseConfig, ("steps", "batch", "accumulate", "context", "warmup")),
@@ -198,6 +217,16 @@ def test_a_device_that_cannot_be_used_is_refused_by_name(name):
 
 def test_the_cpu_can_always_be_picked():
     assert pick_device("cpu") == torch.device("cpu") and isinstance(pick_device("auto"), torch.device)
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_each_of_several_processes_has_a_gpu_of_its_own(name, monkeypatch):
+    """There is none here: the refusal says which was meant."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "93")
+    with pytest.raises(ValueError, match="--device cuda:93 "):
+        pick_device(name)
 
 
 def test_precision_is_what_was_asked_for():
@@ -474,12 +503,17 @@ def test_bits_per_byte_holds_for_a_context_of_one_token():
     assert math.isclose(bits_per_byte(markov_gpt(logits, 1), tokens, 7), total / math.log(2) / 7, rel_tol=1e-9)
 
 
+def test_perplexity_is_that_of_a_token_at_the_beginning_of_the_text(monkeypatch):
+    model, tokens = random_gpt(3, context=12), torch.randint(5, (13,), generator=rng(0))
+    with torch.no_grad():
+        logits = model.lm_head(model(tokens[None, :-1]))[0]
+    mean = sum(nats(logits[t], tokens[t + 1]) for t in range(12)) / 12
+    assert math.isclose(perplexity(model, tokens), math.exp(mean), rel_tol=1e-9)
+    monkeypatch.setattr(train, "PERPLEXITY_TOKENS", 13)
+    assert math.isclose(perplexity(model, torch.cat((tokens, tokens))), math.exp(mean), rel_tol=1e-9)
+
+
 # ---- the base ----
-
-
-def base_config(tmp_path, text, name="new", **more) -> BaseConfig:
-    sizes = {"vocab_size": 290, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "context": 16}
-    return BaseConfig(text=text, out=str(tmp_path / name), **sizes | {"steps": 4, "batch": 2, "warmup": 1} | CPU | more)
 
 
 def test_a_new_base_opens_again_repeats_with_its_seed_and_never_sees_the_validation_text(tmp_path, text, monkeypatch, capsys):
