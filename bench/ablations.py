@@ -15,11 +15,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import train  # noqa: E402
 from bench.figures import machine, replace_between  # noqa: E402
 from data.corpus import documents  # noqa: E402
-from medusa import MedusaHeads, Sampling  # noqa: E402
-from model import read_json, write_json  # noqa: E402
-from train import Medusa1Config, Medusa2Config, continued, head_ranks, load_base, packed, perplexity, read_shards, train_medusa  # noqa: E402
+from data.tokenizer import Tokenizer  # noqa: E402
+from medusa import MedusaHeads  # noqa: E402
+from model import GPT, read_json, write_json  # noqa: E402
+from torch import Tensor  # noqa: E402
+from train import Medusa1Config, Medusa2Config, head_ranks, packed, perplexity  # noqa: E402
 from tree import calibrated_tree, expected_tokens, prefix_counts, replay  # noqa: E402
 
 SEEDS, STEPS, NODES = (0, 1, 2), 600, 8
@@ -40,35 +43,37 @@ VARIANTS = {
 }
 
 
+def tokens_per_step(model: GPT, heads: MedusaHeads, rows: tuple[Tensor, Tensor]) -> float:
+    """Greedy, replayed: the tree of each half of the rows on the other half."""
+    texts = [ranks.tolist() for ranks in head_ranks(model, heads, *rows)]
+    tokens, steps = 0.0, 0
+    for mine, others in ((texts[::2], texts[1::2]), (texts[1::2], texts[::2])):
+        tree = calibrated_tree((ranks for text in others for ranks in text), NODES)
+        tree = calibrated_tree(replay(others, tree), NODES)
+        counts = prefix_counts(replay(mine, tree))
+        tokens, steps = tokens + expected_tokens(tree, counts) * counts[()], steps + counts[()]
+    return tokens / steps
+
+
 def measure(name: str, seed: int) -> dict:
-    """Train, then look at what it reached."""
+    """Train, and in place of the calibration look at what the heads reached on greedy text, which Medusa-2's base has written anew."""
+    found = {}
+
+    def look(model: GPT, heads: MedusaHeads, rows_of: dict) -> dict:
+        found["tokens/step"] = tokens_per_step(model, heads, rows_of["0.0"])
+        found["perplexity"] = perplexity(model, packed(documents(True), Tokenizer.load(ROOT / "data/base")))
+        found["head parameters"] = sum(p.numel() for p in heads.parameters())
+        return {}
+
+    train.calibrate, train.CALIBRATION_TEMPERATURES = look, (0.0,)
     with tempfile.TemporaryDirectory() as directory:
-        shared = {"base": str(ROOT / "data/base"), "out": directory, "seed": seed, "device": "cpu", **VARIANTS[name]}
-        if shared.get("data") != "corpus":
-            shared["distilled"] = str(ROOT / "data/distilled")
+        config = {"base": str(ROOT / "data/base"), "out": directory, "seed": seed, "device": "cpu", "distilled": str(ROOT / "data/distilled"), **VARIANTS[name]}
         if name.startswith("medusa1"):
-            base, heads = ROOT / "data/base", Path(directory)
-            train_medusa(Medusa1Config(**{"steps": STEPS, **shared}))
+            train.train_medusa(Medusa1Config(**config | {"steps": STEPS}))
         else:
-            base, heads = Path(directory) / "base", Path(directory) / "heads"
-            heads_steps = shared.get("heads_steps", STEPS // 2)
-            train_medusa(Medusa2Config(**shared | {"heads_steps": heads_steps, "steps": STEPS - heads_steps}))
-        tokenizer, model = load_base(base)
-        heads = MedusaHeads.from_pretrained(heads)
-        rows = read_shards(ROOT / "data/distilled", "validation-0.0.safetensors", model.config.vocab_size)
-        texts = [ranks.tolist() for ranks in head_ranks(model, heads, *continued(model, *rows, Sampling(), 0))]
-        halves = texts[::2], texts[1::2]
-        earned, steps = 0.0, 0
-        for mine, other in (halves, halves[::-1]):
-            tree = calibrated_tree((ranks for text in other for ranks in text), NODES)
-            tree = calibrated_tree(replay(other, tree), NODES)
-            counts = prefix_counts(replay(mine, tree))
-            earned, steps = earned + expected_tokens(tree, counts) * counts[()], steps + counts[()]
-        return {
-            "tokens/step": earned / steps,
-            "perplexity": perplexity(model, packed(documents(True), tokenizer)),
-            "head parameters": sum(p.numel() for p in heads.parameters()),
-        }
+            alone = config.get("heads_steps", STEPS // 2)
+            train.train_medusa(Medusa2Config(**config | {"heads_steps": alone, "steps": STEPS - alone}))
+    return found
 
 
 def table(results: dict) -> str:
