@@ -9,7 +9,7 @@ Head k (counted from 1) at position t guesses token t+k+1; token t+1 is the base
 """
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +32,8 @@ class MedusaConfig:
 
     def __post_init__(self):
         check_sizes(self, ["hidden_size", "vocab_size", "num_heads", "num_hidden_layers"])
+        if type(self.original_lm_head) is not bool:
+            raise ValueError(f"original_lm_head = {self.original_lm_head!r}: must be true or false")
 
 
 class MedusaHeads(nn.Module):
@@ -85,6 +87,9 @@ class MedusaHeads(nn.Module):
             raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}, not 'medusa': no Medusa heads")
         if missing := [name for name in MedusaConfig.__dataclass_fields__ if name not in raw]:
             raise ValueError(f"{path}: {missing[0]} is missing")
+        for name, only in (("medusa_fc_bias", True), ("truncated_vocab_size", raw["vocab_size"])):
+            if raw.get(name, only) not in (only, None):
+                raise ValueError(f"{path}: {name} = {raw[name]!r} is not supported here, only {only!r}")
         try:
             heads = cls(MedusaConfig(**{name: raw[name] for name in MedusaConfig.__dataclass_fields__}))
         except ValueError as error:
@@ -204,7 +209,8 @@ def base_distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     """The distribution that a token is drawn from: logits (..., V) -> probabilities (..., V)."""
     if sampling.temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
-    logits = at_least_float32(logits) / sampling.temperature
+    logits = at_least_float32(logits)
+    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature  # the largest at 0: no temperature makes it infinite
     if 0 < sampling.top_k < logits.shape[-1]:
         rest = logits.argsort(dim=-1, descending=True, stable=True)[..., sampling.top_k :]
         logits = logits.scatter(-1, rest, -math.inf)
@@ -306,7 +312,7 @@ def text_limit(model: GPT, prompt: Sequence[int], max_new_tokens: int) -> int:
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens {max_new_tokens}: must be 0 or more")
     if len(prompt) >= model.config.max_position_embeddings:
-        raise ValueError(f"the prompt has {len(prompt)} tokens and the context {model.config.max_position_embeddings}: no room for a new one")
+        raise ValueError(f"the prompt has {len(prompt)} tokens, the context is {model.config.max_position_embeddings}: shorten the prompt")
     return min(len(prompt) + max_new_tokens, model.config.max_position_embeddings)
 
 
@@ -357,7 +363,7 @@ def favour(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Tensor:
     tokens that are ahead in the heads' own race with the same noise are what the base model will draw, if the heads think alike.
     The base draws as it would without heads, whatever they guess, so the text is still exactly the base model's.
     """
-    return logits if noise is None or sampling.typical else (at_least_float32(logits) / sampling.temperature).softmax(-1) / noise
+    return logits if noise is None or sampling.typical else base_distribution(logits, replace(sampling, top_k=0, top_p=1.0)) / noise
 
 
 def propose(heads: MedusaHeads, lm_head: nn.Linear, hidden: Tensor, root: int, plan: Plan, sampling: Sampling, noise: NoiseAhead) -> Tensor:

@@ -319,7 +319,7 @@ def read_json(path: Path, kind: type = dict):
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(content, kind):
         raise ValueError(f"{path} holds no JSON {'object' if kind is dict else 'list'}")
@@ -342,7 +342,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except Exception as error:  # unpickling fails in many ways
-        raise ValueError(f"{path} cannot be read as tensors: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path} cannot be read as tensors: {str(error).partition(chr(10))[0]}") from None
     if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
         raise ValueError(f"{path} holds no tensors by name")
     return content

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ import torch
 from data.tokenizer import Tokenizer
 from medusa import ROOT, MedusaHeads, NoiseAhead, Sampling, base_distribution, check_fit, generate as plain_generate, medusa_generate, text_limit
 from model import GPT, check_sizes, read_json
-from train import OneLineParser, add_options, load_base, option, pick_device, read_prefixes, run
+from train import SHIPPED_BASE, OneLineParser, add_options, load_base, option, pick_device, read_prefixes, run
 from tree import Tree, calibrated_tree, cartesian_tree, choose_size, expected_tokens, interpolate, tree_from_paths
 
 DEFAULT_PROMPT = 'class Stack:\n    """A last-in, first-out collection.'
@@ -43,11 +44,13 @@ class SampleConfig:
     seed: int = option(0, "seed of the draws")
     device: str = option("auto", "auto, cpu, cuda or mps")
     dtype: str = option("float32", "of weights and cache", choices=("float32", "float64", "bfloat16", "float16"))
-    base: str = option("data/base", "directory of the base model")
+    base: str = option(SHIPPED_BASE, "directory of the base model")
     heads: str = option("data/heads", "directory of the heads")
 
     def __post_init__(self):
         check_sizes(self, ["max_new_tokens"])
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"--seed {self.seed}: must be a whole number from 0 to 2^63 - 1")
 
 
 def sampling_of(config: SampleConfig) -> Sampling:
@@ -143,13 +146,7 @@ def pick_tree(choice: str, model: GPT, heads: MedusaHeads, heads_directory, samp
         raise ValueError(f"--tree {choice}: neither auto, nor a number of nodes, nor widths such as 4x2x1, nor a .json file")
     counts, nearest = read_calibration(heads_directory, sampling.temperature)
     calibrated = f"calibrated at temperature {nearest}"
-    trees = {}
-
-    def tree_of(size: int) -> Tree:
-        if size not in trees:
-            trees[size] = calibrated_tree(counts, size)
-        return trees[size]
-
+    tree_of = cache(partial(calibrated_tree, counts))
     if choice != "auto":
         tree = tree_of(int(choice))
         return tree, f"{calibrated}, {'size as asked for' if len(tree) == int(choice) else 'as large as the calibration goes'}"

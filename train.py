@@ -36,7 +36,7 @@ from medusa import (
     DECAY, ROOT, MedusaConfig, MedusaHeads, Sampling, base_distribution, check_fit, cross_entropy_ahead, distillation_loss, draw, exponential,
     favour, medusa_loss
 )
-from model import GPT, Linear, ModelConfig, check_sizes, read_json, read_safetensors, write_atomically, write_json, write_safetensors
+from model import GPT, Linear, ModelConfig, check_sizes, read_safetensors, write_atomically, write_json, write_safetensors
 from tree import calibrated_tree, expected_tokens, prefix_counts, ranked_prefixes, replay
 
 SHIPPED_BASE, SHIPPED_ROWS = "data/base", Path("data/distilled")
@@ -50,6 +50,8 @@ def option(default, help: str, **more):
 
 @dataclass(frozen=True)
 class Common:
+    """Settings of every mode."""
+
     text: list[str] = option([], "UTF-8 files to use in place of the Python standard library")
     seed: int = option(0, "seed of all that is random")
     device: str = option("auto", "auto, cpu, cuda or mps")
@@ -72,10 +74,10 @@ class Fit(Common):
 
     def __post_init__(self):
         check_sizes(self, ["steps", "batch", "accumulate", "context", "warmup", "save_every"])
-        if not self.lr > 0 or not self.clip > 0:
-            raise ValueError("--lr and --clip must be above 0")
-        if self.batch < self.accumulate:
-            raise ValueError(f"--batch {self.batch} does not split into --accumulate {self.accumulate} parts")
+        if not 0 < self.lr < math.inf or not self.clip > 0 or not 0 <= self.weight_decay < math.inf:
+            raise ValueError("--lr and --clip must be above 0, --weight-decay 0 or more")
+        if self.context < 2:
+            raise ValueError(f"--context {self.context}: a token needs another to guess")
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,10 @@ class Medusa1Config(Fit):
     def __post_init__(self):
         super().__post_init__()
         check_sizes(self, ["num_heads", "num_hidden_layers"])
+        if not 0 < self.decay < math.inf:
+            raise ValueError(f"--decay {self.decay}: must be above 0")
+        if Path(self.base).resolve() in (Path(self.out).resolve(), Path(self.out).resolve() / "base"):
+            raise ValueError(f"--out {self.out} would overwrite its own --base: name another directory")
         if self.data == "distilled" and self.context != Fit.context:
             raise ValueError("--context belongs to --data corpus: distilled rows are as long as they were written")
 
@@ -164,8 +170,6 @@ class Medusa2Config(Medusa1Config):
             raise ValueError("--heads-steps and --lambda-0 must be 0 or more, --lr-ratio above 0")
         if self.heads and any(getattr(self, name) != getattr(MedusaConfig, name) for name in ("num_heads", "num_hidden_layers", "original_lm_head")):
             raise ValueError("--num-heads, --num-hidden-layers and --original-lm-head are of new heads: leave them out beside --heads")
-        if Path(self.base).absolute() == Path(self.out).absolute() / "base":
-            raise ValueError(f"--out {self.out} would overwrite its own --base: name another directory")
 
 
 MODES: dict[str, type[Common]] = {"base": BaseConfig, "distill": DistillConfig, "medusa1": Medusa1Config, "medusa2": Medusa2Config}
@@ -206,7 +210,7 @@ def run(main: Callable[[], None]) -> None:
         if isinstance(error, RuntimeError):
             if "out of memory" not in says and "can't allocate memory" not in says:
                 raise
-            says = "out of memory: give --mode a smaller --batch, a larger --accumulate or a shorter --context"
+            says = "out of memory: ask for less at once, such as a smaller --batch, --rows or --tree, or a larger --accumulate"
         print(f"{Path(sys.argv[0]).name}: error: {says}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -221,7 +225,7 @@ def pick_device(name: str) -> torch.device:
     try:
         return torch.Generator(torch.zeros(1, device=name).device).device  # some devices hold tensors but draw nothing
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--device {name} cannot be used here: {str(error).partition(chr(10))[0]}") from None
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
@@ -251,6 +255,9 @@ def say(line: str) -> None:
 def prepare(config: Fit) -> tuple[torch.device, torch.dtype]:
     """What can go wrong is looked at before the work."""
     check_out(config.out)
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    if config.batch < processes * config.accumulate:
+        raise ValueError(f"--batch {config.batch} is less than {processes} processes x --accumulate {config.accumulate}")
     path = checkpoint_path(config)
     if config.resume and not path.exists():
         raise ValueError(f"--resume: {path} does not exist; leave --resume out to start a run")
@@ -274,6 +281,8 @@ def load_base(directory, dtype: torch.dtype = torch.float32, device="cpu") -> tu
     tokenizer, model = Tokenizer.load(directory), GPT.from_pretrained(directory, dtype, device)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"{directory}: tokenizer.model has {tokenizer.vocab_size} pieces, the model {model.config.vocab_size}: not of one base")
+    if min(tokenizer.bos, tokenizer.eos) < 0:
+        raise ValueError(f"{directory}: tokenizer.model has no piece that begins or ends a document")
     return tokenizer, model
 
 
@@ -290,7 +299,7 @@ def sine_ramp(step: int, steps: int) -> float:
     return math.sin(math.pi / 2 * step / steps)
 
 
-CHUNK_LOGITS = 1 << 24  # logits that stand in memory at once, at most
+CHUNK_LOGITS = 1 << 24  # logits of heads, base and teacher that stand in memory at once, but for those of one position at least
 
 
 def backpropagate(
@@ -312,7 +321,7 @@ def backpropagate(
         hidden = model(tokens[:, :-1])  # (B, T - 1, D)
     cut = hidden.detach().requires_grad_(weight_base > 0)
     figures = torch.zeros(2 * K + 1, device=tokens.device)
-    chunk = max(CHUNK_LOGITS // (len(tokens) * max(K, 1) * V), 1)
+    chunk = max(CHUNK_LOGITS // (len(tokens) * (K + 2) * V), 1)
     if teacher:
         with torch.no_grad():
             goal, goal_head = teacher[0](tokens[:, :-1]), teacher[1]  # (B, T - 1, D)
@@ -369,9 +378,7 @@ def fit(
     parts         name -> its parameters by name; each part is clipped by itself, and has the learning rate that `rates` gives
     inputs        names what the run depends on besides its settings
     """
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if config.batch < ranks * config.accumulate:
-        raise ValueError(f"--batch {config.batch} is less than {ranks} processes x --accumulate {config.accumulate}")
+    process, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     groups = [
         {"part": part, "params": [p for name, p in parameters.items() if matrix == is_matrix(p)], "weight_decay": config.weight_decay * matrix}
         for part, parameters in parts.items()
@@ -381,15 +388,15 @@ def fit(
     log = Path(config.out) / "log.jsonl"
     first = resume(config, parts, optimizer, inputs)
     lines = log.read_text().splitlines()[:first] if first else []
-    bar = tqdm(range(first, steps), desc="training", unit="step", mininterval=1, initial=first, total=steps, disable=rank > 0)
+    bar = tqdm(range(first, steps), desc="training", unit="step", mininterval=1, initial=first, total=steps, disable=process > 0)
     for step in bar:
         tokens, mask = rows_of_step(step)
         counts = torch.stack([mask[:, ahead:].sum() for ahead in range(1, K + 2)]).to(device)
         now = rates(step)
         for group in optimizer.param_groups:
             group["lr"] = now[group["part"]]
-        pieces = list(zip(tokens.tensor_split(ranks * config.accumulate), mask.tensor_split(ranks * config.accumulate)))
-        figures = torch.stack([step_on_rows(step, *(rows.to(device) for rows in piece), counts) for piece in pieces[rank::ranks]]).sum(0)
+        pieces = list(zip(tokens.tensor_split(processes * config.accumulate), mask.tensor_split(processes * config.accumulate)))
+        figures = torch.stack([step_on_rows(step, *(rows.to(device) for rows in piece), counts) for piece in pieces[process::processes]]).sum(0)
         gradients = [p.grad for parameters in parts.values() for p in parameters.values() if p.grad is not None]
         sum_over_processes([figures, *gradients])
         norms = {part: nn.utils.clip_grad_norm_(parameters.values(), config.clip).item() for part, parameters in parts.items()}
@@ -401,10 +408,10 @@ def fit(
             )
         optimizer.step()
         optimizer.zero_grad()
-        record = {"step": step, "base": figures[0], "heads": figures[1 : K + 1], "top1": figures[K + 1 :], "lr": now, "norm": norms}
+        record = {"step": step, "base": figures[0], "heads": figures[1 : K + 1], "top1": figures[K + 1 :], "lr": now, "norm": norms}  # 0: weight 0
         lines.append(json.dumps(record))
         bar.set_postfix(base=f"{figures[0]:.2f}", heads=" ".join(f"{value:.2f}" for value in figures[1 : K + 1]))
-        if rank == 0 and ((step + 1) % config.save_every == 0 or step + 1 == steps):
+        if process == 0 and ((step + 1) % config.save_every == 0 or step + 1 == steps):
             log.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(log, lambda temporary: temporary.write_text("\n".join(lines) + "\n", encoding="utf-8"))
             save(config, step + 1, parts, optimizer, inputs)
@@ -469,9 +476,9 @@ def resume(config: Fit, parts: dict, optimizer: torch.optim.Optimizer, inputs: s
     return finished
 
 
-def seeded(*numbers: int) -> torch.Generator:
+def seeded(*numbers: int, device="cpu") -> torch.Generator:
     """A generator of its own for every purpose and step."""
-    return torch.Generator().manual_seed(hash(numbers) % (1 << 63))
+    return torch.Generator(device).manual_seed(int(digest_of(*numbers), 16) >> 1)
 
 
 def windows(tokens: Tensor, n: int, length: int, generator: torch.Generator) -> Tensor:
@@ -522,7 +529,7 @@ def perplexity(model: GPT, tokens: Tensor) -> float:
 
 def finish(config: Fit) -> None:
     """The run is over, its results are written."""
-    for path in Path(config.out).glob(f"*{checkpoint_path(config).name}*"):  # and what a kill left half written
+    for path in [checkpoint_path(config), *Path(config.out).glob(".*.[0-9]*")]:  # and what a kill left half written
         path.unlink()
     if config.plot:
         from bench.plot import draw_log
@@ -540,7 +547,7 @@ def train_base(config: BaseConfig) -> None:
     texts, held_out = documents(False, config.text), documents(True, config.text)
     tokenizer = train_tokenizer(texts, config.vocab_size)
     tokens, held_out_tokens = packed(texts, tokenizer), packed(held_out, tokenizer)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(seeded(config.seed).initial_seed())
     model = GPT(model_config).to(device)
     heads = MedusaHeads(MedusaConfig(config.hidden_size, config.vocab_size)).to(device)
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokens):,} tokens of text, {dtype} on {device}")
@@ -597,6 +604,8 @@ def sample_rows(model: GPT, prompts: Tensor, n_new: int, sampling: Sampling, gen
 
 def distill(config: DistillConfig) -> Path:
     """Write config.shards shards of training rows and one of validation rows; returns their directory."""
+    if config.out:
+        check_out(config.out)
     device = pick_device(config.device)
     dtype = pick_precision(config.precision, device)
     tokenizer, model = load_base(config.base, dtype, device)
@@ -614,10 +623,9 @@ def distill(config: DistillConfig) -> Path:
         if path.exists() and metadata_of(path).get("base") != base:
             raise ValueError(f"{path} was not written by the base in {config.base}: remove {directory}, or give another --out")
         if not path.exists():
-            generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + number)
-            prompts = windows(sides[side], config.rows, config.prompt_tokens, torch.Generator().manual_seed(config.seed * 1_000_003 + i))
-            sampling = Sampling(temperature, top_p=config.top_p)
-            tokens, carries = sample_rows(model, prompts.to(device), config.new_tokens, sampling, generator)
+            prompts = windows(sides[side], config.rows, config.prompt_tokens, seeded(config.seed, i))
+            sampling = Sampling(temperature, top_p=config.top_p if side == "train" else 1.0)
+            tokens, carries = sample_rows(model, prompts.to(device), config.new_tokens, sampling, seeded(config.seed, number, device=device))
             write_shard(path, tokens, carries, model.config.vocab_size, base)
     return directory
 
@@ -645,7 +653,8 @@ def noise_of_draws(base_probs: Tensor, tokens: Tensor, generator: torch.Generato
     The first of a race arrives after a time of rate 1; whoever is still on the way then has as long to go as at the start.
     """
     first = exponential(base_probs[:, :1], generator)  # (n, 1)
-    return base_probs * first + exponential(base_probs, generator).scatter(1, tokens[:, None], 0)
+    noise = base_probs * first + exponential(base_probs, generator).scatter(1, tokens[:, None], 0)
+    return noise.clamp(min=torch.finfo(noise.dtype).tiny)
 
 
 @torch.inference_mode()
@@ -717,7 +726,7 @@ def continued(model: GPT, tokens: Tensor, carries: Tensor, sampling: Sampling, s
     """The prompts of these rows, continued by this model: tokens (R, T) and loss (R, T)."""
     n = max(int(carries.any(0).int().argmax()), 1)  # tokens of a prompt
     device = model.lm_head.weight.device
-    return sample_rows(model.eval(), tokens[:, :n].to(device), tokens.shape[1] - n, sampling, torch.Generator(device).manual_seed(seed))
+    return sample_rows(model.eval(), tokens[:, :n].to(device), tokens.shape[1] - n, sampling, seeded(seed, device=device))
 
 
 def train_medusa(config: Medusa1Config) -> None:
@@ -726,6 +735,9 @@ def train_medusa(config: Medusa1Config) -> None:
     joint = config if isinstance(config, Medusa2Config) else None
     tokenizer, model = load_base(config.base, device=device)
     model.requires_grad_(False)
+    disk_dtype = next(iter(read_safetensors(Path(config.base) / "model.safetensors").values())).dtype
+    text = packed(documents(True, config.text), tokenizer)
+    before = perplexity(model, text)
     shards = distilled_rows(config)
     if config.data == "distilled":
         rows, loss_mask = read_shards(shards, "train-*.safetensors", model.config.vocab_size)
@@ -784,14 +796,13 @@ def train_medusa(config: Medusa1Config) -> None:
         base, out = f"{config.out}/base", f"{config.out}/heads"
         merge_adapters(model)
         tokenizer.save(base)
-        model.save_pretrained(base, getattr(torch, read_json(Path(config.base) / "config.json").get("dtype", "float32")))  # as it was
+        model.save_pretrained(base, disk_dtype)
+        model = load_base(base, device=device)[1]
         held_out = {t: continued(model, *rows, Sampling(float(t)), config.seed) for t, rows in held_out.items()}
+    calibration = calibrate(model, heads.eval(), held_out)
     heads.save_pretrained(out)
-    calibration = calibrate(model.eval(), heads.eval(), held_out)
     write_json(Path(out) / "calibration.json", calibration)
     finish(config)
-    text = packed(documents(True, config.text), tokenizer)
-    before = perplexity(load_base(config.base, device=device)[1], text)
     say(f"perplexity of the base on held-out text: {before:.3f}" + (f" before, {perplexity(model, text):.3f} after" if joint else ""))
     report(base, out, calibration)
 
@@ -869,6 +880,8 @@ def read_prefixes(result: dict) -> Counter:
     counts = Counter({tuple(map(int, path.split())): count for path, count in result["prefixes"].items()}) | Counter({(): result["steps"]})
     if not all(type(count) is int for count in counts.values()) or result["steps"] < 1:
         raise ValueError("counts must be whole numbers, and steps above 0")
+    if not all(count <= counts.get(path[:-1], 0) for path, count in counts.items() if path):
+        raise ValueError("a prefix cannot come more often than its own prefix")
     return counts
 
 

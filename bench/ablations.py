@@ -98,6 +98,8 @@ def main() -> None:
         content["results"][name] = runs
         content |= {"command": "python bench/ablations.py", "machine": machine(), "date": date.today().isoformat(), "steps": STEPS, "seeds": SEEDS}
         write_json(path, content)
+    if not content["results"]:
+        raise SystemExit(f"no variant begins with {sys.argv[1]}: there are {', '.join(VARIANTS)}")
     about = f"{STEPS} steps each, seeds {', '.join(map(str, SEEDS))}. Measured by `bench/ablations.py` on {content['machine']}; {content['date']}."
     replace_between("<!-- ablations -->", "<!-- end of ablations -->", table(content["results"]) + "\n\n" + about)
 

@@ -28,10 +28,9 @@ from data.tokenizer import Tokenizer  # noqa: E402
 from medusa import MedusaHeads, Sampling, generate, medusa_generate  # noqa: E402
 from model import GPT, read_json, write_json  # noqa: E402
 from sample import first_difference, gap_at, pick_tree, timed_run  # noqa: E402
-from train import bits_per_byte, packed, windows  # noqa: E402
+from train import CALIBRATION_TEMPERATURES, bits_per_byte, packed, windows  # noqa: E402
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 50, 64, 128
-TEMPERATURES = (0.0, 0.7, 1.0)
 
 
 def machine() -> str:
@@ -42,10 +41,10 @@ def machine() -> str:
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def held_out() -> tuple[Tokenizer, torch.Tensor, int]:
-    """The tokenizer, the library's validation files as tokens, and their bytes."""
-    tokenizer, texts = Tokenizer.load(ROOT / "data/base"), documents(True)
-    return tokenizer, packed(texts, tokenizer), sum(len(text.encode()) for text in texts)
+def held_out() -> tuple[torch.Tensor, int]:
+    """The library's validation files as tokens, and their bytes."""
+    texts = documents(True)
+    return packed(texts, Tokenizer.load(ROOT / "data/base")), sum(len(text.encode()) for text in texts)
 
 
 def megabytes(directory: Path) -> float:
@@ -53,7 +52,7 @@ def megabytes(directory: Path) -> float:
 
 
 def measure_base() -> dict:
-    _, tokens, n_bytes = held_out()
+    tokens, n_bytes = held_out()
     model = GPT.from_pretrained(ROOT / "data/base")
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -71,12 +70,12 @@ def distinct(texts: list[list[int]], n: int = 4) -> float:
 
 def measure_decoding(heads_directory: Path = ROOT / "data/heads") -> dict:
     """Plain and Medusa decoding of the same prompts; a text goes on behind the end of a document, so that all are equally long."""
-    _, tokens, _ = held_out()
+    tokens, _ = held_out()
     model, heads = GPT.from_pretrained(ROOT / "data/base"), MedusaHeads.from_pretrained(heads_directory)
     model.config = replace(model.config, eos_token_id=None)
     prompts = windows(tokens, PROMPTS, PROMPT_TOKENS, torch.Generator().manual_seed(0)).tolist()
     results = {}
-    for temperature in TEMPERATURES:
+    for temperature in CALIBRATION_TEMPERATURES:
         sampling = Sampling(temperature)
         tree, _ = pick_tree("auto", model, heads, heads_directory, sampling, prompts[0])
         runs, gaps = [], []

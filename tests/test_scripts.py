@@ -301,7 +301,7 @@ def copy(made, tmp_path):
         (["--max-new-tokens", "many"], "many"),
         (["--device", "nonsense"], "--device nonsense"),
         (["--dtype", "int8"], "int8"),
-        (["--seed", "9" * 30], "verflow"),
+        (["--seed", "9" * 30], "--seed 999"),
         (["--colour"], "--colour"),
         (["stray"], "stray"),
     ],
