@@ -232,7 +232,7 @@ def test_a_tree_forward_equals_plain_forwards_and_keep_equals_feeding_one_by_one
 @pytest.mark.parametrize("start", [generate, lambda model, *rest: medusa_generate(model, random_heads(model, 3, 0), CHAIN, *rest)])
 def test_calls_that_cannot_be_honoured_are_refused(start):
     model = random_gpt(0, context=8)
-    for prompt, n, says in (([], 3, "prompt is empty"), ([1] * 8, 3, "no room"), ([1] * 9, 3, "no room"), ([1], -1, "max_new_tokens -1")):
+    for prompt, n, says in (([], 3, "prompt is empty"), ([1] * 8, 3, "shorten"), ([1] * 9, 3, "shorten"), ([1], -1, "max_new_tokens -1")):
         with pytest.raises(ValueError, match=says):
             list(start(model, prompt, n))
     assert list(start(model, [1], 0)) == []
