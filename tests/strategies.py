@@ -109,7 +109,7 @@ class CheatingHeads:
             right = self.text[at] if at < len(self.text) else 0
             order = [token for token in range(V) if token != right]
             order.insert(self.rank_of(), right)
-            logits[k, order] = torch.arange(V, 0, -1, dtype=hidden.dtype)
+            logits[k, order] = 60 * torch.arange(V, 0, -1, dtype=hidden.dtype)  # so far apart that no noise changes the order
         return logits
 
 
