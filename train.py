@@ -76,8 +76,6 @@ class Fit(Common):
         check_sizes(self, ["steps", "batch", "accumulate", "context", "warmup", "save_every"])
         if not 0 < self.lr < math.inf or not self.clip > 0 or not 0 <= self.weight_decay < math.inf:
             raise ValueError("--lr and --clip must be above 0, --weight-decay 0 or more")
-        if self.context < 2:
-            raise ValueError(f"--context {self.context}: a token needs another to guess")
 
 
 @dataclass(frozen=True)
@@ -140,6 +138,8 @@ class Medusa1Config(Fit):
     def __post_init__(self):
         super().__post_init__()
         check_sizes(self, ["num_heads", "num_hidden_layers"])
+        if self.context < 2:
+            raise ValueError(f"--context {self.context}: a token needs another to guess")
         if not 0 < self.decay < math.inf:
             raise ValueError(f"--decay {self.decay}: must be above 0")
         if Path(self.base).resolve() in (Path(self.out).resolve(), Path(self.out).resolve() / "base"):
@@ -210,7 +210,7 @@ def run(main: Callable[[], None]) -> None:
         if isinstance(error, RuntimeError):
             if "out of memory" not in says and "can't allocate memory" not in says:
                 raise
-            says = "out of memory: ask for less at once, such as a smaller --batch, --rows or --tree, or a larger --accumulate"
+            says = "out of memory: ask for less at once, such as a smaller --batch, --context, --rows or --tree, or a larger --accumulate"
         print(f"{Path(sys.argv[0]).name}: error: {says}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -175,7 +175,7 @@ def test_the_logits_of_a_chunk_are_no_more_than_the_limit(monkeypatch):
     heads, tokens = random_heads(model, 2, 0), torch.zeros(3, 16, dtype=torch.long)
     sizes = []
     monkeypatch.setattr(train, "medusa_loss", lambda logits, *rest: (sizes.append(logits.numel()), medusa_loss(logits, *rest))[1])
-    monkeypatch.setattr(train, "CHUNK_LOGITS", 4 * 3 * 2 * 5)
+    monkeypatch.setattr(train, "CHUNK_LOGITS", 4 * 3 * (2 + 2) * 5)
     backpropagate(model, heads, tokens, tokens == 0, torch.tensor([45, 42, 39]), (0.0, 1.0))
     assert sizes == [120, 120, 120, 90]
 

@@ -221,7 +221,7 @@ def test_a_linear_map_is_the_same_product_for_few_rows_and_many_and_lies_in_orde
 def test_a_new_gpt_starts_small_and_the_ends_of_its_residual_branches_smaller():
     torch.manual_seed(0)
     for name, weight in GPT(ModelConfig()).named_parameters():
-        std = 0 if "norm" in name else 0.02 / math.sqrt(12) if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+        std = 0 if "norm" in name else 0.02 / math.sqrt(2 * ModelConfig().num_hidden_layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
         assert weight.std().item() == pytest.approx(std, rel=0.05) and weight.mean().item() == pytest.approx(float("norm" in name), abs=1e-3)
 
 

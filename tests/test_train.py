@@ -128,7 +128,7 @@ BAD_USAGE = [
     (["--mode", "distill", "--top-p", "0"], "top_p"), (["--mode", "distill", "--temperature", "-1"], "temperature"),
     (["--mode", "distill", "--rows", "0"], "rows"), (["--num-heads", "0"], "num_heads"),
     (["--steps", "0"], "steps"), (["--batch", "-3"], "batch"), (["--warmup", "0"], "warmup"), (["--save-every", "0"], "save_every"),
-    (["--accumulate", "0"], "accumulate"), (["--batch", "2", "--accumulate", "3"], "--accumulate 3"), (["--lora"], "--lora"),
+    (["--accumulate", "0"], "accumulate"), (["--lora"], "--lora"),
     (["--mode", "medusa2", "--lr-ratio", "0"], "--lr-ratio"), (["--mode", "medusa2", "--lr-ratio", "nan"], "--lr-ratio"),
     (["--mode", "medusa2", "--lambda-0", "-0.1"], "--lambda-0"), (["--mode", "medusa2", "--heads-steps", "-1"], "--heads-steps"),
     (["--mode", "medusa2", "--base-loss", "mse"], "--base-loss"), (["--mode", "medusa1", "--context", "9"], "--context"),
