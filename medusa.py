@@ -9,7 +9,7 @@ Head k (counted from 1) at position t guesses token t+k+1; token t+1 is the base
 """
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -205,12 +205,17 @@ class Sampling:
             raise ValueError(f"epsilon {self.epsilon}: must be above 0 and at most 1")
 
 
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """logits (..., V) / temperature, the largest at 0, so that no temperature above 0 makes it infinite."""
+    logits = at_least_float32(logits)
+    return (logits - logits.amax(-1, keepdim=True)) / temperature
+
+
 def base_distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     """The distribution that a token is drawn from: logits (..., V) -> probabilities (..., V)."""
     if sampling.temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
-    logits = at_least_float32(logits)
-    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature  # the largest at 0: no temperature makes it infinite
+    logits = tempered(logits, sampling.temperature)
     if 0 < sampling.top_k < logits.shape[-1]:
         rest = logits.argsort(dim=-1, descending=True, stable=True)[..., sampling.top_k :]
         logits = logits.scatter(-1, rest, -math.inf)
@@ -363,7 +368,7 @@ def favour(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Tensor:
     tokens that are ahead in the heads' own race with the same noise are what the base model will draw, if the heads think alike.
     The base draws as it would without heads, whatever they guess, so the text is still exactly the base model's.
     """
-    return logits if noise is None or sampling.typical else base_distribution(logits, replace(sampling, top_k=0, top_p=1.0)) / noise
+    return logits if noise is None or sampling.typical else tempered(logits, sampling.temperature).softmax(-1) / noise
 
 
 def propose(heads: MedusaHeads, lm_head: nn.Linear, hidden: Tensor, root: int, plan: Plan, sampling: Sampling, noise: NoiseAhead) -> Tensor:

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
@@ -322,7 +323,7 @@ def backpropagate(
     cut = hidden.detach().requires_grad_(weight_base > 0)
     figures = torch.zeros(2 * K + 1, device=tokens.device)
     chunk = max(CHUNK_LOGITS // (len(tokens) * (K + 2) * V), 1)
-    if teacher:
+    if teacher and weight_base > 0:
         with torch.no_grad():
             goal, goal_head = teacher[0](tokens[:, :-1]), teacher[1]  # (B, T - 1, D)
     for start in range(0, cut.shape[1], chunk):
@@ -529,7 +530,7 @@ def perplexity(model: GPT, tokens: Tensor) -> float:
 
 def finish(config: Fit) -> None:
     """The run is over, its results are written."""
-    for path in [checkpoint_path(config), *Path(config.out).glob(".*.[0-9]*")]:  # and what a kill left half written
+    for path in [checkpoint_path(config), *Path(config.out).glob(f".{checkpoint_path(config).name}.*")]:  # and what a kill left half written
         path.unlink()
     if config.plot:
         from bench.plot import draw_log
@@ -729,66 +730,73 @@ def continued(model: GPT, tokens: Tensor, carries: Tensor, sampling: Sampling, s
     return sample_rows(model.eval(), tokens[:, :n].to(device), tokens.shape[1] - n, sampling, seeded(seed, device=device))
 
 
+def rows_to_train(config: Medusa1Config, shards: Path, tokenizer: Tokenizer, vocab_size: int) -> tuple[Callable[[int], tuple[Tensor, Tensor]], str]:
+    """A function from the step alone to tokens (B, T) and mask (B, T), and the name of the text behind it."""
+    if config.data == "corpus":
+        corpus = packed(documents(False, config.text), tokenizer)
+
+        def windows_of_step(step: int) -> tuple[Tensor, Tensor]:
+            tokens = windows(corpus, config.batch, config.context, seeded(config.seed, step))
+            return tokens, torch.ones_like(tokens, dtype=torch.bool)
+
+        return windows_of_step, digest_of(corpus)
+    rows, carries = read_shards(shards, "train-*.safetensors", vocab_size)
+
+    def rows_of_step(step: int) -> tuple[Tensor, Tensor]:
+        places = range(step * config.batch, (step + 1) * config.batch)
+        chosen = torch.stack([shuffled(len(rows), config.seed, place // len(rows))[place % len(rows)] for place in places])
+        return rows[chosen], carries[chosen]
+
+    return rows_of_step, digest_of(rows)
+
+
+def heads_to_train(config: Medusa1Config, model: GPT, device: torch.device) -> MedusaHeads:
+    if isinstance(config, Medusa2Config) and config.heads:
+        heads = MedusaHeads.from_pretrained(config.heads, device=device)
+        check_fit(model, heads, ROOT)
+        return heads
+    shape = MedusaConfig(model.config.hidden_size, model.config.vocab_size, config.num_heads, config.num_hidden_layers, config.original_lm_head)
+    return MedusaHeads(shape, model.lm_head).to(device)
+
+
+def schedule(config: Medusa1Config, step: int) -> tuple[tuple[float, float], dict[str, float]]:
+    """The weights of the base's and the heads' losses, and the learning rates. Medusa-1, and Medusa-2's first stage: heads alone."""
+    alone = config.heads_steps if isinstance(config, Medusa2Config) else config.steps
+    if step < alone:
+        return (0.0, 1.0), {"base": 0.0, "heads": learning_rate(step, config.lr, config.warmup, alone)}
+    step -= alone
+    rate = learning_rate(step, config.lr, config.warmup, config.steps)
+    return (1.0, config.lambda_0 * (sine_ramp(step, config.steps) if config.ramp else 1.0)), {"base": rate / config.lr_ratio, "heads": rate}
+
+
 def train_medusa(config: Medusa1Config) -> None:
-    """Medusa-1, and with a Medusa2Config Medusa-2, whose first stage is Medusa-1."""
+    """Medusa-1, and with a Medusa2Config Medusa-2."""
     device, dtype = prepare(config)
-    joint = config if isinstance(config, Medusa2Config) else None
+    joint = isinstance(config, Medusa2Config)
     tokenizer, model = load_base(config.base, device=device)
     model.requires_grad_(False)
-    disk_dtype = next(iter(read_safetensors(Path(config.base) / "model.safetensors").values())).dtype
     text = packed(documents(True, config.text), tokenizer)
-    before = perplexity(model, text)
+    before = perplexity(model, text) if is_first() else None
     shards = distilled_rows(config)
-    if config.data == "distilled":
-        rows, loss_mask = read_shards(shards, "train-*.safetensors", model.config.vocab_size)
-        inputs = digest_of(base_digest(config.base), rows)
-    else:
-        corpus = packed(documents(False, config.text), tokenizer)
-        inputs = digest_of(base_digest(config.base), corpus)
-    if joint and joint.heads:
-        heads = MedusaHeads.from_pretrained(joint.heads, device=device)
-        check_fit(model, heads, ROOT)
-    else:
-        shape = MedusaConfig(model.config.hidden_size, model.config.vocab_size, config.num_heads, config.num_hidden_layers, config.original_lm_head)
-        heads = MedusaHeads(shape, model.lm_head).to(device)
+    rows_of_step, text_digest = rows_to_train(config, shards, tokenizer, model.config.vocab_size)
+    heads = heads_to_train(config, model, device)
     held_out = held_out_rows(shards, model.config.vocab_size, heads.config.num_heads)
-    parts, teacher, stages = {"heads": dict(heads.named_parameters())}, None, [config.steps]
+    parts, teacher = {"heads": dict(heads.named_parameters())}, None
     if joint:
-        parts["base"], teacher = trained_base(joint, model)
-        stages = [joint.heads_steps, config.steps]
-        if joint.base_loss == "ce" or joint.base_loss == "auto" and config.data == "corpus":
-            teacher = None
+        parts["base"], teacher = trained_base(config, model)
     counted = sum(p.numel() for parameters in parts.values() for p in parameters.values())
     say(f"{counted:,} parameters to train, {heads.config.num_heads} heads, {dtype} on {device}")
 
-    def rows_of_step(step: int) -> tuple[Tensor, Tensor]:
-        if config.data == "distilled":
-            chosen = torch.stack([shuffled(len(rows), config.seed, i // len(rows))[i % len(rows)] for i in range(step * config.batch, (step + 1) * config.batch)])
-            return rows[chosen], loss_mask[chosen]
-        text = windows(corpus, config.batch, config.context, seeded(config.seed, step))
-        return text, torch.ones_like(text, dtype=torch.bool)
-
-    def stage_of(step: int) -> tuple[bool, int, int]:
-        """Does the base learn too? The step within the stage, and the stage's steps."""
-        together = joint is not None and step >= stages[0]
-        return together, step - stages[0] * together, stages[together]
-
     def step_on_rows(step: int, tokens: Tensor, mask: Tensor, counts: Tensor) -> Tensor:
-        together, step, steps = stage_of(step)
+        weights, _ = schedule(config, step)
         for p in parts.get("base", {}).values():
-            p.requires_grad_(together)
+            p.requires_grad_(weights[0] > 0)
         with autocast(device, dtype):
-            if not together:
-                return backpropagate(model, heads, tokens, mask, counts, (0.0, 1.0), config.decay)
-            weight = joint.lambda_0 * (sine_ramp(step, steps) if joint.ramp else 1.0)
-            return backpropagate(model, heads, tokens, mask, counts, (1.0, weight), config.decay, teacher)
+            return backpropagate(model, heads, tokens, mask, counts, weights, config.decay, teacher)
 
-    def rates(step: int) -> dict[str, float]:
-        together, step, steps = stage_of(step)
-        rate = learning_rate(step, config.lr, config.warmup, steps)
-        return {"heads": rate, "base": rate / joint.lr_ratio if together else 0.0}
-
-    fit(config, sum(stages), rows_of_step, step_on_rows, parts, rates, heads.config.num_heads, device, inputs)
+    steps = config.steps + (config.heads_steps if joint else 0)
+    inputs = digest_of(base_digest(config.base), text_digest)
+    fit(config, steps, rows_of_step, step_on_rows, parts, lambda step: schedule(config, step)[1], heads.config.num_heads, device, inputs)
     if not is_first():
         return
     base, out = config.base, config.out
@@ -796,7 +804,7 @@ def train_medusa(config: Medusa1Config) -> None:
         base, out = f"{config.out}/base", f"{config.out}/heads"
         merge_adapters(model)
         tokenizer.save(base)
-        model.save_pretrained(base, disk_dtype)
+        model.save_pretrained(base, disk_dtype(config.base))
         model = load_base(base, device=device)[1]
         held_out = {t: continued(model, *rows, Sampling(float(t)), config.seed) for t, rows in held_out.items()}
     calibration = calibrate(model, heads.eval(), held_out)
@@ -810,14 +818,21 @@ def train_medusa(config: Medusa1Config) -> None:
 # ---- medusa2: the base learns too ----
 
 
-def trained_base(config: Medusa2Config, model: GPT) -> tuple[dict[str, nn.Parameter], tuple]:
-    """The base's parameters that learn, and the teacher: the base as it is now, as a function to hidden states and its LM head."""
-    frozen = None if config.lora else copy.deepcopy(model)
+def disk_dtype(directory) -> torch.dtype:
+    """Of the weights as they are stored."""
+    with safe_open(Path(directory) / "model.safetensors", "pt") as file:
+        return file.get_tensor(next(iter(file.keys()))).dtype
+
+
+def trained_base(config: Medusa2Config, model: GPT) -> tuple[dict[str, nn.Parameter], tuple | None]:
+    """The base's parameters that learn, and the teacher, unless labels are hard: the base as it is now, as a function to hidden states and its LM head."""
+    soft = config.base_loss == "kl" or config.base_loss == "auto" and config.data == "distilled"
+    frozen = copy.deepcopy(model) if soft and not config.lora else None
     if config.checkpoint_activations:
         for block in model.layers:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    if frozen:
-        return dict(model.named_parameters()), (frozen, frozen.lm_head)
+    if not config.lora:
+        return dict(model.named_parameters()), frozen and (frozen, frozen.lm_head)
     adapters = add_adapters(model, config.seed)
 
     def without_adapters(tokens: Tensor) -> Tensor:
@@ -829,7 +844,7 @@ def trained_base(config: Medusa2Config, model: GPT) -> tuple[dict[str, nn.Parame
             for adapter in adapters.values():
                 adapter.on = True
 
-    return {f"{name}.{part}": p for name, adapter in adapters.items() for part, p in adapter.named_parameters()}, (without_adapters, model.lm_head)
+    return {f"{name}.{part}": p for name, adapter in adapters.items() for part, p in adapter.named_parameters()}, (without_adapters, model.lm_head) if soft else None
 
 
 class Adapter(nn.Module):

@@ -1023,7 +1023,7 @@ def recorded(monkeypatch) -> list:
     """What every step is taken on: (tokens, mask, decay)."""
     seen, step = [], train.backpropagate
 
-    def recording(model, heads, tokens, mask, counts, weights, decay):
+    def recording(model, heads, tokens, mask, counts, weights, decay, teacher):
         assert weights == (0.0, 1.0) and counts.tolist() == [mask[:, ahead:].sum() for ahead in range(1, heads.config.num_heads + 2)]
         seen.append((tokens, mask, decay))
         return step(model, heads, tokens, mask, counts, weights, decay)
