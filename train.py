@@ -703,9 +703,13 @@ CALIBRATION_NODES, CALIBRATION_PREFIXES = 16, 256
 
 def distilled_rows(config: Medusa1Config) -> Path:
     """The directory of the rows to train and calibrate on; made first, by one process, if it has to be."""
+    base = base_digest(config.base)
     if config.distilled:
+        for path in Path(config.distilled).glob("*.safetensors"):
+            if metadata_of(path).get("base", base) != base:
+                raise ValueError(f"--distilled: {path} was not written by the base in {config.base}: distil anew, or name that base")
         return Path(config.distilled)
-    if not config.text and metadata_of(SHIPPED_ROWS / "train-00000.safetensors").get("base") == base_digest(config.base):
+    if not config.text and metadata_of(SHIPPED_ROWS / "train-00000.safetensors").get("base") == base:
         return SHIPPED_ROWS
     shards = DistillConfig.shards if config.data == "distilled" else 0  # the held-out rows come along with any
     more = DistillConfig(base=config.base, text=config.text, seed=config.seed, device=config.device, precision=config.precision, shards=shards)

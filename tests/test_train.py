@@ -737,6 +737,20 @@ def test_shards_of_another_base_are_never_taken_for_ones_own(change, base, text,
     assert contents(tmp_path / "rows") == before
 
 
+def test_rows_that_are_named_must_be_of_the_base_that_is_named(base, text, tmp_path):
+    """Rows that do not say who wrote them are one's own business."""
+    shards = distill(distilling(base, text, out=str(tmp_path / "rows"), new_tokens=10))
+    config = training(base, text, tmp_path / "heads", distilled=str(shards))
+    assert distilled_rows(config) == shards
+    write_json(base / "config.json", read_json(base / "config.json") | {"rope_theta": 77.0})
+    with pytest.raises(ValueError, match="was not written by the base in"):
+        train_medusa(config)
+    assert not (tmp_path / "heads").exists()
+    for path in shards.iterdir():
+        write_safetensors(path, read_safetensors(path))
+    assert distilled_rows(config) == shards
+
+
 def test_the_shipped_rows_serve_the_base_that_wrote_them_and_no_other(base, text, monkeypatch):
     made = []
     monkeypatch.setattr(train, "distill", lambda config: made.append(config) or Path("made"))
