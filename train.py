@@ -61,7 +61,7 @@ class Common:
 
 @dataclass(frozen=True)
 class Fit(Common):
-    steps: int = option(2400, "optimiser steps")
+    steps: int = option(1200, "optimiser steps")
     batch: int = option(2, "rows in a batch, over all processes")
     accumulate: int = option(1, "parts into which a process splits its rows, one after the other, to save memory")
     context: int = option(256, "tokens in a row")

@@ -7,15 +7,12 @@ import torch
 from strategies import distilling, write_base, write_text
 from train import distill
 
+torch.set_num_threads(1)  # these models are too small for two, which would only wait for each other
+
 
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
-    """And one thread: these models are too small for two, which only wait for each other."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

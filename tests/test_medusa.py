@@ -387,7 +387,7 @@ def test_lossless_sampling_is_exactly_the_base_distribution(case, monkeypatch):
 
 @pytest.mark.parametrize("faulty", [False, True])
 def test_texts_sampled_through_a_tree_pass_a_chi_square_test_and_a_redraw_for_each_child_does_not(faulty, monkeypatch):
-    sampling, n = Sampling(1.4, top_k=4, top_p=0.95), 2500
+    sampling, n = Sampling(1.4, top_k=4, top_p=0.95), 1500
     model = random_gpt(11, vocab_size=6)
     heads = random_heads(model, 2, 7)
     generator = rng(0)
