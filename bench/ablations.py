@@ -25,7 +25,7 @@ from torch import Tensor  # noqa: E402
 from train import Medusa1Config, Medusa2Config, head_ranks, packed, perplexity  # noqa: E402
 from tree import calibrated_tree, expected_tokens, prefix_counts, replay  # noqa: E402
 
-SEEDS, STEPS, NODES = (0, 1, 2), 600, 8
+SEEDS, STEPS, NODES = (0, 1, 2), 400, 8
 
 
 VARIANTS = {
