@@ -25,7 +25,7 @@ from model import GPT, check_sizes, read_json
 from train import SHIPPED_BASE, OneLineParser, add_options, load_base, option, pick_device, read_prefixes, run
 from tree import Tree, calibrated_tree, cartesian_tree, choose_size, expected_tokens, interpolate, tree_from_paths
 
-DEFAULT_PROMPT = 'class Stack:\n    """A last-in, first-out collection.'
+DEFAULT_PROMPT = 'def quote(s):\n    """Return a quoted copy of the string."""\n    if not s:\n'
 MAX_LEAVES = 1024  # of a tree given by widths
 SIZES = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # trees whose step is timed
 
@@ -34,7 +34,7 @@ SIZES = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # trees whose step is timed
 class SampleConfig:
     prompt: str = option(DEFAULT_PROMPT, "text to continue")
     prompt_file: str = option("", "read the prompt from this UTF-8 file")
-    max_new_tokens: int = option(192, "tokens to decode")
+    max_new_tokens: int = option(128, "tokens to decode")
     temperature: float = option(Sampling.temperature, "0 is greedy")
     top_k: int = option(Sampling.top_k, "draw among the k likeliest tokens; 0: all")
     top_p: float = option(Sampling.top_p, "draw among the fewest tokens that hold this much probability")

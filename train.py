@@ -180,7 +180,10 @@ MODES: dict[str, type[Common]] = {"base": BaseConfig, "distill": DistillConfig, 
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Errors in one line, exit code 2."""
+    """Errors in one line, exit code 2; flags are spelled out."""
+
+    def __init__(self, **more):
+        super().__init__(allow_abbrev=False, **more)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -616,18 +619,19 @@ def distill(config: DistillConfig) -> Path:
             f"{model.config.max_position_embeddings}: use --mode distill with smaller ones, then --mode medusa1 with --distilled"
         )
     sides = {name: packed(documents(name == "validation", config.text), tokenizer) for name in ("validation", "train")}
-    directory = Path(config.out) if config.out else cache_directory() / f"distilled-{distill_digest(config, *sides.values())}"
+    settings = distill_digest(config, *sides.values())
+    made = f"{base_digest(config.base)} {settings}"
+    directory = Path(config.out) if config.out else cache_directory() / f"distilled-{settings}"
     shards = [("validation", 0, t) for t in CALIBRATION_TEMPERATURES] + [("train", i, config.temperature) for i in range(config.shards)]
-    base = base_digest(config.base)
     for number, (side, i, temperature) in enumerate(tqdm(shards, desc="distilling", unit="shard")):
         path = directory / (f"train-{i:05d}.safetensors" if side == "train" else f"validation-{temperature}.safetensors")
-        if path.exists() and metadata_of(path).get("base") != base:
-            raise ValueError(f"{path} was not written by the base in {config.base}: remove {directory}, or give another --out")
+        if path.exists() and metadata_of(path).get("base") != made:
+            raise ValueError(f"{path} was written by another base, from other text or with other settings: remove {directory}, or give another --out")
         if not path.exists():
             prompts = windows(sides[side], config.rows, config.prompt_tokens, seeded(config.seed, i))
             sampling = Sampling(temperature, top_p=config.top_p if side == "train" else 1.0)
             tokens, carries = sample_rows(model, prompts.to(device), config.new_tokens, sampling, seeded(config.seed, number, device=device))
-            write_shard(path, tokens, carries, model.config.vocab_size, base)
+            write_shard(path, tokens, carries, model.config.vocab_size, made)
     return directory
 
 
@@ -706,10 +710,10 @@ def distilled_rows(config: Medusa1Config) -> Path:
     base = base_digest(config.base)
     if config.distilled:
         for path in Path(config.distilled).glob("*.safetensors"):
-            if metadata_of(path).get("base", base) != base:
+            if not metadata_of(path).get("base", base).startswith(base):
                 raise ValueError(f"--distilled: {path} was not written by the base in {config.base}: distil anew, or name that base")
         return Path(config.distilled)
-    if not config.text and metadata_of(SHIPPED_ROWS / "train-00000.safetensors").get("base") == base:
+    if not config.text and metadata_of(SHIPPED_ROWS / "train-00000.safetensors").get("base", "").startswith(base):
         return SHIPPED_ROWS
     shards = DistillConfig.shards if config.data == "distilled" else 0  # the held-out rows come along with any
     more = DistillConfig(base=config.base, text=config.text, seed=config.seed, device=config.device, precision=config.precision, shards=shards)
@@ -913,7 +917,7 @@ def main() -> None:
     add_options(parser, MODES[mode])
     arguments = vars(parser.parse_args())
     config = MODES[arguments.pop("mode")](**arguments)
-    if "RANK" in os.environ:  # one of several processes that torchrun started
+    if "LOCAL_RANK" in os.environ:  # one of several processes that torchrun started
         dist.init_process_group("nccl" if torch.cuda.is_available() and config.device in ("auto", "cuda") else "gloo")
     try:
         if mode == "base":

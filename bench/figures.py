@@ -182,7 +182,7 @@ def table(figures: dict) -> str:
     if tests := figures.get("tests"):
         r = tests["result"]
         coverage = ", ".join(f"{name}.py {percent} %" for name, percent in r["coverage in percent"].items())
-        lines.append(f"- The tests: {r['minutes']:.1f} minutes. Line coverage: {coverage}.")
+        lines.append(f"- The tests, with coverage: {r['minutes']:.1f} minutes. Line coverage: {coverage}.")
     measured = {(section["machine"], section["date"]) for section in figures.values()}
     return "\n".join(lines + ["", *(f"Measured by `bench/figures.py` on {machine}; {day}." for machine, day in sorted(measured))])
 

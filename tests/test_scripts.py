@@ -186,7 +186,7 @@ def test_every_tree_and_rule_runs_to_its_summary(call, made, tree, flags, tmp_pa
 
 def test_a_fresh_clone_samples_with_what_is_shipped(tmp_path):
     out = succeeds(tmp_path, "sample.py", "--max-new-tokens", "24")
-    assert out.startswith("class Stack:\n")
+    assert out.startswith("def quote(s):\n")
     assert "24 tokens" in summary(out)["tokens/step"]
 
 

@@ -720,8 +720,8 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_shards(stop, base, text, whol
     assert contents(tmp_path / "stopped") == whole
 
 
-@pytest.mark.parametrize("change", ["config", "weights", "garbage"])
-def test_shards_of_another_base_are_never_taken_for_ones_own(change, base, text, tmp_path):
+@pytest.mark.parametrize("change", ["config", "weights", "garbage", "settings", "text"])
+def test_shards_of_another_base_or_making_are_never_taken_for_ones_own(change, base, text, tmp_path):
     config = distilling(base, text, out=str(tmp_path / "rows"))
     distill(config)
     if change == "config":
@@ -729,10 +729,14 @@ def test_shards_of_another_base_are_never_taken_for_ones_own(change, base, text,
     elif change == "weights":
         state = read_safetensors(base / "model.safetensors")
         write_safetensors(base / "model.safetensors", state | {"model.norm.weight": 2 * state["model.norm.weight"]})
-    else:
+    elif change == "garbage":
         (tmp_path / "rows" / "train-00000.safetensors").write_bytes(b"garbage")
+    elif change == "settings":
+        config = replace(config, temperature=0.9)
+    else:
+        Path(text[0]).write_text(2 * Path(text[0]).read_text("utf-8"), "utf-8")
     before = contents(tmp_path / "rows")
-    with pytest.raises(ValueError, match="was not written by the base in"):
+    with pytest.raises(ValueError, match="was written by another base, from other text or with other settings"):
         distill(config)
     assert contents(tmp_path / "rows") == before
 
