@@ -13,7 +13,7 @@ from data.shards import base_digest
 from data.tokenizer import Tokenizer
 from medusa import ROOT, MedusaHeads, check_fit
 from model import GPT, check_sizes, read_json, write_atomically, write_json
-from train import SHIPPED_BASE, load_base, option, packed, windows
+from train import SHIPPED_BASE, check_out, load_base, option, packed, windows
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ def measure(name: str, config: Bench, sections: dict[str, Callable[[], dict]], t
     """The sections that the results lack, or all of them again; what is measured is written at once."""
     if unknown := set(config.only) - sections.keys():
         raise ValueError(f"--only {' '.join(sorted(unknown))}: there are {', '.join(sections)}")
+    check_out(config.out)
     need("matplotlib").use("Agg")
     content = started(name, config, again)
     for section in config.only or sections:
