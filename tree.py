@@ -5,6 +5,7 @@ Medusa paper, "Tree attention" (what a node sees) and "Optimized tree constructi
 Node 0 is the root, a token already drawn from the base model. A node at depth d holds one of the top guesses of head d; its
 `rank` says which (0 is the likeliest). Dimension key: N nodes, the root included; K heads.
 """
+import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -150,6 +151,27 @@ def calibrated_tree(rank_paths: Iterable[Sequence[int]] | Counter, n_nodes: int)
     if n_nodes < 2 or len(counts) < 2:
         raise ValueError(f"n_nodes = {n_nodes}, {len(counts)} prefixes: a calibrated tree needs at least one node below the root")
     return tree_from_paths(ranked_prefixes(counts)[: n_nodes - 1])
+
+
+def best_first_tree(log_probs: Tensor, n_nodes: int) -> Tree:
+    """The tree of n_nodes nodes, the root included, that is the best if each head is right with its own probability, whatever the others guess.
+
+    log_probs  (K, V) of the heads at one position; a node's worth is the product of the probabilities along its path.
+    It never grows from a node to its first child or to its next sibling, so the best node not yet taken is one of these of a node
+    that was. Ties go to the shorter path, then to the lower ranks. If fewer paths exist, the tree is that much smaller.
+    """
+    if n_nodes < 2:
+        raise ValueError(f"n_nodes = {n_nodes}: a best-first tree needs at least one node below the root")
+    ranked = log_probs.topk(min(n_nodes - 1, log_probs.shape[-1])).values.tolist()  # K x guesses, the likeliest first
+    paths, heap = [], [(-ranked[0][0], 1, (0,), 0.0)]  # minus a path's log-probability, its length, itself, minus that of its parent
+    while heap and len(paths) < n_nodes - 1:
+        worth, depth, path, parent = heapq.heappop(heap)
+        paths.append(path)
+        if depth < len(ranked):
+            heapq.heappush(heap, (worth - ranked[depth][0], depth + 1, (*path, 0), worth))
+        if (rank := path[-1] + 1) < len(ranked[0]):
+            heapq.heappush(heap, (parent - ranked[depth - 1][rank], depth, (*path[:-1], rank), parent))
+    return tree_from_paths(paths)
 
 
 def expected_tokens(tree: Tree, counts: Counter) -> float:

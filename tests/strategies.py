@@ -14,7 +14,7 @@ from data.tokenizer import Tokenizer, train_tokenizer
 from medusa import MedusaConfig, MedusaHeads
 from model import GPT, ModelConfig, write_safetensors
 from train import BaseConfig, DistillConfig, Medusa1Config
-from tree import Tree, calibrated_tree, cartesian_tree, tree_from_paths
+from tree import Tree, best_first_tree, calibrated_tree, cartesian_tree, tree_from_paths
 
 laws = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
@@ -56,6 +56,9 @@ def built_trees(max_depth: int, n_ranks: int):
         any_tree.filter(lambda tree: len(tree) > 1).flatmap(lambda tree: st.permutations(tree.paths[1:])).map(tree_from_paths),
         st.lists(st.integers(1, min(n_ranks, 3)), min_size=1, max_size=max_depth).map(cartesian_tree),
         st.tuples(rank_data(max_depth, n_ranks), st.integers(2, 9)).map(lambda drawn: calibrated_tree(*drawn)),
+        st.tuples(st.integers(0, 99), st.integers(1, max_depth), st.integers(2, 9)).map(
+            lambda drawn: best_first_tree(torch.randn(drawn[1], n_ranks, generator=rng(drawn[0])).log_softmax(-1), drawn[2])
+        ),
     )
 
 

@@ -1,0 +1,38 @@
+"""Measurements of this machine: decoding against its rivals, typical acceptance, the cost of a step, training; and what they predict.
+
+    python bench/bench.py decode                                       every way to decode, on the same prompts
+    python bench/bench.py decode --only greedy --prompts 50            one section of it, over more prompts
+    python bench/bench.py cost && python bench/bench.py predict        predict needs cost.json and decode.json
+
+Every subcommand writes bench/results/NAME.json, .md and .png after each of its sections. Started again it measures what is missing
+there; a file that other settings, another machine or other weights gave is not touched. Needs bench/requirements.txt.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench import cost, decode, predict, training, typical  # noqa: E402
+from train import OneLineParser, add_options, run  # noqa: E402
+
+SUBCOMMANDS = {
+    "decode": (decode.main, decode.DecodeConfig),
+    "typical": (typical.main, typical.TypicalConfig),
+    "cost": (cost.main, cost.CostConfig),
+    "train": (training.main, training.TrainingConfig),
+    "predict": (predict.main, predict.PredictConfig),
+}
+
+
+def main() -> None:
+    parser = OneLineParser(description=__doc__.splitlines()[0])
+    chooser = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND", help=", ".join(SUBCOMMANDS))
+    for name, (_, config) in SUBCOMMANDS.items():
+        add_options(chooser.add_parser(name, description=config.__doc__), config)
+    arguments = vars(parser.parse_args())
+    measure, config = SUBCOMMANDS[arguments.pop("subcommand")]
+    measure(config(**arguments))
+
+
+if __name__ == "__main__":
+    run(main)

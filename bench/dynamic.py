@@ -1,0 +1,66 @@
+"""A new tree in every step, from the heads' own probabilities at this position ("best_first_tree" in tree.py). It stands here and not in
+medusa.py for as long as no measurement says that it is faster than the best fixed tree.
+"""
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from medusa import ROOT, MedusaHeads, NoiseAhead, Plan, Sampling, accept, check_fit, favour, text_limit
+from model import GPT
+from tree import best_first_tree
+
+
+def log_probs_of(scores: Tensor, logits: Tensor) -> Tensor:
+    """How likely each guess is to come: (K, V), of the scores of `favour`.
+
+    softmax(logits) is the chance to be the largest once Gumbel noise is added to each logit. So it is for a race, in which
+    log(score) takes the logit's place: the base's logits are taken to differ from the heads' by such noise.
+    """
+    return (scores if scores is logits else scores.log()).log_softmax(-1)
+
+
+def grow(heads: MedusaHeads, lm_head: nn.Linear, hidden: Tensor, n_nodes: int, past: int, room: int, sampling: Sampling, noise: NoiseAhead):
+    """The plan of a tree of n_nodes nodes, at most `room` deep, for a cache of `past` rows, and the guesses at its nodes below the root, (N-1,)."""
+    if room == 0:
+        return Plan(ROOT, past, hidden), torch.empty(0, dtype=torch.long, device=hidden.device)
+    logits = heads(hidden, lm_head)[:room]  # (K, V)
+    scores = favour(logits, sampling, noise.at(range(len(logits))))  # (K, V)
+    plan = Plan(best_first_tree(log_probs_of(scores, logits), n_nodes), past, hidden)
+    guesses = scores.topk(plan.n_guesses).indices.flatten()
+    return plan, guesses[plan.index[1:] - 1]  # a plan's index counts the root
+
+
+@torch.inference_mode()
+def dynamic_generate(
+    model: GPT,
+    heads: MedusaHeads,
+    n_nodes: int,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    generator: torch.Generator | None = None,
+) -> Iterator[list[int]]:
+    """`medusa_generate`, but for the tree: n_nodes nodes, chosen anew in every step."""
+    check_fit(model, heads, ROOT)
+    end = text_limit(model, prompt, max_new_tokens)
+    lm_head = model.lm_head
+    cache = model.new_cache(end + n_nodes)
+    noise = NoiseAhead(lm_head.weight, sampling, generator)
+    length = len(prompt)
+    tokens = torch.tensor(prompt, device=lm_head.weight.device)
+    states = model(tokens[None], cache=cache)[0, -1:]  # (1, D)
+    path, emitted = accept(ROOT, tokens[-1:], lm_head(states), sampling, noise.at(ROOT.depths))
+    while length < end:
+        emitted = emitted[: emitted.index(model.config.eos_token_id) + 1] if model.config.eos_token_id in emitted else emitted
+        yield emitted
+        length += len(emitted)
+        noise.advance(len(emitted))
+        if length == end or emitted[-1] == model.config.eos_token_id:
+            return
+        past = length - 1
+        plan, guesses = grow(heads, lm_head, states[path[-1]], n_nodes, past, end - length - 1, sampling, noise)
+        tokens = torch.cat((guesses.new_tensor(emitted[-1:]), guesses))  # (N,)
+        states = model(tokens[None], plan.depths + past, plan.mask(past), cache)[0]  # (N, D)
+        path, emitted = accept(plan.tree, tokens, lm_head(states), sampling, noise.at(plan.tree.depths))
+        cache.keep(past, path)

@@ -1,0 +1,129 @@
+"""What the subcommands share: the model and the prompts that they measure, and results that a stopped run goes on from."""
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from bench.figures import machine
+from data.corpus import documents
+from data.shards import base_digest
+from data.tokenizer import Tokenizer
+from medusa import ROOT, MedusaHeads, check_fit
+from model import GPT, check_sizes, read_json, write_atomically, write_json
+from train import SHIPPED_BASE, check_out, load_base, option, packed, windows
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Settings of every subcommand."""
+
+    only: list[str] = option([], "sections to measure, by name; default: all that are not in the results yet")
+    out: str = option("bench/results", "directory of the results: a JSON file, a Markdown table and a plot, each named after the subcommand")
+    base: str = option(SHIPPED_BASE, "directory of the base model")
+    heads: str = option("data/heads", "directory of the heads and their calibration.json")
+
+
+@dataclass(frozen=True)
+class Decoding(Bench):
+    """Settings of subcommands that decode."""
+
+    prompts: int = option(6, "held-out prompts")
+    prompt_tokens: int = option(64, "tokens of a prompt")
+    new_tokens: int = option(96, "tokens decoded behind each")
+
+    def __post_init__(self):
+        check_sizes(self, ["prompts", "prompt_tokens", "new_tokens"])
+
+
+def need(package: str):
+    """The package, or one line that says where it is from."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise ValueError(f"{package} is missing: pip install -r bench/requirements.txt") from None
+
+
+def load(config: Bench) -> tuple[Tokenizer, GPT, MedusaHeads]:
+    """The model never ends a text, so that all texts are equally long."""
+    tokenizer, model = load_base(config.base)
+    heads = MedusaHeads.from_pretrained(config.heads)
+    check_fit(model, heads, ROOT)
+    model.config = replace(model.config, eos_token_id=None)
+    return tokenizer, model, heads
+
+
+def held_out_prompts(tokenizer: Tokenizer, n: int, length: int) -> list[list[int]]:
+    """Windows of text that nothing here was trained on."""
+    return windows(packed(documents(True), tokenizer), n, length, torch.Generator().manual_seed(0)).tolist()
+
+
+# ---- results ----
+
+NOT_RESULT = ("only", "out")  # settings that decide what is measured when, and where it is written
+
+
+def command(name: str, config: Bench) -> str:
+    """What measures the same again."""
+    plain = type(config)()
+    flags = [(f.name, getattr(config, f.name)) for f in fields(config) if f.name not in NOT_RESULT and getattr(config, f.name) != getattr(plain, f.name)]
+    words = [f"--{flag.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, list) else value}" for flag, value in flags]
+    return " ".join(["python bench/bench.py", name, *words])
+
+
+def started(name: str, config: Bench, again: bool) -> dict:
+    """The results so far; raises ValueError, before any work, if they were measured otherwise."""
+    path = Path(config.out) / f"{name}.json"
+    about = {"command": command(name, config), "machine": machine(), "weights": [base_digest(config.base), base_digest(config.heads)]}
+    content = read_json(path) if path.exists() and not again else about | {"results": {}}
+    for key, value in about.items():
+        if content.get(key) != value:
+            raise ValueError(f"{path} is of another {key}, {content.get(key)} and not {value}: remove it to measure anew, or give another --out")
+    return content
+
+
+def write(name: str, config: Bench, content: dict, table: Callable[[dict], str], draw: Callable) -> None:
+    """OUT/name.json, .md and .png, each atomically."""
+    folder = Path(config.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / f"{name}.json", content)
+    measured = f"`{content['command']}` on {content['machine']}; {', '.join(sorted({result['date'] for result in content['results'].values()}))}."
+    text = table(content["results"]) + f"\n\n{measured}\n"
+    write_atomically(folder / f"{name}.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    pyplot = need("matplotlib.pyplot")
+    figure = draw(content["results"], pyplot)
+    figure.tight_layout()
+    write_atomically(folder / f"{name}.png", lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+    pyplot.close(figure)
+
+
+def measure(name: str, config: Bench, sections: dict[str, Callable[[], dict]], table: Callable[[dict], str], draw: Callable, again: bool = False) -> None:
+    """The sections that the results lack, or all of them again; what is measured is written at once."""
+    if unknown := set(config.only) - sections.keys():
+        raise ValueError(f"--only {' '.join(sorted(unknown))}: there are {', '.join(sections)}")
+    check_out(config.out)
+    need("matplotlib").use("Agg")
+    content = started(name, config, again)
+    for section in config.only or sections:
+        if section not in content["results"]:
+            content["results"][section] = sections[section]() | {"date": date.today().isoformat()}
+            write(name, config, content, table, draw)
+    print(table(content["results"]))
+    print(f"\n{Path(config.out) / name}.json, .md and .png")
+
+
+def read_results(path: str, name: str) -> dict:
+    """What another subcommand measured."""
+    if not Path(path).exists():
+        raise ValueError(f"{path} does not exist: python bench/bench.py {name} writes it")
+    results = read_json(Path(path)).get("results")
+    if not isinstance(results, dict):
+        raise ValueError(f"{path} holds no results of python bench/bench.py {name}")
+    return results
+
+
+def markdown(header: list[str], rows: list[list]) -> str:
+    lines = [header, ["---"] * len(header), *([str(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
