@@ -1,4 +1,4 @@
-"""Grade one submission:  python grade.py SET SUBMISSION RESULTS   (from an unpacked autograder.zip)
+"""Grade submissions:  python grade.py SET SUBMISSION RESULTS [SUBMISSION RESULTS]...   (from an unpacked autograder.zip)
 
 The project's tests run in this process, against the project's own modules, in which the functions of the set are stand-ins that
 ask a process of the student's (sandbox.py), which runs as another user with limits. What passes is decided and written here:
@@ -28,6 +28,7 @@ import wire  # noqa: E402
 from sets import BLANKED, SETS, ProblemSet  # noqa: E402
 
 SECONDS = 45.0  # for all tests of a submission together
+TICK = 0.2  # seconds from one look at the clock to the next
 MOST_SOURCE = 1 << 20  # bytes of a student's file
 MOST_OUTPUT = 3000  # characters of a message
 
@@ -68,19 +69,21 @@ def read_plain(path: Path) -> bytes:
 
 
 class Sandbox:
-    """The process that forks one child a test, and the line to the present child."""
+    """The process that forks one child a test, and the line to the present child. functions: what a child may ask for; task: its folder and set."""
 
-    def __init__(self, folder: Path, number: int):
-        self.functions = {}  # what the student's process may ask for
+    def __init__(self):
         self.control, theirs = socket.socketpair()
-        environment = {"PATH": os.defpath, "OMP_NUM_THREADS": "1", "HOME": str(folder), "LC_ALL": "C.UTF-8"}
         self.process = subprocess.Popen(
-            [sys.executable, "-I", "-B", str(HERE / "sandbox.py"), str(theirs.fileno()), str(folder), str(number)],
-            pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            [sys.executable, "-I", "-B", str(HERE / "sandbox.py"), str(theirs.fileno())],
+            pass_fds=[theirs.fileno()], env={"PATH": os.defpath, "OMP_NUM_THREADS": "1", "HOME": "/nonexistent", "LC_ALL": "C.UTF-8"},
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         theirs.close()
-        self.peer = self.pid = None
-        self.running = False
+        self.functions, self.task, self.peer, self.pid, self.running = {}, b"", None, None, False
+
+    def wait_until_ready(self) -> None:
+        if self.control.recv(5) != b"ready":
+            raise RuntimeError("the process for students' code did not start: are torch and safetensors installed, and is this Linux?")
 
     def line(self) -> wire.Peer:
         """The line to the child of the running test, which starts when it is first asked something."""
@@ -88,15 +91,21 @@ class Sandbox:
             raise RuntimeError("a function of the set was called outside of a test")
         if self.peer is None:
             ours, theirs = socket.socketpair()
-            socket.send_fds(self.control, [b"f"], [theirs.fileno()])
+            socket.send_fds(self.control, [self.task], [theirs.fileno()])
             theirs.close()
             self.pid = struct.unpack("<I", self.control.recv(4))[0]
             self.peer = wire.Grader(ours, self.functions)
         return self.peer
 
-    def start(self) -> None:
-        if self.process.poll() is None and self.control.recv(5) != b"ready":
-            raise RuntimeError("the process for the student's code did not start")
+    def child(self) -> tuple[float, str]:
+        """The child's seconds of computing, and what it does now: S is sleeping."""
+        if self.peer is None:
+            return 0.0, ""
+        try:
+            state, *numbers = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0, ""
+        return (int(numbers[10]) + int(numbers[11])) / os.sysconf("SC_CLK_TCK"), state
 
     def end_test(self) -> None:
         self.running = False
@@ -104,10 +113,6 @@ class Sandbox:
             self.peer.sock.close()
             os.killpg(self.pid, signal.SIGKILL)
             self.peer = None
-
-    def close(self) -> None:
-        self.control.close()
-        self.process.wait(10)
 
 
 # ---- the tests ----
@@ -129,6 +134,32 @@ class Entry:
         return shown | {"status": "passed" if right else "failed", "output": "" if right else (self.messages or ["was not run"])[0][:MOST_OUTPUT]}
 
 
+class Clock:
+    """Takes from an entry the seconds that both processes compute, and those in which the student's sleeps; a machine busy with other things costs nothing."""
+
+    def __init__(self, entry: Entry, sandbox: Sandbox):
+        self.entry, self.sandbox = entry, sandbox
+        self.ours, self.theirs = time.process_time(), 0.0
+        signal.signal(signal.SIGALRM, self.tick)
+        signal.setitimer(signal.ITIMER_REAL, TICK, TICK)
+
+    def tick(self, *_) -> None:
+        self.charge(TICK)
+        if self.entry.seconds <= 0:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            raise OutOfTime
+
+    def charge(self, asleep: float) -> None:
+        ours, (theirs, state) = time.process_time(), self.sandbox.child()
+        idle = state == "S" and ours - self.ours < 0.001
+        self.entry.seconds -= (ours - self.ours) + max(theirs - self.theirs, 0.0) + (asleep if idle else 0.0)
+        self.ours, self.theirs = ours, theirs
+
+    def stop(self) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        self.charge(0.0)
+
+
 class Referee:
     """Runs each test against a new child of the sandbox, and writes down what it was worth."""
 
@@ -143,14 +174,11 @@ class Referee:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item):
-        entry, began = self.entry(item.nodeid), time.monotonic()
-        self.sandbox.running = True
-        signal.setitimer(signal.ITIMER_REAL, max(entry.seconds, 0.01))
+        clock, self.sandbox.running = Clock(self.entry(item.nodeid), self.sandbox), True
         try:
             return (yield)
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            entry.seconds -= time.monotonic() - began
+            clock.stop()
             self.sandbox.end_test()
 
     @pytest.hookimpl(wrapper=True)
@@ -190,34 +218,47 @@ def message_of(error: BaseException) -> str:
     return "\n".join([text, *getattr(error, "__notes__", ())])
 
 
-def out_of_time(*_) -> None:
-    raise OutOfTime
+def prepare(number: int, sandbox: Sandbox) -> None:
+    """Load the project, and put the stand-ins in place before any test can take hold of the functions themselves."""
+    project = HERE / "project"
+    sys.path[:0] = [str(project), str(project / "tests")]
+    for name in ("tree", "model", "medusa"):
+        importlib.import_module(name)
+    sandbox.functions = {name: wire.function_of(name) for name in BLANKED if name not in SETS[number].functions}
+    for name in SETS[number].functions:
+        wire.stand_in(name, sandbox.line)
+    settings.register_profile("grading", database=None, report_multiple_bugs=False, print_blob=False, phases=(Phase.explicit, Phase.generate))
+    settings.load_profile("grading")
+    importlib.import_module("strategies")
+
+
+def grade(number: int, submission: Path, results: Path, sandbox: Sandbox) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        complaints = lay_out(Path(folder), submission, SETS[number].files)
+        if os.geteuid() != 0:
+            complaints.append("not graded as root: the student's code ran as the same user and could have read the tests")
+        referee = Referee(SETS[number], number, sandbox, results, complaints)
+        sandbox.task = json.dumps([folder, number]).encode()
+        project = HERE / "project"
+        tests = [str(project / "tests" / test) for test in SETS[number].tests]
+        options = ["-q", "--no-header", "--tb=no", "--disable-warnings", "-p", "no:cacheprovider", "-c", str(project / "pyproject.toml"), "-o", "addopts="]
+        pytest.main([*options, *tests], [referee])
 
 
 def main() -> None:
-    number, submission, results = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]).absolute()
-    HERE.chmod(0o700)  # the student's process runs as another user: it must see neither the reference nor the tests
-    problem_set, project = SETS[number], HERE / "project"
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        complaints = lay_out(folder, submission, problem_set.files)
-        if os.geteuid() != 0:
-            complaints.append("not graded as root: the student's code ran as the same user and could have read the tests")
-        sandbox = Sandbox(folder, number)
-        sys.path[:0] = [str(project), str(project / "tests")]
-        for name in ("tree", "model", "medusa"):
-            importlib.import_module(name)
-        sandbox.functions |= {name: wire.function_of(name) for name in BLANKED if name not in problem_set.functions}
-        for name in problem_set.functions:
-            wire.stand_in(name, sandbox.line)
-        settings.register_profile("grading", database=None, report_multiple_bugs=False, print_blob=False, phases=(Phase.explicit, Phase.generate))
-        settings.load_profile("grading")
-        signal.signal(signal.SIGALRM, out_of_time)
-        referee = Referee(problem_set, number, sandbox, results, complaints)
-        tests = [str(project / "tests" / test) for test in problem_set.tests]
-        sandbox.start()
-        pytest.main(["-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-c", str(project / "pyproject.toml"), "-o", "addopts=", *tests], [referee])
-        sandbox.close()
+    number, pairs = int(sys.argv[1]), [Path(argument).absolute() for argument in sys.argv[2:]]
+    HERE.chmod(0o700)  # the students' processes run as another user: they must see neither the reference nor the tests
+    sandbox = Sandbox()
+    prepare(number, sandbox)
+    sandbox.wait_until_ready()
+    for submission, results in zip(pairs[::2], pairs[1::2], strict=True):
+        if (pid := os.fork()) == 0:  # a process for each, so that none finds what another has left
+            try:
+                grade(number, submission, results, sandbox)
+            finally:
+                sys.stdout.flush()
+                os._exit(0)
+        os.waitpid(pid, 0)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""The process that runs a student's code:  python sandbox.py SOCKET FOLDER SET
+"""The process that runs students' code:  python sandbox.py SOCKET
 
-It is started once a submission, with torch loaded and nothing of the student's, and forks a child for each test. The child gives up its
-rights, takes its limits, and answers calls. FOLDER holds the starter's modules with the student's files laid over them; neither the
-reference nor a test lies in here, and what the student's code prints goes nowhere.
+It is started once, with torch loaded and nothing of a student's, and forks a child for each test. The child gives up its rights, takes
+its limits, and answers calls. The folder it works in holds the starter's modules with the student's files laid over them; neither the
+reference nor a test can be read by it, and what a student's code prints goes nowhere.
 """
 import gc
 import importlib
+import json
 import os
 import pwd
 import resource
@@ -15,7 +16,7 @@ import struct
 import sys
 from pathlib import Path
 
-SOCKET, FOLDER, SET = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+sys.path.insert(0, str(Path(__file__).parent))
 for name in ("bisect", "copy", "decimal", "fractions", "heapq", "numpy", "queue", "random", "statistics", "string", "textwrap", "timeit", "torch", "typing"):
     importlib.import_module(name)  # Python itself may lie where another user cannot read
 for name in ("safetensors.torch", "safetensors", "torch.nn.functional"):
@@ -30,10 +31,11 @@ SPARE_BYTES = 2 << 30  # of memory, on top of what torch takes
 CPU_SECONDS = 60
 
 
-def confine() -> None:
+def confine(folder: Path) -> None:
     """No rights, no files to write, no processes to start, so much memory and no more."""
     os.setsid()
-    os.chdir(FOLDER)
+    os.chdir(folder)
+    sys.path[0] = str(folder)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limits = {"AS": pages * os.sysconf("SC_PAGE_SIZE") + SPARE_BYTES, "CPU": CPU_SECONDS, "FSIZE": 0, "CORE": 0, "NOFILE": 64, "NPROC": 0}
     nobody = pwd.getpwnam("nobody")
@@ -45,9 +47,9 @@ def confine() -> None:
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
 
 
-def answer_calls(sock: socket.socket) -> None:
+def answer_calls(sock: socket.socket, folder: Path, number: int) -> None:
     """Answer until the grader hangs up."""
-    functions = SETS[SET].functions
+    functions = SETS[number].functions
     asked = [name for name in BLANKED if name not in functions]
     in_place = set()
 
@@ -62,27 +64,27 @@ def answer_calls(sock: socket.socket) -> None:
                 wire.stand_in(other, lambda: peer)
         return wire.function_of(name)
 
-    peer = wire.Student(sock, resolve, FOLDER)
+    peer = wire.Student(sock, resolve, folder)
     while True:
         peer.serve(*peer.receive())
 
 
 def main() -> None:
-    control = socket.socket(fileno=SOCKET)
+    control = socket.socket(fileno=int(sys.argv[1]))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     torch.set_num_threads(1)
-    sys.path[0] = str(FOLDER)
     gc.freeze()
     control.send(b"ready")
     while True:
-        message, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+        message, descriptors, _, _ = socket.recv_fds(control, 1 << 12, 1)
         if not message:
             return
+        folder, number = json.loads(message)
         if (pid := os.fork()) == 0:
             control.close()
             try:
-                confine()
-                answer_calls(socket.socket(fileno=descriptors[0]))
+                confine(Path(folder))
+                answer_calls(socket.socket(fileno=descriptors[0]), Path(folder), number)
             finally:
                 os._exit(0)
         os.close(descriptors[0])
