@@ -27,7 +27,7 @@ sys.path[:0] = [str(HERE)]
 import wire  # noqa: E402
 from sets import BLANKED, SETS, ProblemSet  # noqa: E402
 
-SECONDS = 45.0  # for all tests of a submission together
+SECONDS = 30.0  # of the student's process, for all tests of a submission together
 TICK = 0.2  # seconds from one look at the clock to the next
 MOST_SOURCE = 1 << 20  # bytes of a student's file
 MOST_OUTPUT = 3000  # characters of a message
@@ -135,7 +135,7 @@ class Entry:
 
 
 class Clock:
-    """Takes from an entry the seconds that both processes compute, and those in which the student's sleeps; a machine busy with other things costs nothing."""
+    """Takes from an entry the seconds that the student's process computes or sleeps; waiting for a busy machine or for the grader costs nothing."""
 
     def __init__(self, entry: Entry, sandbox: Sandbox):
         self.entry, self.sandbox = entry, sandbox
@@ -149,10 +149,11 @@ class Clock:
             signal.setitimer(signal.ITIMER_REAL, 0)
             raise OutOfTime
 
-    def charge(self, asleep: float) -> None:
+    def charge(self, seconds: float) -> None:
+        """seconds have passed since the last look: asleep, if neither side has computed."""
         ours, (theirs, state) = time.process_time(), self.sandbox.child()
-        idle = state == "S" and ours - self.ours < 0.001
-        self.entry.seconds -= (ours - self.ours) + max(theirs - self.theirs, 0.0) + (asleep if idle else 0.0)
+        asleep = seconds if state == "S" and ours - self.ours < 0.001 else 0.0
+        self.entry.seconds -= max(theirs - self.theirs, 0.0) + asleep
         self.ours, self.theirs = ours, theirs
 
     def stop(self) -> None:
