@@ -27,7 +27,7 @@ sys.path[:0] = [str(HERE)]
 import wire  # noqa: E402
 from sets import BLANKED, SETS, ProblemSet  # noqa: E402
 
-SECONDS = 30.0  # of the student's process, for all tests of a submission together
+SECONDS = 40.0  # of the student's process, for all tests of a submission together
 TICK = 0.2  # seconds from one look at the clock to the next
 MOST_SOURCE = 1 << 20  # bytes of a student's file
 MOST_OUTPUT = 3000  # characters of a message
