@@ -44,15 +44,17 @@ class MedusaHeads(nn.Module):
     """
 
     def __init__(self, config: MedusaConfig, lm_head: nn.Linear | None = None):
+        """weight (J, K, D, D), each W1 as (out, in), and bias (J, K, 1, D): zero. lm_heads (K, V, D), each W2: a copy of lm_head's matrix
+        (without one zero, to be filled from a file); None if the LM head is shared."""
         super().__init__()
         self.config = config
         K, J, D = config.num_heads, config.num_hidden_layers, config.hidden_size
-        self.weight = nn.Parameter(torch.zeros(J, K, D, D))  # W1, (out, in) as in nn.Linear
+        self.weight = nn.Parameter(torch.zeros(J, K, D, D))  # W1
         self.bias = nn.Parameter(torch.zeros(J, K, 1, D))  # b1
         self.lm_heads = None
         if not config.original_lm_head:
             start = torch.zeros(config.vocab_size, D) if lm_head is None else lm_head.weight.detach()
-            self.lm_heads = nn.Parameter(start.repeat(K, 1, 1))  # W2: (K, V, D)
+            self.lm_heads = nn.Parameter(start.repeat(K, 1, 1))  # (K, V, D)
 
     def forward(self, hidden: Tensor, lm_head: nn.Linear) -> Tensor:
         """hidden (..., D) -> logits (K, ..., V)."""

@@ -32,10 +32,10 @@ class Tree:
         for node, parent in enumerate(self.parents[1:], start=1):
             if not 0 <= parent < node:
                 raise ValueError(f"node {node}: its parent {parent} must come before it")
-        for path in self.paths[1:]:
-            if path[-1] < 0:
-                raise ValueError(f"path {list(path)}: negative rank")
-        if len(set(self.paths)) < len(self):
+        for node, rank in enumerate(self.ranks[1:], start=1):
+            if rank < 0:
+                raise ValueError(f"path {list(self.paths[node])}: negative rank")
+        if len(set(zip(self.parents, self.ranks))) < len(self):  # a path stands twice where siblings have the same rank
             twice = next(path for path, count in Counter(self.paths).items() if count > 1)
             raise ValueError(f"path {list(twice)} stands twice in the tree")
 

@@ -22,7 +22,7 @@ from strategies import (
 )
 from tree import Tree, cartesian_tree, tree_from_paths
 
-CHAIN = tree_from_paths([[0], [0, 0], [0, 0, 0]])
+CHAIN = Tree((-1, 0, 1, 2), (-1, 0, 0, 0))
 
 
 def flat(steps) -> list[int]:
@@ -56,6 +56,14 @@ def decodings(draw):
     return model, made, tree, prompt, draw(st.integers(0, 24))
 
 
+def same_text(ours: list[int], plain: list[int], model) -> None:
+    eos = model.config.eos_token_id
+    assert eos is None or eos not in ours[:-1], "tokens behind EOS were kept: the text ends right after it, even in the middle of an accepted path"
+    assert len(ours) <= len(plain) or ours[: len(plain)] != plain, "the text goes on behind max_new_tokens or the end of the context: tokens count, not steps"
+    assert len(ours) >= len(plain) or ours != plain[: len(ours)], "the text ends too early: at max_new_tokens, EOS or the end of the context, not before"
+    assert ours == plain, "the text is not the one that plain decoding gives"
+
+
 def decode(model, heads, tree, prompt, n, text, *sampling) -> list[list[int]]:
     if isinstance(heads, CheatingHeads):
         heads.text, heads.length = [*prompt, *text], len(prompt)
@@ -70,9 +78,9 @@ def test_greedy_tree_decoding_equals_plain_decoding(case):
     text = greedy_text(model, prompt, n)
     assert flat(generate(model, prompt, n)) == text
     steps = decode(model, heads, tree, prompt, n, text)
-    assert flat(steps) == text
+    same_text(flat(steps), text, model)
     assert all(steps), "every step earns at least one token"
-    assert all(len(emitted) <= max(tree.depths) + 1 for emitted in steps)
+    assert all(len(emitted) <= max(tree.depths) + 1 for emitted in steps), "a step earns at most the deepest path and the next root"
 
 
 @settings(laws, max_examples=150)
@@ -81,7 +89,7 @@ def test_lossless_tree_sampling_draws_the_text_that_plain_sampling_draws_from_th
     model, heads, tree, prompt, n = case
     sampling = Sampling(temperature, top_k, top_p)
     text = flat(generate(model, prompt, n, sampling, rng(seed)))
-    assert flat(decode(model, heads, tree, prompt, n, text, sampling, rng(seed))) == text
+    same_text(flat(decode(model, heads, tree, prompt, n, text, sampling, rng(seed))), text, model)
 
 
 @settings(laws, max_examples=60)
@@ -119,9 +127,10 @@ def test_right_guesses_are_all_accepted(seed, depth, n, context, temperature, eo
         heads = CheatingHeads(model, depth, [], 1, lambda: rank)
         tree = tree_from_paths([[rank] * d for d in range(1, depth + 1)])
         steps = decode(model, heads, tree, [1], n, text, sampling, rng(seed))
-        assert flat(steps) == text
-        assert [len(emitted) for emitted in steps[:-1]] == ([1] + [depth + 1] * len(steps))[: max(len(steps) - 1, 0)]
-        assert len(steps) == (1 + math.ceil((len(text) - 1) / (depth + 1)) if text else 0)
+        same_text(flat(steps), text, model)
+        lengths = [len(emitted) for emitted in steps[:-1]]
+        assert lengths == ([1] + [depth + 1] * len(steps))[: max(len(steps) - 1, 0)], "right guesses are not all accepted: a step earns depth + 1 tokens"
+        assert len(steps) == (1 + math.ceil((len(text) - 1) / (depth + 1)) if text else 0), "too many steps for guesses that are all right"
 
 
 def test_new_heads_are_right_about_a_base_that_always_says_the_same():
@@ -146,16 +155,18 @@ def counting_heads(model, num_heads=3) -> MedusaHeads:
 def test_head_k_fills_depth_k_from_the_state_before_the_root():
     model = counting_gpt()
     steps = list(medusa_generate(model, counting_heads(model), CHAIN, [3], 21))
-    assert flat(steps) == [(4 + i) % 6 for i in range(21)]
-    assert [len(emitted) for emitted in steps] == [1, 4, 4, 4, 4, 4]
+    assert flat(steps) == [(4 + i) % 6 for i in range(21)], "the text is not the base model's own"
+    lengths = [len(emitted) for emitted in steps]
+    assert lengths == [1, 4, 4, 4, 4, 4], "head k does not fill depth k, or the heads do not see the state before the root"
 
 
 def test_eos_ends_the_text_in_the_middle_of_an_accepted_path():
     model = counting_gpt(eos=0)
     steps = list(medusa_generate(model, counting_heads(model), CHAIN, [3], 21))
-    assert steps == [[4], [5, 0]]
-    assert list(medusa_generate(model, counting_heads(model), CHAIN, [4], 21)) == [[5], [0]]
-    assert list(medusa_generate(model, counting_heads(model), CHAIN, [5], 21)) == [[0]]
+    behind = "tokens behind EOS were kept, or steps made behind it: the text ends right after EOS, even in the middle of an accepted path"
+    assert steps == [[4], [5, 0]], behind
+    assert list(medusa_generate(model, counting_heads(model), CHAIN, [4], 21)) == [[5], [0]], behind
+    assert list(medusa_generate(model, counting_heads(model), CHAIN, [5], 21)) == [[0]], behind
 
 
 @pytest.mark.parametrize("prompt_length", range(1, 12))
@@ -163,8 +174,8 @@ def test_the_tree_shrinks_to_the_room_before_the_context_limit(prompt_length):
     model = counting_gpt(context=12)
     prompt = [i % 6 for i in range(prompt_length)]
     steps = list(medusa_generate(model, counting_heads(model), CHAIN, prompt, 99))
-    assert flat(steps) == [i % 6 for i in range(prompt_length, 12)]
-    assert len(steps) == 1 + math.ceil((12 - prompt_length - 1) / 4)
+    assert flat(steps) == [i % 6 for i in range(prompt_length, 12)], "the text does not run up to the last position of the context"
+    assert len(steps) == 1 + math.ceil((12 - prompt_length - 1) / 4), "near the end of the context the tree shrinks to what still fits, and no further"
 
 
 @pytest.mark.parametrize("prompt_length", range(1, 8))
@@ -175,7 +186,7 @@ def test_nothing_is_read_or_written_beyond_the_context(prompt_length):
     forward = model.forward
     model.forward = lambda tokens, positions=None, *rest, **named: (seen.append(positions), forward(tokens, positions, *rest, **named))[1]
     list(medusa_generate(model, random_heads(model, 3, 0), cartesian_tree((2, 2, 1)), [1] * prompt_length, 99))
-    assert all(positions is None or positions.max() <= 6 for positions in seen)
+    assert all(positions is None or positions.max() <= 6 for positions in seen), "a token was fed at a position where it can earn nothing, or that is none"
 
 
 def test_token_zero_is_never_accepted_without_being_guessed():
@@ -183,7 +194,8 @@ def test_token_zero_is_never_accepted_without_being_guessed():
     model = markov_gpt(torch.tensor([9.0, 1, 2, 0]).expand(4, 4))
     heads = CheatingHeads(model, 3, [0] * 30, 1, lambda: 3)
     for tree in (CHAIN, cartesian_tree((3, 2)), tree_from_paths([[0], [1], [0, 0], [0, 0, 1]])):
-        assert list(medusa_generate(model, heads, tree, [1], 9)) == [[0]] * 9
+        steps = list(medusa_generate(model, heads, tree, [1], 9))
+        assert steps == [[0]] * 9, "a token 0 was accepted that no head guessed: padding is no guess"
 
 
 def test_heads_run_at_one_node_alone_and_the_base_once_a_step():
@@ -194,9 +206,10 @@ def test_heads_run_at_one_node_alone_and_the_base_once_a_step():
     model.register_forward_pre_hook(lambda _, args: base_calls.append(args[0].shape))
     tree = cartesian_tree((2, 2))
     steps = list(medusa_generate(model, heads, tree, [1, 2], 25))
-    assert head_calls in ([1] * (len(steps) - 1), [1] * (len(steps) - 2))  # the last step may be too short for guesses
-    assert len(base_calls) == len(steps)
-    assert base_calls[:2] == [(1, 2), (1, len(tree))]
+    assert set(head_calls) == {1}, "the heads ran at several nodes: only the state of the node accepted last is needed"
+    assert len(head_calls) in (len(steps) - 1, len(steps) - 2), "the heads run once a step"  # the last step may be too short for guesses
+    assert len(base_calls) == len(steps), "the base model runs once a step"
+    assert base_calls[:2] == [(1, 2), (1, len(tree))], "the base model is fed the prompt, then in each step the nodes of the tree and nothing else"
 
 
 @settings(laws, max_examples=60)
@@ -218,24 +231,29 @@ def test_a_tree_forward_equals_plain_forwards_and_keep_equals_feeding_one_by_one
             torch.testing.assert_close(logits[node], next_logits(model, prompt + [tokens[i] for i in path]), rtol=1e-9, atol=1e-9)
 
         cache.keep(S, paths[winner])
+        lost = "after keep the cache is not what feeding the kept tokens one by one would have left"
         plain = model.new_cache(S + len(tree) + 1)
         model(torch.tensor([prompt]), cache=plain)
         for node in paths[winner]:
             model(torch.tensor([[tokens[node]]]), cache=plain)
         length = S + len(paths[winner])
-        assert cache.length == plain.length == length
-        torch.testing.assert_close(cache.data[..., :length, :], plain.data[..., :length, :], rtol=1e-9, atol=1e-9)
+        assert cache.length == plain.length == length, "after keep the length is not that of the past and the kept rows"
+        torch.testing.assert_close(cache.data[..., :length, :], plain.data[..., :length, :], rtol=1e-9, atol=1e-9, msg=lambda m: f"{lost}\n{m}")
         more = torch.tensor([[3]])
-        torch.testing.assert_close(model(more, cache=cache), model(more, cache=plain), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(model(more, cache=cache), model(more, cache=plain), rtol=1e-9, atol=1e-9, msg=lambda m: f"{lost}\n{m}")
 
 
 @pytest.mark.parametrize("start", [generate, lambda model, *rest: medusa_generate(model, random_heads(model, 3, 0), CHAIN, *rest)])
 def test_calls_that_cannot_be_honoured_are_refused(start):
     model = random_gpt(0, context=8)
     for prompt, n, says in (([], 3, "prompt is empty"), ([1] * 8, 3, "shorten"), ([1] * 9, 3, "shorten"), ([1], -1, "max_new_tokens -1")):
-        with pytest.raises(ValueError, match=says):
+        try:
             list(start(model, prompt, n))
-    assert list(start(model, [1], 0)) == []
+        except ValueError as error:
+            assert says in str(error), f"prompt {prompt}, {n} new tokens: the ValueError does not say {says!r}"
+        else:
+            pytest.fail(f"prompt {prompt}, {n} new tokens: no ValueError, although nothing can be decoded")
+    assert list(start(model, [1], 0)) == [], "0 new tokens were asked for"
 
 
 def test_check_fit_refuses_heads_of_another_model_and_trees_beyond_the_heads():
@@ -398,11 +416,11 @@ def test_texts_sampled_through_a_tree_pass_a_chi_square_test_and_a_redraw_for_ea
         emitted = list(medusa_generate(model, heads, cartesian_tree((2, 2)), [1, 2], 3, sampling, generator))
         steps += len(emitted)
         counts[tuple(flat(emitted))] += 1
-    assert n < steps < 3 * n
+    assert n < steps < 3 * n, "no guess is ever accepted, or all are"
     expected = text_distribution(model, [1, 2], 3, sampling)
     assert len(expected) > 20
     chance = chi_square(counts, expected, n)
-    assert chance < 1e-9 if faulty else chance > 0.01
+    assert chance < 1e-9 if faulty else chance > 0.01, "texts do not come with the base model's probabilities: one draw for each node, for all its children"
 
 
 def test_a_token_is_drawn_with_its_probability():
@@ -410,8 +428,9 @@ def test_a_token_is_drawn_with_its_probability():
     base_probs = base_probs.expand(50_000, 5)
     counts = medusa.draw(base_probs, medusa.exponential(base_probs, rng(0))).bincount(minlength=5)
     expected = {token: prob for token, prob in enumerate(base_probs[0].tolist()) if prob > 0}
-    assert counts[1] == 0
-    assert chi_square({token: count for token, count in enumerate(counts.tolist()) if count}, expected, 50_000) > 0.01
+    assert counts[1] == 0, "a token of probability 0 was drawn"
+    chance = chi_square({token: count for token, count in enumerate(counts.tolist()) if count}, expected, 50_000)
+    assert chance > 0.01, "tokens are not drawn with their probabilities: the smallest noise / probability comes first"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -421,7 +440,7 @@ def test_the_edges_of_the_noise_draw_tokens_of_nonzero_probability(dtype):
     for favoured in range(5):
         noise = torch.full((3, 5), most, dtype=dtype)
         noise[:, favoured] = least
-        assert (base_probs.gather(1, medusa.draw(base_probs, noise)[:, None]) > 0).all()
+        assert (base_probs.gather(1, medusa.draw(base_probs, noise)[:, None]) > 0).all(), "a token of probability 0 was drawn"
     assert medusa.exponential(torch.empty(10**6, dtype=dtype), rng(0)).min() >= least
 
 
@@ -441,7 +460,9 @@ def test_heads_that_think_as_the_base_does_guess_every_draw(temperature):
     model = markov_gpt(torch.tensor([[0.3, 0.0, 0.2, -0.1]]).expand(4, 4), context=64)
     heads = MedusaHeads(MedusaConfig(4, 4, 3)).double()
     steps = list(medusa_generate(model, heads, CHAIN, [1], 41, Sampling(temperature), rng(0)))
-    assert [len(step) for step in steps] == [1] + [4] * 10 and len(set(flat(steps))) > 1
+    lengths = [len(step) for step in steps]
+    assert lengths == [1] + [4] * 10, "heads that think as the base does must guess its every draw: rank by their race with the same noise and temperature"
+    assert len(set(flat(steps))) > 1
 
 
 @laws
@@ -449,12 +470,14 @@ def test_heads_that_think_as_the_base_does_guess_every_draw(temperature):
 def test_typical_and_greedy_acceptance_rank_guesses_by_likelihood_alone(seed, noise_seed):
     logits = torch.randn(3, 6, generator=rng(seed), dtype=torch.float64)
     noise = medusa.exponential(logits, rng(noise_seed))
-    assert torch.equal(medusa.favour(logits, Sampling(0.7, typical=True), noise), logits)
-    assert torch.equal(medusa.favour(logits, Sampling(), None), logits)
+    likelihood = "greedy and typical acceptance ask for the likeliest guesses: the noise is not theirs"
+    assert torch.equal(medusa.favour(logits, Sampling(0.7, typical=True), noise), logits), likelihood
+    assert torch.equal(medusa.favour(logits, Sampling(), None), logits), likelihood
     raced = medusa.favour(logits, Sampling(0.7), noise)
     for k in range(3):
         times = [float(noise[k, token]) / prob for token, prob in enumerate(distribution(logits[k], 0.7))]
-        assert raced[k].argsort(descending=True).tolist() == sorted(range(6), key=times.__getitem__)
+        ranking = sorted(range(6), key=times.__getitem__)
+        assert raced[k].argsort(descending=True).tolist() == ranking, "a lossless guess is ranked by noise / probability at the temperature, least first"
 
 
 # ---- typical acceptance ----
@@ -471,14 +494,16 @@ def test_typical_threshold_equals_the_formula(weights, epsilon, delta):
     probs = [weight / sum(weights) for weight in weights]
     threshold = typical_threshold(torch.tensor([probs, probs], dtype=torch.float64), epsilon, delta)
     expected = min(epsilon, (math.sqrt(epsilon) if delta is None else delta) * math.exp(-entropy(probs)))
-    torch.testing.assert_close(threshold, torch.full((2,), expected, dtype=torch.float64))
+    formula = "the threshold is not min(epsilon, delta * exp(-H)), H in nats, delta sqrt(epsilon) unless given"
+    torch.testing.assert_close(threshold, torch.full((2,), expected, dtype=torch.float64), msg=lambda m: f"{formula}\n{m}")
 
 
 def test_typical_defaults_are_those_of_the_paper():
     assert Sampling().epsilon == 0.09
     uniform = torch.full((100,), 0.01, dtype=torch.float64)
-    assert typical_threshold(uniform).item() == pytest.approx(0.3 / 100)
-    assert typical_threshold(torch.tensor([1.0, 0.0])).item() == pytest.approx(0.09)
+    swapped = "epsilon is 0.09 and delta its root, 0.3, unless told otherwise: not the other way round"
+    assert typical_threshold(uniform).item() == pytest.approx(0.3 / 100), swapped
+    assert typical_threshold(torch.tensor([1.0, 0.0])).item() == pytest.approx(0.09), swapped
 
 
 @st.composite
@@ -517,12 +542,24 @@ def typical_by_hand(tree, tokens, logits, sampling, noise):
     return path, [tokens[node] for node in path[1:]] + [drawn(probs[path[-1]], noise[path[-1]])]
 
 
+def accepted(path, best, emitted, tree, tokens) -> None:
+    """The path is the best one, and the tokens are its guesses and one more."""
+    assert path[:1] == [0] and all(tree.parents[node] == above for above, node in zip(path, path[1:])), "the accepted nodes are no path from the root down"
+    assert len(path) <= len(best), "a node was accepted that does not pass the rule at its parent"
+    assert len(path) >= len(best), "a deeper node was passed over although it and all above it pass the rule at their parents"
+    assert path == best, "of the nodes that pass the rule not the right one won: the deepest, and of equally deep ones the likeliest path"
+    assert emitted[:-1] == tokens[path[1:]].tolist() and len(emitted) == len(path), "a step earns the guesses on the path, then one draw of its last node"
+
+
 @settings(laws, max_examples=300)
 @given(verifications(), st.floats(0.3, 2), st.floats(0.001, 0.9), st.integers(0, 4), st.sampled_from((0.6, 1.0)))
 def test_typical_acceptance_agrees_with_the_formula(case, temperature, epsilon, top_k, top_p):
     sampling = Sampling(temperature, top_k, top_p, typical=True, epsilon=epsilon)
     tree, tokens, logits, noise = case
-    assert accept(tree, tokens, logits, sampling, noise) == typical_by_hand(tree, tokens, logits, sampling, noise)
+    path, emitted = accept(tree, tokens, logits, sampling, noise)
+    best, earned = typical_by_hand(tree, tokens, logits, sampling, noise)
+    accepted(path, best, emitted, tree, tokens)
+    assert emitted[-1:] == earned[-1:], "the next root is not drawn from the base distribution at the last accepted node, with that node's noise"
 
 
 @settings(laws, max_examples=100)
@@ -535,7 +572,9 @@ def test_greedy_and_lossless_acceptance_follow_the_draws_of_the_nodes(case, temp
     path = [0]
     while (node := [i for i in range(len(tree)) if tree.parents[i] == path[-1] and tokens[i] == draws[path[-1]]]):
         path += node
-    assert accept(tree, tokens, logits, sampling, noise) == (path, [draws[node] for node in path])
+    ours, emitted = accept(tree, tokens, logits, sampling, noise)
+    accepted(ours, path, emitted, tree, tokens)
+    assert emitted[-1] == draws[path[-1]], "the next root is not the draw of the last accepted node"
 
 
 @laws
@@ -543,10 +582,10 @@ def test_greedy_and_lossless_acceptance_follow_the_draws_of_the_nodes(case, temp
 def test_typical_acceptance_takes_everything_of_nonzero_probability_as_epsilon_goes_to_zero(case):
     tree, tokens, logits, noise = case
     path, emitted = accept(tree, tokens, logits, Sampling(1.0, typical=True, epsilon=1e-300), noise)
-    assert len(path) == max(tree.depths) + 1
+    assert len(path) == max(tree.depths) + 1, "a guess of nonzero probability was rejected although the threshold is next to 0"
     impossible = logits.index_fill(1, tokens[1:2], -math.inf) if len(tree) > 1 else logits
     path, _ = accept(tree, tokens, impossible, Sampling(1.0, typical=True, epsilon=1e-300), noise)
-    assert all(tokens[node] != tokens[1] for node in path[1:])
+    assert all(tokens[node] != tokens[1] for node in path[1:]), "a guess of probability 0 was accepted"
 
 
 @laws
@@ -556,8 +595,9 @@ def test_a_point_mass_accepts_only_its_token(case, epsilon, seed):
     favourites = torch.randint(logits.shape[1], (len(tree),), generator=rng(seed))
     logits = torch.full_like(logits, -math.inf).scatter(1, favourites[:, None], 0.0)
     path, emitted = accept(tree, tokens, logits, Sampling(1.0, typical=True, epsilon=epsilon), noise)
-    assert emitted == favourites[path].tolist()
-    assert not any(tree.parents[node] == path[-1] and tokens[node] == favourites[path[-1]] for node in range(1, len(tree)))
+    assert emitted == favourites[path].tolist(), "a node that is sure of its next token accepted another, or drew another"
+    more = any(tree.parents[node] == path[-1] and tokens[node] == favourites[path[-1]] for node in range(1, len(tree)))
+    assert not more, "a child that holds the one token its parent is sure of was not accepted"
 
 
 @pytest.mark.parametrize("likelier", [1, 2])
@@ -570,7 +610,7 @@ def test_of_equally_deep_paths_the_likeliest_wins(likelier):
     if likelier == 2:
         probs[[1, 2]] = probs[[2, 1]]
     path, _ = accept(tree, tokens, probs.log(), Sampling(1.0, typical=True), torch.ones(5, 3, dtype=torch.float64))
-    assert path == [0, likelier, likelier + 2]
+    assert path == [0, likelier, likelier + 2], "of equally deep paths the one whose tokens together are likeliest wins"
 
 
 def test_the_next_root_of_typical_acceptance_is_drawn():
@@ -581,9 +621,10 @@ def test_the_next_root_of_typical_acceptance_is_drawn():
     for _ in range(2000):
         noise = medusa.exponential(logits, generator)
         path, emitted = accept(tree, tokens, logits, Sampling(1.0, typical=True), noise)
-        assert path == [0, 1] and emitted[0] == 1
+        assert path == [0, 1] and emitted[0] == 1, "a guess of probability 0.8 is accepted"
         counts[emitted[1]] += 1
-    assert chi_square(counts, {0: 0.2, 1: 0.5, 2: 0.3}, 2000) > 0.01
+    assert len(counts) > 1, "the next root is always the same token: it is drawn, it is not the argmax"
+    assert chi_square(counts, {0: 0.2, 1: 0.5, 2: 0.3}, 2000) > 0.01, "the next root is not drawn with the base model's probabilities at the last node"
 
 
 @pytest.mark.parametrize("typical", [False, True])
@@ -600,6 +641,9 @@ def test_a_seed_repeats_its_text_and_another_draws_another(typical):
 # ---- heads ----
 
 
+SHAPE = "logits are (K, ..., V): heads first, then as the hidden states are, then the vocabulary"
+
+
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("private", [False, True])
 def test_new_heads_are_exactly_the_lm_head(private, layers):
@@ -609,8 +653,9 @@ def test_new_heads_are_exactly_the_lm_head(private, layers):
     hidden = torch.randint(-9, 9, (2, 4, 6), generator=rng(1)).double()
     heads = MedusaHeads(MedusaConfig(6, 5, 3, layers, not private), lm_head).double()
     logits = heads(hidden, lm_head)
-    assert torch.equal(logits, lm_head(hidden).expand(3, 2, 4, 5))
-    assert torch.equal(heads(hidden[0, 0], lm_head), logits[:, 0, 0])
+    assert logits.shape == (3, 2, 4, 5), SHAPE
+    assert torch.equal(logits, lm_head(hidden).expand(3, 2, 4, 5)), "a new head is not exactly the LM head: it is W2 (h + SiLU(W1 h + b1)), W1 and b1 zero at first"
+    assert torch.equal(heads(hidden[0, 0], lm_head), logits[:, 0, 0]), "one hidden state alone gives other logits than among others"
 
 
 def heads_and_base(layers: int, private: bool) -> tuple[MedusaHeads, nn.Linear]:
@@ -636,7 +681,7 @@ def test_heads_equal_the_formula_evaluated_head_by_head_from_the_file(layers, pr
     disk = {name: weight.double() for name, weight in load_file(tmp_path / "model.safetensors").items()}
     hidden = torch.randn(2, 4, 6, generator=rng(7), dtype=torch.float64)
     logits = heads.double()(hidden, lm_head.double())
-    assert logits.shape == (3, 2, 4, 5)
+    assert logits.shape == (3, 2, 4, 5), SHAPE
     for k in range(3):
         for b in range(2):
             for t in range(4):
@@ -645,14 +690,19 @@ def test_heads_equal_the_formula_evaluated_head_by_head_from_the_file(layers, pr
                     z = disk[f"blocks.{k}.layers.{j}.weight"] @ x + disk[f"blocks.{k}.layers.{j}.bias"]
                     x = x + z / (1 + torch.exp(-z))
                 expected = (disk[f"lm_heads.{k}.weight"] if private else lm_head.weight) @ x
-                torch.testing.assert_close(logits[k, b, t], expected, rtol=1e-9, atol=1e-9)
+                wrong = f"head {k + 1} is not W2 (h + SiLU(W1 h + b1)), {layers} such layers one behind the other"
+                torch.testing.assert_close(logits[k, b, t], expected, rtol=1e-9, atol=1e-9, msg=lambda m, wrong=wrong: f"{wrong}\n{m}")
 
 
 @LAYERS
 @BOTH
 def test_no_parameter_is_shared_among_layers_or_heads(layers, private, tmp_path):
     heads, lm_head = heads_and_base(layers, private)
-    assert sum(weight.numel() for weight in heads.parameters()) == 3 * (layers * (6 * 6 + 6) + private * 5 * 6)
+    owned = sum(weight.numel() for weight in heads.parameters())
+    assert owned == 3 * (layers * (6 * 6 + 6) + private * 5 * 6), "the heads own W1 and b1 of every layer, and W2 only where it is private; never the base's"
+    new = MedusaHeads(MedusaConfig(6, 5, 3, layers, not private), lm_head)
+    held = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in new.parameters()}
+    assert sum(held.values()) >= 4 * owned, "heads or layers share one block of memory: each must have its own"
     hidden = torch.randn(6, generator=rng(7))
     logits = heads(hidden, lm_head)
     heads.save_pretrained(tmp_path)
@@ -661,28 +711,29 @@ def test_no_parameter_is_shared_among_layers_or_heads(layers, private, tmp_path)
     for name in state:
         save_file(state | {name: state[name] + 1}, file)
         changed = (MedusaHeads.from_pretrained(tmp_path)(hidden, lm_head) != logits).any(-1)
-        assert changed.nonzero().flatten().tolist() == [int(name.split(".")[1])]
+        assert changed.nonzero().flatten().tolist() == [int(name.split(".")[1])], f"{name} changes other heads than its own, or none"
 
 
 @BOTH
 def test_training_heads_never_moves_the_lm_head(private):
     heads, lm_head = heads_and_base(1, private)
     own = {weight.untyped_storage().data_ptr() for weight in heads.parameters()}
-    assert lm_head.weight.untyped_storage().data_ptr() not in own
+    assert lm_head.weight.untyped_storage().data_ptr() not in own, "the LM head of the base is a parameter of the heads: training them would move it"
     before = lm_head.weight.detach().clone()
     optimizer = torch.optim.SGD(heads.parameters(), lr=1.0)
     heads(torch.ones(2, 4, 6), lm_head).square().sum().backward()
     optimizer.step()
-    assert torch.equal(lm_head.weight, before)
-    assert all(weight.grad.abs().sum() > 0 for weight in heads.parameters())
+    assert torch.equal(lm_head.weight, before), "training the heads moved the base's LM head"
+    assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in heads.parameters()), "a parameter of the heads gets no gradient"
 
 
 def test_private_heads_start_as_copies_of_their_own():
     lm_head = nn.Linear(6, 5, bias=False)
     heads = MedusaHeads(MedusaConfig(6, 5, 2, original_lm_head=False), lm_head)
+    assert torch.equal(heads.lm_heads[0], lm_head.weight), "a private head does not start as the LM head"
     heads.lm_heads.data[0] += 1
-    assert torch.equal(heads.lm_heads[1], lm_head.weight)
-    assert heads.lm_heads.requires_grad
+    assert torch.equal(heads.lm_heads[1], lm_head.weight), "private heads share one matrix: each needs a copy of its own"
+    assert heads.lm_heads.requires_grad, "private heads are trained"
 
 
 def official_state(K: int, J: int) -> dict:
@@ -780,14 +831,16 @@ def test_medusa_loss_equals_the_sum_taken_one_target_at_a_time(batch):
     for given_mask, used in ((mask, mask), (None, torch.ones_like(mask))):
         loss, means = medusa_loss(logits, tokens, given_mask, decay)
         expected, expected_means = loss_by_hand(logits, tokens, used, decay)
-        torch.testing.assert_close(loss, torch.as_tensor(expected, dtype=torch.float64))
-        torch.testing.assert_close(means, torch.stack(expected_means))
+        wrong = "the mean of head k is not the cross-entropy at t against token t+k+1, over the targets that carry loss and only those"
+        torch.testing.assert_close(means, torch.stack(expected_means), msg=lambda m, wrong=wrong: f"{wrong}\n{m}")
+        wrong = "the loss is not the sum over heads k = 1, 2, ... of decay^k times head k's mean"
+        torch.testing.assert_close(loss, torch.as_tensor(expected, dtype=torch.float64), msg=lambda m, wrong=wrong: f"{wrong}\n{m}")
 
 
 def test_medusa_loss_decays_by_four_fifths_unless_told():
     logits, tokens = torch.randn(2, 1, 5, 4, generator=rng(0)), torch.tensor([[0, 1, 2, 3, 0]])
     loss, means = medusa_loss(logits, tokens)
-    torch.testing.assert_close(loss, 0.8 * means[0] + 0.64 * means[1])
+    torch.testing.assert_close(loss, 0.8 * means[0] + 0.64 * means[1], msg=lambda m: f"head k weighs 0.8^k, k from 1\n{m}")
 
 
 @laws
@@ -801,12 +854,13 @@ def test_masked_targets_have_no_influence(batch, seed):
         loss, _ = medusa_loss(leaf, targets, mask, decay)
         loss.backward()
         results.append((loss.detach(), leaf.grad))
-    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    wrong = "a target whose mask is False changes the loss or its gradient: the mask belongs to the target, not to the position that guesses it"
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0, msg=lambda m: f"{wrong}\n{m}")
     K, B, T, _ = logits.shape
     for k in range(1, K + 1):
         for t in range(T):
             carries = mask[:, t + k + 1] if t + k + 1 < T else torch.zeros(B, dtype=torch.bool)
-            assert torch.equal(results[0][1][k - 1, :, t].abs().sum(-1) > 0, carries)
+            assert torch.equal(results[0][1][k - 1, :, t].abs().sum(-1) > 0, carries), f"head {k} at t learns exactly if token t+{k + 1} carries loss"
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
@@ -816,8 +870,8 @@ def test_heads_without_targets_add_nothing(length):
     tokens = torch.zeros(2, length, dtype=torch.long)
     for mask in (None, torch.zeros(2, length, dtype=torch.bool)):
         loss, means = medusa_loss(logits, tokens, mask)
-        assert (means > 0).tolist() == [mask is None and k + 2 <= length for k in (1, 2, 3)]
-        assert torch.isfinite(torch.autograd.grad(loss, logits)[0]).all()
+        assert (means > 0).tolist() == [mask is None and k + 2 <= length for k in (1, 2, 3)], "head k has a target only if k + 2 tokens are there; else it adds 0"
+        assert torch.isfinite(torch.autograd.grad(loss, logits)[0]).all(), "without targets the gradient is not finite: a mean over nothing"
 
 
 @pytest.mark.parametrize("offset", [1, 2, 3, 4, 5])
@@ -841,7 +895,7 @@ def test_head_k_learns_the_token_k_plus_1_ahead_and_nothing_else(offset):
         loss.backward()
         optimizer.step()
     for k, mean in enumerate(means.tolist(), start=1):
-        assert mean < 0.1 if k + 1 == offset else mean > 0.8 * math.log(V), f"head {k}"
+        assert mean < 0.1 if k + 1 == offset else mean > 0.8 * math.log(V), f"head {k} must learn the token {k + 1} ahead and no other; here {offset} is known"
 
 
 # ---- heads on disk ----

@@ -169,10 +169,11 @@ def test_keep_moves_the_chosen_rows_down_and_forgets_the_others(B, start, chosen
     expected = [cache.data[..., at, :].clone() for at in (*range(start), *(start + row for row in rows))]
     cache.length = start + len(chosen)
     cache.keep(start, rows)
-    assert cache.length == len(expected)
+    assert cache.length == len(expected), "the length is not that of the past and the kept rows"
     layers = torch.stack([torch.stack(layer) for layer in cache.layers])
     for at, row in enumerate(expected):
-        assert torch.equal(cache.data[..., at, :], row) and torch.equal(layers[..., at, :], row)
+        assert torch.equal(cache.data[..., at, :], row), f"row {at} is not the one that was to be kept there: rows move down to be contiguous, all at once"
+        assert torch.equal(layers[..., at, :], row), "layers no longer look at the data that was moved"
 
 
 @laws

@@ -24,20 +24,47 @@ def climb(tree: Tree, node: int) -> list[int]:
     return chain
 
 
+def refused_in_words(call, says: str, what: str) -> None:
+    """call() raises ValueError, and its message says this."""
+    try:
+        call()
+    except ValueError as error:
+        assert says in str(error), f"{what}: the ValueError does not say {says!r}"
+    else:
+        pytest.fail(f"{what}: no ValueError, although no tree can be made of them")
+
+
 @laws
 @given(trees())
-def test_mask_depths_and_paths_equal_brute_force(tree):
-    assert tree.mask.dtype == torch.bool and tree.mask.shape == (len(tree), len(tree))
+def test_mask_equals_brute_force(tree):
+    assert tree.mask.dtype == torch.bool and tree.mask.shape == (len(tree), len(tree)), "the mask is one bool for each pair of nodes"
     for node in range(len(tree)):
-        chain = climb(tree, node)
-        assert tree.mask[node].nonzero().flatten().tolist() == chain
-        assert tree.depths[node] == len(chain) - 1
-        assert tree.paths[node] == tuple(tree.ranks[ancestor] for ancestor in chain[1:])
+        seen, chain = tree.mask[node].nonzero().flatten().tolist(), climb(tree, node)
+        assert node in seen, f"node {node} does not see itself"
+        assert set(chain) <= set(seen), f"node {node} does not see all of its ancestors"
+        assert seen == chain, f"node {node} sees nodes that are not its ancestors"
+
+
+@laws
+@given(trees())
+def test_depths_equal_brute_force(tree):
+    for node in range(len(tree)):
+        assert tree.depths[node] == len(climb(tree, node)) - 1, f"the depth of node {node} is not its number of steps from the root"
+
+
+@laws
+@given(trees())
+def test_paths_equal_brute_force(tree):
+    for node in range(len(tree)):
+        ranks = tuple(tree.ranks[ancestor] for ancestor in climb(tree, node)[1:])
+        assert tree.paths[node] == ranks, f"the path of node {node} is not the ranks from the root down to it, the root's left out"
 
 
 def test_the_mask_hides_the_sibling_branch():
-    tree = Tree((-1, 0, 0, 1), (-1, 0, 1, 0))
-    assert tree.mask.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]
+    mask = Tree((-1, 0, 0, 1), (-1, 0, 1, 0)).mask.int().tolist()
+    assert not mask[2][1] and not mask[3][2] and not mask[1][2], "a node sees a sibling, or a sibling's branch"
+    assert not mask[0][1] and not mask[1][3], "a node sees its own children: a guess must not see what is guessed behind it"
+    assert mask == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]], "each node sees its ancestors and itself"
 
 
 @pytest.mark.parametrize(
@@ -64,31 +91,30 @@ def test_a_malformed_tree_is_refused_by_name(parents, ranks, says):
 
 def test_a_tree_is_frozen_and_the_root_alone_is_one():
     tree = Tree((-1,), (-1,))
-    assert (len(tree), tree.depths, tree.paths) == (1, (0,), ((),))
+    assert (len(tree), tree.depths, tree.paths) == (1, (0,), ((),)), "the root is at depth 0, and its path is empty"
     with pytest.raises(AttributeError):
         tree.parents = (-1, 0)
 
 
 def test_worked_example_of_the_cartesian_tree():
     tree = cartesian_tree((2, 3))
-    assert len(tree) == 1 + 2 + 2 * 3
-    assert tree.parents == (-1, 0, 0, 1, 1, 1, 2, 2, 2)
-    assert tree.ranks == (-1, 0, 1, 0, 1, 2, 0, 1, 2)
+    assert len(tree) == 1 + 2 + 2 * 3, "widths 2 and 3: the root, 2 guesses of head 1, and below each of them 3 of head 2"
+    assert tree.parents == (-1, 0, 0, 1, 1, 1, 2, 2, 2), "nodes stand by depth, then by ranks, each with its parent's index"
+    assert tree.ranks == (-1, 0, 1, 0, 1, 2, 0, 1, 2), "the ranks below each parent count up from 0"
 
 
 @laws
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=4))
 def test_cartesian_tree_holds_every_combination_once(widths):
     tree = cartesian_tree(widths)
-    assert len(tree) == 1 + sum(math.prod(widths[:depth]) for depth in range(1, len(widths) + 1))
-    assert len(set(tree.paths)) == len(tree)
-    assert all(rank < width for path in tree.paths for rank, width in zip(path, widths))
+    assert all(rank < width for path in tree.paths for rank, width in zip(path, widths)), "a rank at depth d is not below widths[d-1]"
+    assert len(tree) == 1 + sum(math.prod(widths[:depth]) for depth in range(1, len(widths) + 1)), "not every combination, at every depth, is there"
+    assert len(set(tree.paths)) == len(tree), "a combination stands twice"
 
 
 @pytest.mark.parametrize("widths", [(), (0,), (2, 0), (2, -1)])
 def test_cartesian_tree_refuses_widths_below_one(widths):
-    with pytest.raises(ValueError, match=re.escape(str(list(widths)))):
-        cartesian_tree(widths)
+    refused_in_words(lambda: cartesian_tree(widths), str(list(widths)), f"widths {widths}")
 
 
 @laws
@@ -104,8 +130,9 @@ def test_tree_from_paths_takes_any_order_and_round_trips(tree, shuffler):
     paths = [list(path) for path in tree.paths[1:]]
     shuffler.shuffle(paths)
     built = tree_from_paths(paths)
-    assert built.paths == tuple(sorted(tree.paths, key=lambda path: (len(path), path)))
-    assert tree_from_paths(built.paths[1:]) == built
+    assert set(built.paths) == set(tree.paths), "the tree does not hold the paths that it was made of, and the root"
+    assert built.paths == tuple(sorted(tree.paths, key=lambda path: (len(path), path))), "nodes stand by depth, then by ranks"
+    assert tree_from_paths(built.paths[1:]) == built, "a tree is not what its own paths make"
 
 
 @pytest.mark.parametrize(
@@ -124,8 +151,7 @@ def test_tree_from_paths_takes_any_order_and_round_trips(tree, shuffler):
     ],
 )
 def test_tree_from_paths_names_the_path_it_refuses(paths, says):
-    with pytest.raises(ValueError, match=re.escape(says)):
-        tree_from_paths(paths)
+    refused_in_words(lambda: tree_from_paths(paths), says, f"paths {paths}")
 
 
 def every_tree(n_nodes: int, n_ranks: int, max_depth: int) -> set[frozenset]:
@@ -154,8 +180,8 @@ CANDIDATES = {n: every_tree(n, 3, 3) for n in range(2, 6)}
 def test_calibrated_tree_is_the_best_of_all_trees_of_its_size(rows, n_nodes):
     tree = calibrated_tree(rows, n_nodes)
     best = max(hits(paths, rows) for paths in CANDIDATES[n_nodes])
-    assert hits(tree.paths, rows) == best
-    assert expected_tokens(tree, prefix_counts(rows)) == pytest.approx(1 + best / len(rows))
+    assert hits(tree.paths, rows) == best, "another tree of this size would have had more of its guesses accepted"
+    assert expected_tokens(tree, prefix_counts(rows)) == pytest.approx(1 + best / len(rows)), "the promise is not what this tree would have earned"
 
 
 @laws
@@ -165,26 +191,26 @@ def test_calibrated_tree_takes_the_most_frequent_prefixes_and_breaks_ties_to_the
     frequency = {prefix: sum(row[: len(prefix)] == prefix for row in rows) for prefix in prefixes}
     best = sorted(prefixes, key=lambda prefix: (-frequency[prefix], len(prefix), prefix))[: n_nodes - 1]
     tree = calibrated_tree(rows, n_nodes)
-    assert len(tree) == min(n_nodes, len(prefixes) + 1), "the root counts"
-    assert set(tree.paths[1:]) == set(best)
+    assert len(tree) == min(n_nodes, len(prefixes) + 1), "n_nodes counts the root, and a tree holds prefixes that occurred and no others"
+    assert set(tree.paths[1:]) == set(best), "not the most frequent prefixes, ties to the shorter, then to the lower ranks"
     assert calibrated_tree(random.Random(0).sample(rows, len(rows)), n_nodes) == tree, "the order of the positions is nothing"
 
 
 def test_calibrated_tree_breaks_ties_to_the_shorter_then_to_the_lower_ranks():
-    assert calibrated_tree([(0, 0), (1, 1)], 3).paths == ((), (0,), (1,))
-    assert calibrated_tree([(2, 0), (1, 0)], 2).paths == ((), (1,))
-    assert calibrated_tree([(1, 1), (0, 1), (0, 0), (1, 0)], 4).paths == ((), (0,), (1,), (0, 0))
+    assert calibrated_tree([(0, 0), (1, 1)], 3).paths == ((), (0,), (1,)), "of equally frequent prefixes the shorter comes first"
+    assert calibrated_tree([(2, 0), (1, 0)], 2).paths == ((), (1,)), "of equally frequent and long prefixes the one with the lower ranks comes first"
+    assert calibrated_tree([(1, 1), (0, 1), (0, 0), (1, 0)], 4).paths == ((), (0,), (1,), (0, 0)), "ties go to the shorter, then to the lower ranks"
 
 
 def test_calibrated_tree_assumes_no_independence():
     """The marginals would prefer [0, 1] (0.6 * 0.6) to [1, 1] (0.4 * 0.6); jointly [1, 1] came twice as often."""
     rows = [(0, 1)] * 2 + [(0, 2)] * 2 + [(0, 3)] * 2 + [(1, 1)] * 4
-    assert calibrated_tree(rows, 4).paths == ((), (0,), (1,), (1, 1))
+    assert calibrated_tree(rows, 4).paths == ((), (0,), (1,), (1, 1)), "heads are not independent: count whole prefixes, do not multiply marginals"
 
 
 def test_calibrated_tree_takes_counts_as_well_as_rows():
     rows = [(0, 0), (0, 1), (1, 0)]
-    assert calibrated_tree(prefix_counts(rows), 4) == calibrated_tree(iter(rows), 4)
+    assert calibrated_tree(prefix_counts(rows), 4) == calibrated_tree(iter(rows), 4), "rows and their prefix counts give different trees"
 
 
 @laws
@@ -210,22 +236,22 @@ def test_a_replay_of_a_text_tells_what_decoding_earns():
 
 @pytest.mark.parametrize("rows, n_nodes", [([(0, 0)], 1), ([(0, 0)], 0), ([], 4), ([()], 4)])
 def test_calibrated_tree_refuses_a_tree_without_guesses(rows, n_nodes):
-    with pytest.raises(ValueError, match=f"n_nodes = {n_nodes}"):
-        calibrated_tree(rows, n_nodes)
+    refused_in_words(lambda: calibrated_tree(rows, n_nodes), f"n_nodes = {n_nodes}", f"{n_nodes} nodes from rows {rows}")
 
 
 @laws
 @given(rank_data(max_depth=3, n_ranks=3))
 def test_prefix_counts_equal_brute_force(rows):
     counts = prefix_counts(rows)
-    assert counts[()] == len(rows)
-    assert counts == Counter(row[:depth] for depth in range(4) for row in rows if depth <= len(row))
+    assert counts[()] == len(rows), "the empty prefix stands once for each position"
+    assert counts == Counter(row[:depth] for depth in range(4) for row in rows if depth <= len(row)), "each position counts once for each prefix of its ranks"
 
 
 @laws
 @given(rank_data(max_depth=3, n_ranks=4), trees(max_depth=3))
 def test_expected_tokens_is_the_mean_of_what_each_position_would_have_emitted(rows, tree):
-    assert expected_tokens(tree, prefix_counts(rows)) == pytest.approx(1 + hits(tree.paths, rows) / len(rows))
+    promised, earned = expected_tokens(tree, prefix_counts(rows)), 1 + hits(tree.paths, rows) / len(rows)
+    assert promised == pytest.approx(earned), "tokens per step: the next root, and each node's chance to be accepted"
 
 
 halves = st.integers(1, 6).map(lambda n: Fraction(n, 2))
