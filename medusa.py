@@ -8,7 +8,7 @@ Dimension key
 Head k (counted from 1) at position t guesses token t+k+1; token t+1 is the base model's own business.
 """
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -392,6 +392,7 @@ def medusa_generate(
     max_new_tokens: int,
     sampling: Sampling = Sampling(),
     generator: torch.Generator | None = None,
+    accept: Callable[..., tuple[list[int], list[int]]] = accept,  # or who looks on at each verdict, and asks it
 ) -> Iterator[list[int]]:
     """Decoding with Medusa heads: yields what each step emitted, the first time the root that the prompt itself gives.
 

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from data.tokenizer import Tokenizer
-from medusa import ROOT, MedusaHeads, NoiseAhead, Sampling, base_distribution, check_fit, generate as plain_generate, medusa_generate, text_limit
+from data.trace import Trace, check_page
+from medusa import ROOT, MedusaHeads, NoiseAhead, Sampling, accept, base_distribution, check_fit, generate as plain_generate, medusa_generate, text_limit
 from model import GPT, check_sizes, read_json
 from train import SHIPPED_BASE, OneLineParser, add_options, load_base, option, pick_device, read_prefixes, run
 from tree import Tree, calibrated_tree, cartesian_tree, choose_size, expected_tokens, interpolate, tree_from_paths
@@ -46,6 +47,7 @@ class SampleConfig:
     dtype: str = option("float32", "of weights and cache", choices=("float32", "float64", "bfloat16", "float16"))
     base: str = option(SHIPPED_BASE, "directory of the base model")
     heads: str = option("data/heads", "directory of the heads")
+    trace: str = option("", "write a page that replays the generation, step by step, to this HTML file")
 
     def __post_init__(self):
         check_sizes(self, ["max_new_tokens"])
@@ -258,6 +260,8 @@ def main() -> None:
     add_options(parser, SampleConfig)
     config = SampleConfig(**vars(parser.parse_args()))
     sampling, text = sampling_of(config), read_prompt(config)
+    if config.trace:
+        check_page(Path(config.trace))
     device, dtype = pick_device(config.device), getattr(torch, config.dtype)
     tokenizer, model = load_base(config.base, dtype, device)
     heads = MedusaHeads.from_pretrained(config.heads, dtype, device)
@@ -271,9 +275,16 @@ def main() -> None:
         return torch.Generator(device).manual_seed(config.seed)
 
     printer = Printer(tokenizer, prompt)
-    steps = medusa_generate(model, heads, tree, prompt, config.max_new_tokens, sampling, seeded())
+    trace = Trace(tokenizer, heads, prompt, model.config.eos_token_id) if config.trace else None
+
+    def show(emitted: list[int]) -> None:
+        printer.step(emitted, model.config.eos_token_id)
+        if trace:
+            trace.step(emitted)
+
+    steps = medusa_generate(model, heads, tree, prompt, config.max_new_tokens, sampling, seeded(), trace.accept if trace else accept)
     print(text, end="", flush=True)
-    ours = timed_run(steps, lambda emitted: printer.step(emitted, model.config.eos_token_id))
+    ours = timed_run(steps, show)
     printer.finish()
     plain = timed_run(plain_generate(model, prompt, config.max_new_tokens, sampling, seeded()))
 
@@ -285,6 +296,8 @@ def main() -> None:
     else:
         difference = f"differs from token {at + 1} on, where the two were {gap_at(model, prompt, ours.tokens, plain.tokens, at, sampling, config.seed):.1e} apart"
     print("\n" + compare(ours, plain, difference, tree, why))
+    if trace:
+        trace.write(Path(config.trace), prompt=text, why=why, difference=difference, costs=[run.seconds / max(run.steps, 1) for run in (ours, plain)])
 
 
 if __name__ == "__main__":

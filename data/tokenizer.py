@@ -44,6 +44,10 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return self.processor.decode([int(id) for id in ids if id < self.vocab_size])  # a model's vocabulary may be padded
 
+    def piece(self, id: int) -> str:
+        """The vocabulary's own name of a token, such as <0xE2> for a byte."""
+        return self.processor.id_to_piece(id) if id < self.vocab_size else f"<{id}>"
+
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """Learn vocab_size pieces. The documents go in as blocks of 16 lines, so that pieces with newlines can be learnt."""
