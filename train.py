@@ -123,8 +123,6 @@ class DistillConfig(Common):
         check_sizes(self, ["rows", "prompt_tokens", "new_tokens"])
         if self.shards < 0:
             raise ValueError(f"--shards {self.shards}: must be 0 (held-out rows alone) or more")
-        if self.chat and not self.text:
-            raise ValueError("--chat needs --text: a file of user turns; python -m data.turns writes one")
         Sampling(self.temperature, top_p=self.top_p)  # refuses bad values before anything is sampled
 
 

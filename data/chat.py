@@ -51,6 +51,8 @@ def chat_text(directory, turns: list[dict[str, str]]) -> str:
 
 def turn_prompts(paths: list[str], directory, tokenizer: JsonTokenizer, most: int) -> dict[str, list[list[int]]]:
     """The prompts of both sides, of at most `most` tokens each: files of user turns, a JSON string a line, split by a hash of the turn."""
+    if not paths:
+        raise ValueError("--chat needs --text: a file of user turns; python -m data.turns writes one")
     sides = {"validation": [], "train": []}
     for path in paths:
         try:
