@@ -340,7 +340,7 @@ def generate(
             token = draw(base_distribution(logits, sampling), noise.at((0,)))[None]  # (1, 1)
             noise.advance(1)
         yield [emitted := token.item()]
-        if emitted == model.config.eos_token_id:
+        if emitted in model.config.ends:
             return
 
 
@@ -410,11 +410,11 @@ def medusa_generate(
     states = model(tokens[None], cache=cache)[0, -1:]  # (1, D)
     path, emitted = accept(ROOT, tokens[-1:], lm_head(states), sampling, noise.at(ROOT.depths))  # the prompt's last token is a tree of one
     while length < end:
-        emitted = emitted[: emitted.index(model.config.eos_token_id) + 1] if model.config.eos_token_id in emitted else emitted
+        emitted = emitted[: next((n for n, token in enumerate(emitted, start=1) if token in model.config.ends), None)]
         yield emitted
         length += len(emitted)
         noise.advance(len(emitted))
-        if length == end or emitted[-1] == model.config.eos_token_id:
+        if length == end or emitted[-1] in model.config.ends:
             return
         if plan.depth > end - length - 1:  # a node must leave room for the token it earns
             plan = Plan(tree.cut(end - length - 1), end, lm_head.weight)

@@ -11,7 +11,7 @@ Dimension key
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -36,24 +36,40 @@ class ModelConfig:
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = True
     bos_token_id: int | None = 1
-    eos_token_id: int | None = 2
+    eos_token_id: int | list[int] | None = 2
+    head_dim: int | None = None  # hidden_size / num_attention_heads unless given
+    rope_scaling: dict | None = None
+    model_type: str = "llama"  # or qwen2: queries, keys and values have biases
 
     def __post_init__(self):
-        check_sizes(self, [f.name for f in fields(self) if f.type is int])
-        for name in ("rms_norm_eps", "rope_theta"):
-            if type(value := getattr(self, name)) not in (int, float) or not 0 < value < math.inf:
+        check_sizes(self, [f.name for f in fields(self) if f.type is int or f.name == "head_dim" and self.head_dim is not None])
+        scaling = self.rope_scaling or {}
+        numbers = {name: getattr(self, name) for name in ("rms_norm_eps", "rope_theta")}
+        for name, value in (numbers | {name: scaling.get(name) for name in ROPE_SCALING.get(scaling.get("rope_type"), ())}).items():
+            if type(value) not in (int, float) or not 0 < value < math.inf:
                 raise ValueError(f"{name} = {value!r}: must be a number above 0")
-        for name in ("bos_token_id", "eos_token_id"):
-            if type(value := getattr(self, name)) is not int and value is not None:
-                raise ValueError(f"{name} = {value!r}: must be one token id, or null")
-        if self.hidden_size % (2 * self.num_attention_heads):
-            raise ValueError(f"hidden_size {self.hidden_size} does not split into {self.num_attention_heads} heads of even size")
+        if scaling.get("low_freq_factor", 0) >= scaling.get("high_freq_factor", math.inf):
+            raise ValueError(f"high_freq_factor = {scaling['high_freq_factor']}: must be above low_freq_factor = {scaling['low_freq_factor']}")
+        if type(self.bos_token_id) is not int and self.bos_token_id is not None:
+            raise ValueError(f"bos_token_id = {self.bos_token_id!r}: must be one token id, or null")
+        if not all(type(token) is int for token in self.ends):
+            raise ValueError(f"eos_token_id = {self.eos_token_id!r}: must be a token id, a list of them, or null")
+        if self.head_size % 2 or self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} does not split into {self.num_attention_heads} heads of even size: head_dim = {self.head_dim}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads {self.num_key_value_heads}")
 
     @property
     def head_size(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end a text."""
+        return tuple(self.eos_token_id) if isinstance(self.eos_token_id, list) else () if self.eos_token_id is None else (self.eos_token_id,)
+
+
+ROPE_SCALING = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
 
 
 class KVCache:
@@ -82,31 +98,48 @@ class KVCache:
         self.layers = [tuple(layer) for layer in self.data]
 
 
-def rotary_table(config: ModelConfig) -> Tensor:
-    """cos and signed sin of every position's angles: (max_position_embeddings, 2, 1, hs).
+def rotary_speeds(config: ModelConfig) -> Tensor:
+    """theta^(-2i/hs), the angle by which a position turns pair i: (hs/2,) in float64.
 
-    Dimension i of a head turns together with dimension i + hs/2, by position * theta^(-2i/hs). The sign that the first half
-    needs stands in the table, so that rotating is x * cos + roll(x, hs/2) * sin.  (RoFormer, in the layout of Llama)
+    Rope scaling slows pairs down, to 1/factor. "linear": all of them. "llama3": those that turn fewer than low_freq_factor times
+    within the original context; those that turn more than high_freq_factor times keep their speed, and in between it blends.
     """
     half = config.head_size // 2
     speed = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)  # (hs/2,)
-    angle = torch.outer(torch.arange(config.max_position_embeddings, dtype=torch.float64), speed)  # (positions, hs/2)
+    if (scaling := config.rope_scaling) is None:
+        return speed
+    kept = torch.zeros(())
+    if scaling["rope_type"] == "llama3":
+        turns = speed * scaling["original_max_position_embeddings"] / (2 * math.pi)  # (hs/2,)
+        kept = (turns - scaling["low_freq_factor"]) / (scaling["high_freq_factor"] - scaling["low_freq_factor"])
+    kept = kept.clamp(0, 1)
+    return speed * (kept + (1 - kept) / scaling["factor"])
+
+
+def rotary_table(config: ModelConfig) -> Tensor:
+    """cos and signed sin of every position's angles: (max_position_embeddings, 2, 1, hs).
+
+    Dimension i of a head turns together with dimension i + hs/2, by position * its speed. The sign that the first half
+    needs stands in the table, so that rotating is x * cos + roll(x, hs/2) * sin.  (RoFormer, in the layout of Llama)
+    """
+    angle = torch.outer(torch.arange(config.max_position_embeddings, dtype=torch.float64), rotary_speeds(config))  # (positions, hs/2)
     cos = torch.cat((angle.cos(), angle.cos()), dim=-1)
     sin = torch.cat((-angle.sin(), angle.sin()), dim=-1)
     return torch.stack((cos, sin), dim=1).unsqueeze(2).to(torch.get_default_dtype())  # (positions, 2, 1, hs)
 
 
 class Linear(nn.Linear):
-    """x W^T. A few rows go as (W x^T)^T on a CPU: the same product, but its weights are read in the order in which they lie."""
+    """x W^T + b. A few rows go as (W x^T)^T on a CPU: the same product, but its weights are read in the order in which they lie."""
 
     FEW = 16
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.shape[:-1].numel()
         if rows > self.FEW or x.device.type != "cpu":
-            return F.linear(x, self.weight)
+            return F.linear(x, self.weight, self.bias)
         columns = x.reshape(rows, -1) if rows > 1 else torch.cat((x.flatten(), x.flatten())).view(2, -1)  # two are faster than one
-        return (self.weight @ columns.mT).mT[:rows].contiguous().view(*x.shape[:-1], -1)
+        y = (self.weight @ columns.mT).mT[:rows].contiguous().view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
 
 
 class Attention(nn.Module):
@@ -115,7 +148,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.nh, self.nkv, self.hs = config.num_attention_heads, config.num_key_value_heads, config.head_size
-        self.qkv_proj = Linear(config.hidden_size, (self.nh + 2 * self.nkv) * self.hs, bias=False)
+        self.qkv_proj = Linear(config.hidden_size, (self.nh + 2 * self.nkv) * self.hs, bias=config.model_type == "qwen2")
         self.o_proj = Linear(self.nh * self.hs, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache, start: int) -> Tensor:
@@ -186,6 +219,8 @@ class GPT(nn.Module):
     def _init_weights(module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         weight = self.embed_tokens.weight
@@ -217,39 +252,48 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def save_pretrained(self, directory, dtype: torch.dtype | None = None) -> None:
-        """Write config.json and model.safetensors in the Hugging Face Llama layout, each atomically."""
+        """Write config.json and model.safetensors in the Hugging Face layout, each atomically."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         state = {name: t.detach().to(dtype or t.dtype).cpu().contiguous() for name, t in to_llama(self.state_dict(), self.config).items()}
         dtype_name = str(next(iter(state.values())).dtype).removeprefix("torch.")
-        write_json(directory / "config.json", LLAMA_CONSTANTS | asdict(self.config) | {"head_dim": self.config.head_size, "dtype": dtype_name})
+        about = {"architectures": [ARCHITECTURES[self.config.model_type]], "head_dim": self.config.head_size, "dtype": dtype_name}
+        write_json(directory / "config.json", CONSTANTS | asdict(self.config) | about)
         write_safetensors(directory / "model.safetensors", state)
 
     @classmethod
     def from_pretrained(cls, directory, dtype: torch.dtype = torch.float32, device="cpu") -> "GPT":
-        """Open a Hugging Face Llama directory. Raises ValueError, naming file and field, for what this model cannot honour."""
+        """Open a Hugging Face directory of the Llama family. Raises ValueError, naming file and field, for what this model cannot honour."""
         directory = Path(directory)
         config = read_config(directory / "config.json")
-        state = from_llama(read_safetensors(directory / "model.safetensors"), config, directory)
-        model = cls(config)
-        model.load_state_dict(state)
-        return model.to(device=device, dtype=dtype).eval()
+        state = from_llama(read_weights(directory), config, directory)
+        with torch.device("meta"):  # no memory, and no weights drawn that are to be replaced
+            model = cls(config)
+        for name in state:
+            state[name] = state[name].to(device, dtype, copy=True)
+        model.load_state_dict(state, assign=True)
+        model.rotary = rotary_table(config).to(device, dtype)
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.embed_tokens.weight
+        return model.eval()
 
 
 # ---- the Llama layout on disk: the one place that knows that q, k, v and gate, up stand apart there ----
 
-LLAMA_CONSTANTS = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+CONSTANTS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 FUSED = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def _parts(config: ModelConfig):
     """Per layer and fused matrix: (fused name, names on disk, rows of each)."""
-    kv = config.num_key_value_heads * config.head_size
-    rows = {"self_attn.qkv_proj": (config.hidden_size, kv, kv), "mlp.gate_up_proj": (config.intermediate_size,) * 2}
+    q, kv = (heads * config.head_size for heads in (config.num_attention_heads, config.num_key_value_heads))
+    rows = {"self_attn.qkv_proj": (q, kv, kv), "mlp.gate_up_proj": (config.intermediate_size,) * 2}
+    kinds = [(fused, "weight") for fused in FUSED] + [("self_attn.qkv_proj", "bias")] * (config.model_type == "qwen2")
     for i in range(config.num_hidden_layers):
-        for fused, parts in FUSED.items():
+        for fused, kind in kinds:
             prefix = f"layers.{i}.{fused.split('.')[0]}."
-            yield f"layers.{i}.{fused}.weight", [f"model.{prefix}{part}.weight" for part in parts], rows[fused]
+            yield f"layers.{i}.{fused}.{kind}", [f"model.{prefix}{part}.{kind}" for part in FUSED[fused]], rows[fused]
 
 
 def to_llama(state: dict, config: ModelConfig) -> dict:
@@ -280,28 +324,60 @@ def from_llama(disk: dict, config: ModelConfig, where) -> dict:
     return state
 
 
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """model.safetensors, or else the shards that model.safetensors.index.json names."""
+    index = directory / "model.safetensors.index.json"
+    if (directory / "model.safetensors").exists() or not index.exists():
+        return read_safetensors(directory / "model.safetensors")
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) and Path(shard).name == shard for shard in shards.values()):
+        raise ValueError(f"{index}: weight_map must name a file of this directory for each tensor")
+    return {name: t for shard in sorted(set(shards.values())) for name, t in read_safetensors(directory / shard).items()}
+
+
+REFUSED = {  # what else these fields may say is not built here
+    "model_type": ("llama", "mistral", "qwen2"), "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,),
+    "partial_rotary_factor": (1, None), "quantization_config": (None,),
+}  # fmt: skip
+
+
 def read_config(path: Path) -> ModelConfig:
     """config.json -> ModelConfig. A setting that changes the computation in a way not built here is refused by name."""
     raw = read_json(path)
-    rope = raw.get("rope_parameters") or {}  # newer transformers write rope_theta in here
-    if not isinstance(rope, dict):
-        raise ValueError(f"{path}: rope_parameters = {rope!r}: must be an object")
-    raw = {"num_key_value_heads": raw.get("num_attention_heads"), "tie_word_embeddings": False, "rope_theta": rope.get("rope_theta", 10000.0)} | raw
-    refused = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "model_type": ("llama",), "rope_scaling": (None,)}
-    for name, allowed in refused.items():
+    raw = {"num_key_value_heads": raw.get("num_attention_heads"), "tie_word_embeddings": False, "rope_theta": 10000.0, "head_dim": None, "model_type": "llama"} | raw
+    raw |= read_rope(raw, path)
+    for name, allowed in REFUSED.items():
         if raw.get(name, allowed[0]) not in allowed:
             raise ValueError(f"{path}: {name} = {raw[name]!r} is not supported here, only {allowed[0]!r}")
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"{path}: rope_parameters.rope_type = {rope['rope_type']!r} is not supported here, only 'default'")
+    qwen = raw["model_type"] == "qwen2"
+    raw = ({"bos_token_id": None, "eos_token_id": None} if qwen else {}) | raw
     if missing := [f.name for f in fields(ModelConfig) if f.name not in raw]:
         raise ValueError(f"{path}: {missing[0]} is missing")
     try:
-        config = ModelConfig(**{f.name: raw[f.name] for f in fields(ModelConfig)})
+        config = ModelConfig(**{f.name: raw[f.name] for f in fields(ModelConfig)} | {"model_type": "qwen2" if qwen else "llama"})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if raw.get("head_dim", config.head_size) not in (config.head_size, None):
-        raise ValueError(f"{path}: head_dim = {raw['head_dim']} is not supported here, only hidden_size / num_attention_heads = {config.head_size}")
-    return config
+    if config.head_dim == config.hidden_size / config.num_attention_heads:
+        config = replace(config, head_dim=None)
+    window = raw.get("sliding_window") if raw.get("use_sliding_window", not qwen) else None
+    if window is None:
+        return config
+    if type(window) is not int or window < 1:
+        raise ValueError(f"{path}: sliding_window = {window!r}: must be a whole number above 0, or null")
+    return replace(config, max_position_embeddings=min(window, config.max_position_embeddings))  # a context in which the window hides nothing
+
+
+def read_rope(raw: dict, path: Path) -> dict:
+    """What a config says of rotary positions; newer transformers write all of it into rope_parameters."""
+    name = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    rope = raw.get(name) or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{path}: {name} = {rope!r}: must be an object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", *ROPE_SCALING):
+        raise ValueError(f"{path}: {name}.rope_type = {kind!r} is not supported here, only default, {', '.join(ROPE_SCALING)}")
+    scaling = None if kind == "default" else {"rope_type": kind} | {field: rope.get(field) for field in ROPE_SCALING[kind]}
+    return {"rope_scaling": scaling} | {field: rope[field] for field in ("rope_theta", "partial_rotary_factor") if field in rope}
 
 
 # ---- files: read with a clear error, written atomically ----

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from data.tokenizer import Tokenizer
+from data.chat import chat_prompt
+from data.tokenizer import JsonTokenizer, Tokenizer
 from data.trace import Trace, check_page
 from medusa import ROOT, MedusaHeads, NoiseAhead, Sampling, accept, base_distribution, check_fit, generate as plain_generate, medusa_generate, text_limit
 from model import GPT, check_sizes, read_json
@@ -35,6 +36,7 @@ SIZES = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # trees whose step is timed
 class SampleConfig:
     prompt: str = option(DEFAULT_PROMPT, "text to continue")
     prompt_file: str = option("", "read the prompt from this UTF-8 file")
+    chat: str = option("", "in place of a prompt: a user's turn, which a chat model answers")
     max_new_tokens: int = option(128, "tokens to decode")
     temperature: float = option(Sampling.temperature, "0 is greedy")
     top_k: int = option(Sampling.top_k, "draw among the k likeliest tokens; 0: all")
@@ -46,7 +48,7 @@ class SampleConfig:
     device: str = option("auto", "auto, cpu, cuda or mps")
     dtype: str = option("float32", "of weights and cache", choices=("float32", "float64", "bfloat16", "float16"))
     base: str = option(SHIPPED_BASE, "directory of the base model")
-    heads: str = option("data/heads", "directory of the heads")
+    heads: str = option("", "directory of the heads; default: data/heads for the shipped base, for another its own heads/, or plain decoding")
     trace: str = option("", "write a page that replays the generation, step by step, to this HTML file")
 
     def __post_init__(self):
@@ -69,14 +71,15 @@ def sampling_of(config: SampleConfig) -> Sampling:
 
 
 def read_prompt(config: SampleConfig) -> str:
-    if config.prompt != DEFAULT_PROMPT and config.prompt_file:
-        raise ValueError("--prompt and --prompt-file contradict each other: leave one of them out")
+    if (config.prompt != DEFAULT_PROMPT) + bool(config.prompt_file) + bool(config.chat) > 1:
+        raise ValueError("--prompt, --prompt-file and --chat contradict each other: leave only one of them")
     if not config.prompt_file:
-        if not config.prompt:
+        text = config.chat or config.prompt
+        if not text:
             raise ValueError("--prompt is empty: give at least one character")
-        if any("\ud800" <= character <= "\udfff" for character in config.prompt):
+        if any("\ud800" <= character <= "\udfff" for character in text):
             raise ValueError("--prompt is not UTF-8 text: check the terminal's encoding, or use --prompt-file")
-        return config.prompt
+        return text
     try:
         text = Path(config.prompt_file).read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -167,7 +170,7 @@ class Printer:
 
     COLOURS = (32, 36, 34, 35, 33, 31)  # depth 1, 2, ...: green, cyan, blue, magenta, yellow, red
 
-    def __init__(self, tokenizer: Tokenizer, prompt: list[int]):
+    def __init__(self, tokenizer: Tokenizer | JsonTokenizer, prompt: list[int]):
         self.tokenizer = tokenizer
         self.coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         self.before, self.pending = prompt[-1:], []  # decoded as a whole: many tokenizers drop a space in front of the first token
@@ -175,9 +178,9 @@ class Printer:
     def text(self) -> str:
         return self.tokenizer.decode(self.before + self.pending)[len(self.tokenizer.decode(self.before)) :]
 
-    def step(self, emitted: list[int], last: int | None) -> None:
+    def step(self, emitted: list[int], ends: tuple[int, ...]) -> None:
         for depth, token in enumerate(emitted, start=1):
-            if token == last:  # EOS is no text
+            if token in ends:  # EOS is no text
                 continue
             self.pending.append(token)
             text = self.text()
@@ -264,29 +267,41 @@ def main() -> None:
         check_page(Path(config.trace))
     device, dtype = pick_device(config.device), getattr(torch, config.dtype)
     tokenizer, model = load_base(config.base, dtype, device)
-    heads = MedusaHeads.from_pretrained(config.heads, dtype, device)
-    prompt = [tokenizer.bos, *tokenizer.encode(text)]
-    check_fit(model, heads, ROOT)
+    turns = [{"role": "user", "content": text}]
+    prompt = chat_prompt(config.base, tokenizer, turns) if config.chat else tokenizer.opening(text)
     text_limit(model, prompt, config.max_new_tokens)
-    tree, why = pick_tree(config.tree, model, heads, config.heads, sampling, prompt)
-    check_fit(model, heads, tree)
-
-    def seeded() -> torch.Generator:
-        return torch.Generator(device).manual_seed(config.seed)
-
     printer = Printer(tokenizer, prompt)
-    trace = Trace(tokenizer, heads, prompt, model.config.eos_token_id) if config.trace else None
+    trace = None
+
+    def decode(generate: Callable, *guessing, **more) -> Iterator[list[int]]:
+        return generate(model, *guessing, prompt, config.max_new_tokens, sampling, torch.Generator(device).manual_seed(config.seed), **more)
 
     def show(emitted: list[int]) -> None:
-        printer.step(emitted, model.config.eos_token_id)
+        printer.step(emitted, model.config.ends)
         if trace:
             trace.step(emitted)
 
-    steps = medusa_generate(model, heads, tree, prompt, config.max_new_tokens, sampling, seeded(), trace.accept if trace else accept)
-    print(text, end="", flush=True)
-    ours = timed_run(steps, show)
-    printer.finish()
-    plain = timed_run(plain_generate(model, prompt, config.max_new_tokens, sampling, seeded()))
+    def stream(steps: Iterator[list[int]]) -> Run:
+        print(text, end="\n\n" if config.chat else "", flush=True)
+        shown = timed_run(steps, show)
+        printer.finish()
+        return shown
+
+    directory = config.heads or str(Path("data" if config.base == SHIPPED_BASE else config.base) / "heads")
+    if not config.heads and not Path(directory).exists():
+        if config.trace:
+            raise ValueError(f"--trace shows Medusa heads at work, and {directory} does not exist: name some with --heads")
+        plain = stream(decode(plain_generate))
+        print(f"\n{plain.tokens_per_second:.0f} tokens/s, plain: no --heads; train.py --mode medusa1 --base {config.base} --out {directory} trains them")
+        return
+    heads = MedusaHeads.from_pretrained(directory, dtype, device)
+    check_fit(model, heads, ROOT)
+    tree, why = pick_tree(config.tree, model, heads, directory, sampling, prompt)
+    check_fit(model, heads, tree)
+    if config.trace:
+        trace = Trace(tokenizer, heads, prompt, model.config.ends)
+    ours = stream(decode(medusa_generate, heads, tree, accept=trace.accept if trace else accept))
+    plain = timed_run(decode(plain_generate))
 
     at = first_difference(ours.tokens, plain.tokens)
     if at is None:

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache, partial
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -30,9 +31,10 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from data.chat import turn_prompts
 from data.corpus import cache_directory, documents, pack
 from data.shards import base_digest, digest_of, metadata_of, read_shards, write_shard
-from data.tokenizer import Tokenizer, train_tokenizer
+from data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer, train_tokenizer
 from medusa import (
     DECAY, ROOT, MedusaConfig, MedusaHeads, Sampling, base_distribution, check_fit, cross_entropy_ahead, distillation_loss, draw, exponential,
     favour, medusa_loss
@@ -111,7 +113,8 @@ class DistillConfig(Common):
     out: str = option("", "directory to write; default: in the cache, under a name that depends on all settings")
     shards: int = option(12, "files to write, besides the held-out ones; one that exists is kept, so that a stopped run goes on where it was")
     rows: int = option(256, "rows in a shard, sampled together")
-    prompt_tokens: int = option(32, "tokens of a prompt")
+    chat: bool = option(False, "the --text files hold a user's turn a line, as data/turns.py writes them: the base answers these, by its chat template")
+    prompt_tokens: int = option(32, "tokens of a prompt; with --chat, longer ones are left out")
     new_tokens: int = option(224, "tokens sampled behind each prompt, at most: a row ends with its document")
     temperature: float = option(0.7, "sampling temperature")
     top_p: float = option(1.0, "nucleus")
@@ -282,11 +285,11 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 def load_base(directory, dtype: torch.dtype = torch.float32, device="cpu") -> tuple[Tokenizer, GPT]:
     """A base directory's tokenizer and model; raises ValueError if they do not belong together."""
-    tokenizer, model = Tokenizer.load(directory), GPT.from_pretrained(directory, dtype, device)
+    tokenizer, model = load_tokenizer(directory), GPT.from_pretrained(directory, dtype, device)
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{directory}: tokenizer.model has {tokenizer.vocab_size} pieces, the model {model.config.vocab_size}: not of one base")
+        raise ValueError(f"{directory}: the tokenizer has {tokenizer.vocab_size} pieces, the model {model.config.vocab_size}: not of one base")
     if min(tokenizer.bos, tokenizer.eos) < 0:
-        raise ValueError(f"{directory}: tokenizer.model has no piece that begins or ends a document")
+        raise ValueError(f"{directory}: the tokenizer has no piece that begins or ends a document")
     return tokenizer, model
 
 
@@ -597,13 +600,29 @@ def sample_rows(model: GPT, prompts: Tensor, n_new: int, sampling: Sampling, gen
         base_probs = base_distribution(model.lm_head(model(new, cache=cache)[:, -1]), sampling)  # (alive, V)
         new = draw(base_probs, exponential(base_probs, generator))[:, None]  # (alive, 1)
         tokens[rows, position], carries[rows, position] = new[:, 0], True
-        alive = new[:, 0] != (-1 if model.config.eos_token_id is None else model.config.eos_token_id)
+        alive = ~torch.isin(new[:, 0], torch.tensor(model.config.ends, dtype=new.dtype, device=new.device))  # (alive,)
         if not alive.all():
             rows, new = rows[alive], new[alive]
             cache.keep_batch(alive.nonzero()[:, 0])
         if len(rows) == 0:
             break
     return tokens, carries
+
+
+def sample_to_length(model: GPT, prompts: list[list[int]], length: int, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Continue prompts of any lengths to rows (R, length), those of one length together: as `sample_rows`."""
+    done = []
+    for size, group in groupby(sorted(prompts, key=len), key=len):
+        group = torch.tensor(list(group), device=model.lm_head.weight.device)  # (r, size)
+        done.append(sample_rows(model, group, length - size, sampling, generator))
+    tokens, carries = zip(*done)
+    return torch.cat(tokens), torch.cat(carries)
+
+
+def turns_of_shard(prompts: list[list[int]], i: int, rows: int, shards: int) -> list[list[int]]:
+    """The prompts of shard i, each taken as often as the others; near in length, since those of one length are sampled together."""
+    places = sorted(range(shards * rows), key=lambda place: len(prompts[place % len(prompts)]))
+    return [prompts[place % len(prompts)] for place in places[i * rows : (i + 1) * rows]]
 
 
 def distill(config: DistillConfig) -> Path:
@@ -618,7 +637,10 @@ def distill(config: DistillConfig) -> Path:
             f"--prompt-tokens {config.prompt_tokens} + --new-tokens {config.new_tokens} are more than the context of {config.base}, "
             f"{model.config.max_position_embeddings}: use --mode distill with smaller ones, then --mode medusa1 with --distilled"
         )
-    sides = {name: packed(documents(name == "validation", config.text), tokenizer) for name in ("validation", "train")}
+    if config.chat:
+        sides = turn_prompts(config.text, config.base, tokenizer, config.prompt_tokens)
+    else:
+        sides = {name: packed(documents(name == "validation", config.text), tokenizer) for name in ("validation", "train")}
     settings = distill_digest(config, *sides.values())
     made = f"{base_digest(config.base)} {settings}"
     directory = Path(config.out) if config.out else cache_directory() / f"distilled-{settings}"
@@ -628,9 +650,13 @@ def distill(config: DistillConfig) -> Path:
         if path.exists() and metadata_of(path).get("base") != made:
             raise ValueError(f"{path} was written by another base, from other text or with other settings: remove {directory}, or give another --out")
         if not path.exists():
-            prompts = windows(sides[side], config.rows, config.prompt_tokens, seeded(config.seed, i))
+            if config.chat:
+                prompts = turns_of_shard(sides[side], i, config.rows, max(config.shards, 1) if side == "train" else 1)
+            else:
+                prompts = windows(sides[side], config.rows, config.prompt_tokens, seeded(config.seed, i)).tolist()
             sampling = Sampling(temperature, top_p=config.top_p if side == "train" else 1.0)
-            tokens, carries = sample_rows(model, prompts.to(device), config.new_tokens, sampling, seeded(config.seed, number, device=device))
+            length, generator = config.prompt_tokens + config.new_tokens, seeded(config.seed, number, device=device)
+            tokens, carries = sample_to_length(model, prompts, length, sampling, generator)
             write_shard(path, tokens, carries, model.config.vocab_size, made)
     return directory
 
@@ -811,7 +837,7 @@ def train_medusa(config: Medusa1Config) -> None:
     if joint:
         base, out = f"{config.out}/base", f"{config.out}/heads"
         merge_adapters(model)
-        tokenizer.save(base)
+        copy_tokenizer(config.base, base)
         model.save_pretrained(base, disk_dtype(config.base))
         model = load_base(base, device=device)[1]
         held_out = {t: continued(model, *rows, Sampling(float(t)), config.seed) for t, rows in held_out.items()}
@@ -828,7 +854,7 @@ def train_medusa(config: Medusa1Config) -> None:
 
 def disk_dtype(directory) -> torch.dtype:
     """Of the weights as they are stored."""
-    with safe_open(Path(directory) / "model.safetensors", "pt") as file:
+    with safe_open(min(Path(directory).glob("model*.safetensors")), "pt") as file:
         return file.get_tensor(next(iter(file.keys()))).dtype
 
 

@@ -11,7 +11,12 @@ from model import read_safetensors, write_safetensors
 
 def base_digest(directory) -> str:
     """Names a base by its configuration and weights."""
-    return hashlib.sha256(b"".join((Path(directory) / name).read_bytes() for name in ("config.json", "model.safetensors"))).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for path in (Path(directory) / "config.json", *sorted(Path(directory).glob("model*.safetensors"))):
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()[:16]
 
 
 def digest_of(*parts) -> str:

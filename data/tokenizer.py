@@ -1,6 +1,7 @@
-"""SentencePiece, lossless: decode(encode(s)) == s for every string s that UTF-8 can hold.
+"""Text to tokens and back: SentencePiece, as the bases here are trained with, or the tokenizer.json of another checkpoint.
 
-BPE with byte fallback, identity normalisation, no dummy prefix; newlines may stand inside pieces, digits stay single.
+The tokenizer trained here is lossless: decode(encode(s)) == s for every string s that UTF-8 can hold. BPE with byte fallback,
+identity normalisation, no dummy prefix; newlines may stand inside pieces, digits stay single.
 """
 import io
 from collections.abc import Iterable
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from model import write_atomically
+from data.packages import optional
+from model import read_json, write_atomically
 
 META_SPACE = "\u2581"  # SentencePiece writes a space as this character, so the character itself must go in as bytes
 
@@ -41,12 +43,69 @@ class Tokenizer:
         first, *rest = (self.processor.encode(part) for part in text.split(META_SPACE))
         return first + [id for part in rest for id in self._meta_space + part]
 
+    def opening(self, text: str) -> list[int]:
+        """Text as the beginning of a document."""
+        return [self.bos, *self.encode(text)]
+
     def decode(self, ids: Iterable[int]) -> str:
         return self.processor.decode([int(id) for id in ids if id < self.vocab_size])  # a model's vocabulary may be padded
 
     def piece(self, id: int) -> str:
         """The vocabulary's own name of a token, such as <0xE2> for a byte."""
         return self.processor.id_to_piece(id) if id < self.vocab_size else f"<{id}>"
+
+
+class JsonTokenizer:
+    """`tokenizer.json` of a Hugging Face directory. A special token that stands in a text is that token, as its chat templates need."""
+
+    def __init__(self, directory: Path):
+        path = directory / "tokenizer.json"
+        library = optional("tokenizers", path)
+        self.model = path.read_bytes()
+        try:
+            self.tokenizer = library.Tokenizer.from_buffer(self.model)
+        except Exception as error:  # the library raises nothing more precise
+            raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from None
+        self.vocab_size = self.tokenizer.get_vocab_size()
+        special = special_tokens(directory)
+        self.eos = self._id(special.get("eos_token"))
+        self.bos = self._id(special.get("bos_token", special.get("eos_token")))  # without one of its own, a document opens as GPT-2's do
+
+    def _id(self, token: str | None) -> int:
+        id = None if token is None else self.tokenizer.token_to_id(token)
+        return -1 if id is None else id
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def opening(self, text: str) -> list[int]:
+        """Text as the beginning of a document, with what the checkpoint puts before it."""
+        return self.tokenizer.encode(text).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.tokenizer.decode([int(id) for id in ids], skip_special_tokens=False)
+
+
+def special_tokens(directory) -> dict[str, str]:
+    """{"bos_token": its text, ...}, as tokenizer_config.json says."""
+    tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in read_json(Path(directory) / "tokenizer_config.json").items()}
+    return {name: token for name, token in tokens.items() if name.endswith("_token") and isinstance(token, str)}
+
+
+FILES = "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"
+
+
+def load_tokenizer(directory) -> Tokenizer | JsonTokenizer:
+    """tokenizer.json goes before tokenizer.model where both are there, as in transformers."""
+    return JsonTokenizer(Path(directory)) if (Path(directory) / FILES[0]).exists() else Tokenizer.load(directory)
+
+
+def copy_tokenizer(source, target) -> None:
+    """All that belongs to the tokenizer, chat template included, into a directory that may not be there yet."""
+    Path(target).mkdir(parents=True, exist_ok=True)
+    for path in (Path(source) / name for name in FILES):
+        if path.exists():
+            write_atomically(Path(target) / path.name, lambda temporary: temporary.write_bytes(path.read_bytes()))
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -38,11 +38,11 @@ def check_page(path: Path) -> None:
 class Trace:
     """Looks on while `medusa_generate` decodes: hand it `trace.accept`, and call `trace.step` with all that it yields.
 
-    eos: the model's end of text, which is no text itself.
+    ends: the tokens that end a text, which are no text themselves.
     """
 
-    def __init__(self, tokenizer: Tokenizer, heads: MedusaHeads, prompt: list[int], eos: int | None):
-        self.tokenizer, self.eos = tokenizer, eos
+    def __init__(self, tokenizer: Tokenizer, heads: MedusaHeads, prompt: list[int], ends: tuple[int, ...]):
+        self.tokenizer, self.ends = tokenizer, ends
         self.before = prompt[-1:]  # decoded along: many tokenizers drop a space in front of the first token
         self.past = len(prompt) - 1  # rows in the cache before the step; the root is not among them
         self.trees, self.records, self.tokens = {}, [], []
@@ -98,7 +98,7 @@ class Trace:
 
     def content(self) -> dict:
         sampling = self.seen[3]
-        ended = self.tokens[-1] == self.eos
+        ended = self.tokens[-1] in self.ends
         texts = iter(split_text(self.tokenizer, self.before, self.tokens[:-1] if ended else self.tokens))
         steps = [record | {"text": [next(texts, "") for _ in record["emitted"]]} for record in self.records]
         shown = sorted({token for record in self.records for token in record["tokens"] + record["says"]})

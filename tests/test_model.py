@@ -16,6 +16,8 @@ from strategies import laws, rng
 SMALL = ModelConfig(5, 16, 12, 2, 4, 2, 16, rope_theta=700.0, tie_word_embeddings=False)
 SENTENCE = torch.tensor([[1, 2, 3, 4, 0]])
 TIED = pytest.mark.parametrize("tied", [False, True])
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+SCALINGS = None, {"rope_type": "linear", "factor": 3.0}, LLAMA3
 
 
 def make_gpt(config: ModelConfig, seed=0, dtype=torch.float64) -> GPT:
@@ -28,7 +30,7 @@ def make_gpt(config: ModelConfig, seed=0, dtype=torch.float64) -> GPT:
     generator = rng(seed)
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=generator, dtype=dtype)
-        weight.copy_(1 + 0.2 * noise if weight.dim() == 1 else noise if "embed" in name else 0.7 * noise)
+        weight.copy_(1 + 0.2 * noise if "norm" in name else noise if "embed" in name else 0.7 * noise)
     return model
 
 
@@ -36,7 +38,12 @@ def make_gpt(config: ModelConfig, seed=0, dtype=torch.float64) -> GPT:
 def gpts(draw):
     nkv, group, half = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     layers, theta, eps, tied = (draw(st.sampled_from(values)) for values in ((1, 2, 3), (10000.0, 3.0), (1e-5, 0.1), (True, False)))
-    config = ModelConfig(5, 2 * half * nkv * group, draw(st.integers(1, 9)), layers, nkv * group, nkv, 12, eps, theta, tied)
+    width = draw(st.just(2 * half * nkv * group) | st.integers(1, 9))
+    head_dim = None if width == 2 * half * nkv * group else 2 * half
+    kind, scaling = draw(st.sampled_from(("llama", "qwen2"))), draw(st.sampled_from(SCALINGS))
+    config = ModelConfig(
+        5, width, draw(st.integers(1, 9)), layers, nkv * group, nkv, 12, eps, theta, tied, head_dim=head_dim, rope_scaling=scaling, model_type=kind
+    )
     return make_gpt(config, draw(st.integers(0, 99)))
 
 
@@ -59,19 +66,37 @@ def close(ours, theirs) -> None:
 
 
 def llama_shapes(c: ModelConfig) -> dict[str, tuple]:
-    D, kv = c.hidden_size, c.num_key_value_heads * c.hidden_size // c.num_attention_heads
-    rows = {"self_attn.q_proj": (D, D), "self_attn.k_proj": (kv, D), "self_attn.v_proj": (kv, D), "self_attn.o_proj": (D, D)}
+    hs = c.head_dim or c.hidden_size // c.num_attention_heads
+    D, q, kv = c.hidden_size, c.num_attention_heads * hs, c.num_key_value_heads * hs
+    rows = {"self_attn.q_proj": (q, D), "self_attn.k_proj": (kv, D), "self_attn.v_proj": (kv, D), "self_attn.o_proj": (D, q)}
     rows |= {"mlp.gate_proj": (c.intermediate_size, D), "mlp.up_proj": (c.intermediate_size, D), "mlp.down_proj": (D, c.intermediate_size)}
     rows |= {"input_layernorm": (D,), "post_attention_layernorm": (D,)}
     shapes = {f"model.layers.{i}.{name}.weight": shape for i in range(c.num_hidden_layers) for name, shape in rows.items()}
+    biases = {"q": q, "k": kv, "v": kv} if c.model_type == "qwen2" else {}
+    shapes |= {f"model.layers.{i}.self_attn.{name}_proj.bias": (n,) for i in range(c.num_hidden_layers) for name, n in biases.items()}
     shapes |= {"model.embed_tokens.weight": (c.vocab_size, D), "model.norm.weight": (D,)}
     return shapes if c.tie_word_embeddings else shapes | {"lm_head.weight": (c.vocab_size, D)}
 
 
+def speed_by_hand(c: ModelConfig, i: int, hs: int) -> float:
+    """Of pair i; Llama 3's rule by wavelength, as its makers state it."""
+    speed, scaling = c.rope_theta ** (-2 * i / hs), c.rope_scaling
+    if scaling is None:
+        return speed
+    factor, wavelength = scaling["factor"], 2 * math.pi / speed
+    if scaling["rope_type"] == "linear" or wavelength > scaling["original_max_position_embeddings"] / scaling["low_freq_factor"]:
+        return speed / factor
+    if wavelength < scaling["original_max_position_embeddings"] / scaling["high_freq_factor"]:
+        return speed
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    smooth = (scaling["original_max_position_embeddings"] / wavelength - low) / (high - low)
+    return (1 - smooth) * speed / factor + smooth * speed
+
+
 def llama_by_hand(disk, c: ModelConfig, tokens, positions, mask) -> torch.Tensor:
     """Logits (T, V) of one sequence (T,), head by head; mask (T, T) is added to the scores. A pair (i, i + hs/2) turns as one complex number."""
-    hs, group = c.hidden_size // c.num_attention_heads, c.num_attention_heads // c.num_key_value_heads
-    angles = torch.outer(positions.double(), torch.tensor([c.rope_theta ** (-2 * i / hs) for i in range(hs // 2)], dtype=torch.float64))
+    hs, group = c.head_dim or c.hidden_size // c.num_attention_heads, c.num_attention_heads // c.num_key_value_heads
+    angles = torch.outer(positions.double(), torch.tensor([speed_by_hand(c, i, hs) for i in range(hs // 2)], dtype=torch.float64))
 
     def norm(x, weight):
         return weight * x / (x.square().mean(-1, keepdim=True) + c.rms_norm_eps).sqrt()
@@ -82,10 +107,14 @@ def llama_by_hand(disk, c: ModelConfig, tokens, positions, mask) -> torch.Tensor
 
     x = disk["model.embed_tokens.weight"][tokens]
     for layer in range(c.num_hidden_layers):
-        w = {name.split(".")[-2]: weight for name, weight in disk.items() if name.startswith(f"model.layers.{layer}.")}
+        w = {name.split(".")[-2]: weight for name, weight in disk.items() if name.startswith(f"model.layers.{layer}.") and name.endswith("weight")}
+        b = {name.split(".")[-2]: bias for name, bias in disk.items() if name.startswith(f"model.layers.{layer}.") and name.endswith("bias")}
         y, heads = norm(x, w["input_layernorm"]), []
         for h in range(c.num_attention_heads):
-            q, k, v = (y @ w[name][i * hs : (i + 1) * hs].T for name, i in (("q_proj", h), ("k_proj", h // group), ("v_proj", h // group)))
+            q, k, v = (
+                y @ w[name][i * hs : (i + 1) * hs].T + (b[name][i * hs : (i + 1) * hs] if b else 0)
+                for name, i in (("q_proj", h), ("k_proj", h // group), ("v_proj", h // group))
+            )
             scores = (turn(q) @ turn(k).T / math.sqrt(hs) + mask).exp()
             heads.append(scores / scores.sum(-1, keepdim=True) @ v)
         x = x + torch.cat(heads, dim=-1) @ w["o_proj"].T
@@ -243,7 +272,7 @@ def test_a_saved_model_is_a_llama_directory_and_comes_back_bit_for_bit(tied, dty
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
         "vocab_size": 5, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "head_dim": 4, "max_position_embeddings": 16, "rms_norm_eps": 1e-5, "rope_theta": 700.0, "tie_word_embeddings": tied,
-        "bos_token_id": None, "eos_token_id": 2, "dtype": str(dtype).removeprefix("torch."),
+        "bos_token_id": None, "eos_token_id": 2, "rope_scaling": None, "dtype": str(dtype).removeprefix("torch."),
     }
     disk = load_file(first / "model.safetensors")
     assert {name: tuple(weight.shape) for name, weight in disk.items()} == llama_shapes(config) and {w.dtype for w in disk.values()} == {dtype}
@@ -278,12 +307,14 @@ def refuses(directory, *says) -> None:
     assert all(word in str(error.value) for word in says), str(error.value)
 
 
-OPTIONAL = "model_type", "hidden_act", "attention_bias", "mlp_bias", "head_dim", "dtype", "num_key_value_heads", "rope_theta", "tie_word_embeddings"
+OPTIONAL = (
+    "model_type", "hidden_act", "attention_bias", "mlp_bias", "head_dim", "dtype", "num_key_value_heads", "rope_theta", "rope_scaling", "tie_word_embeddings"
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("changes", [
-    {"hidden_act": "gelu"}, {"attention_bias": True}, {"mlp_bias": True}, {"model_type": "mistral"}, {"head_dim": 8}, {"head_dim": 1},
-    {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, {"rope_scaling": {"type": "dynamic"}}, {"rope_parameters": {"rope_type": "llama3"}},
+    {"hidden_act": "gelu"}, {"attention_bias": True}, {"mlp_bias": True}, {"model_type": "gemma"}, {"head_dim": 1},
+    {"rope_scaling": {"type": "dynamic"}}, {"rope_parameters": {"rope_type": "yarn"}},
     *({field: ...} for field in asdict(SMALL) if field not in OPTIONAL),
 ])  # fmt: skip
 def test_what_cannot_be_honoured_is_refused_by_file_and_field(saved, changes):

@@ -35,14 +35,14 @@ class Terminal(io.StringIO):
         return True
 
 
-def streamed(steps, last=None, out=None, each=lambda printed: None) -> str:
+def streamed(steps, ends=(), out=None, each=lambda printed: None) -> str:
     """What a Printer writes for these steps."""
     out = io.StringIO() if out is None else out
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", out)
         printer = Printer(tokenizer(), tokenizer().encode("x"))
         for step in steps:
-            printer.step(step, last)
+            printer.step(step, ends)
             each(out.getvalue())
         printer.finish()
     return out.getvalue()
@@ -89,7 +89,7 @@ def test_eos_is_not_printed_whatever_its_piece(string, depth):
     tokens = tokenizer().encode(string.replace("(", ""))
     assume(eos not in tokens)
     at = max(len(tokens) - depth, 0)
-    assert streamed([tokens[:at], [*tokens[at:], eos]], last=eos) == tokenizer().decode(tokens) + "\n"
+    assert streamed([tokens[:at], [*tokens[at:], eos]], ends=(eos,)) == tokenizer().decode(tokens) + "\n"
     assert streamed([tokens[:at], [*tokens[at:], eos]]) == tokenizer().decode([*tokens, eos]) + "\n"
 
 

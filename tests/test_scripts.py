@@ -388,7 +388,7 @@ def test_sample_refuses_a_broken_file_by_name(refused, copy, name, content):
         ("base/config.json", "rope_theta", "large"), ("base/config.json", "rope_theta", None), ("base/config.json", "rope_parameters", "none"),
         ("base/config.json", "num_attention_heads", 0), ("base/config.json", "max_position_embeddings", None),
         ("base/config.json", "model_type", "gpt2"),
-        ("base/config.json", "eos_token_id", [2, 3]), ("base/config.json", "vocab_size", 299),
+        ("base/config.json", "eos_token_id", [2, "x"]), ("base/config.json", "vocab_size", 299),
         ("heads/config.json", "num_heads", "3"), ("heads/config.json", "num_heads", 4), ("heads/config.json", "num_hidden_layers", 0),
         ("heads/config.json", "original_lm_head", False),
     ],

@@ -37,7 +37,7 @@ def decodings(draw):
 
 
 def traced(model, heads, tree, prompt, n, sampling) -> tuple[Trace, list[list[int]]]:
-    trace, steps = Trace(small_tokenizer(), heads, prompt, model.config.eos_token_id), []
+    trace, steps = Trace(small_tokenizer(), heads, prompt, model.config.ends), []
     for emitted in medusa_generate(model, heads, tree, prompt, n, sampling, rng(0), trace.accept):
         trace.step(emitted)
         steps.append(emitted)
@@ -163,19 +163,19 @@ def test_the_parts_of_a_text_join_to_the_text_and_each_whole_character_comes_wit
 def test_a_token_without_a_text_of_its_own_is_shown_by_its_name():
     tokenizer = small_tokenizer()
     e_acute = tokenizer.encode("\u00e9")
-    trace = fake([[5], [6], e_acute, [tokenizer.eos], [VOCABULARY + 2]], "e", eos=tokenizer.eos)
+    trace = fake([[5], [6], e_acute, [tokenizer.eos], [VOCABULARY + 2]], "e", ends=(tokenizer.eos,))
     names = trace.content()["names"]
     assert [names[token] for token in e_acute] == [["<0xC3>"], ["<0xA9>"]]
     assert names[tokenizer.eos] == ["</s>"] and names[VOCABULARY + 2] == [f"<{VOCABULARY + 2}>"]
     assert names[5] == "\x02"
 
 
-def fake(steps: list[list[int]], prompt: str, eos=None) -> Trace:
+def fake(steps: list[list[int]], prompt: str, ends=()) -> Trace:
     """A trace of a base that says the tokens of `steps`, and of heads that guess all but the last of each step right."""
     tokenizer = small_tokenizer()
     prompt = [tokenizer.bos, *tokenizer.encode(prompt)]
     heads = random_heads(random_gpt(0, VOCABULARY + 4), max(map(len, steps)), 0)
-    trace = Trace(tokenizer, heads, prompt, eos)
+    trace = Trace(tokenizer, heads, prompt, ends)
     last = prompt[-1]
     for emitted in steps:
         N = len(emitted)

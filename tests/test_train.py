@@ -765,7 +765,7 @@ def test_the_shipped_rows_serve_the_base_that_wrote_them_and_no_other(base, text
         assert distilled_rows(config) == Path("made") and made[-1].base == config.base and made[-1].text == config.text
 
 
-SHAPING = {"seed": 9, "rows": 6, "prompt_tokens": 5, "new_tokens": 7, "temperature": 0.9, "top_p": 0.8}
+SHAPING = {"seed": 9, "chat": True, "rows": 6, "prompt_tokens": 5, "new_tokens": 7, "temperature": 0.9, "top_p": 0.8}
 OTHERS = {"device": "auto", "precision": "bfloat16", "shards": 2}
 
 

@@ -1,0 +1,93 @@
+"""Our base and heads in vLLM, as they are: its greedy text against ours, and what its speculative decoding counted.
+
+    pip install -r bench/requirements-vllm.txt
+    python bench/serve_vllm.py --base data/base --heads data/heads --out out/served
+
+vLLM takes the heads' first guesses as a chain, not as a tree. It expects the LM head that the heads share in their own directory;
+--out is the heads' directory with it, and may be served: vllm serve BASE --speculative-config '{"model": OUT, ...}'.
+"""
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from data.corpus import documents  # noqa: E402
+from medusa import ROOT as NO_TREE, MedusaHeads, Sampling, check_fit, generate, medusa_generate  # noqa: E402
+from model import GPT, read_json, read_safetensors, write_json, write_safetensors  # noqa: E402
+from sample import first_difference, gap_at  # noqa: E402
+from train import SHIPPED_BASE, OneLineParser, add_options, check_out, disk_dtype, load_base, option, packed, run, windows  # noqa: E402
+from tree import cartesian_tree  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Config:
+    base: str = option(SHIPPED_BASE, "directory of the base model")
+    heads: str = option("data/heads", "directory of the heads")
+    out: str = option("out/served", "directory to write, which vLLM opens")
+    prompts: int = option(20, "held-out prompts")
+    prompt_tokens: int = option(64, "tokens of a prompt")
+    new_tokens: int = option(96, "tokens to decode")
+
+
+def write_served(base, heads, out) -> None:
+    """The heads' directory, and in it the LM head that they share, under the name that vLLM looks for."""
+    model, loaded = GPT.from_pretrained(base, disk_dtype(base)), MedusaHeads.from_pretrained(heads)
+    check_fit(model, loaded, NO_TREE)
+    state = read_safetensors(Path(heads) / "model.safetensors")
+    if loaded.config.original_lm_head:
+        state["lm_heads.0.weight"] = model.lm_head.weight.detach()
+    Path(out).mkdir(parents=True, exist_ok=True)
+    write_safetensors(Path(out) / "model.safetensors", state)
+    write_json(Path(out) / "config.json", read_json(Path(heads) / "config.json"))
+
+
+def run_vllm(config: Config, prompts: list[list[int]], K: int) -> tuple[list[list[int]], dict]:
+    """vLLM's greedy texts, and its counters: {name: value, or one for each position of a draft}."""
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    try:
+        from vllm import LLM, SamplingParams
+    except ImportError as error:
+        raise ValueError(f"vllm cannot be imported: {error}; pip install -r bench/requirements-vllm.txt, in an environment of its own") from None
+    speculation = {"method": "medusa", "model": config.out, "num_speculative_tokens": K}
+    llm = LLM(config.base, skip_tokenizer_init=True, dtype="float32", speculative_config=speculation, disable_log_stats=False, max_num_seqs=1)
+    asked = SamplingParams(temperature=0, max_tokens=config.new_tokens, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], asked)
+    counters = {metric.name: getattr(metric, "values", getattr(metric, "value", None)) for metric in llm.get_metrics() if "spec_decode" in metric.name}
+    return [list(output.outputs[0].token_ids) for output in outputs], counters
+
+
+def accepted_by_position(steps: list[list[int]], K: int) -> list[int]:
+    """Of a chain of K guesses, how often each was accepted: a step of n tokens has accepted n - 1."""
+    return [sum(len(emitted) > depth for emitted in steps) for depth in range(1, K + 1)]
+
+
+def main() -> None:
+    parser = OneLineParser(description=__doc__.splitlines()[0])
+    add_options(parser, Config)
+    config = Config(**vars(parser.parse_args()))
+    check_out(config.out)
+    write_served(config.base, config.heads, config.out)
+    tokenizer, model = load_base(config.base)
+    heads = MedusaHeads.from_pretrained(config.heads)
+    K = heads.config.num_heads
+    prompts = windows(packed(documents(True), tokenizer), config.prompts, config.prompt_tokens, torch.Generator().manual_seed(0)).tolist()
+    ours = [[token for step in generate(model, prompt, config.new_tokens) for token in step] for prompt in prompts]
+    chain = cartesian_tree([1] * K)
+    steps = [emitted for prompt in prompts for emitted in list(medusa_generate(model, heads, chain, prompt, config.new_tokens))[1:]]
+    theirs, counters = run_vllm(config, prompts, K)
+    for number, (a, b) in enumerate(zip(ours, theirs)):
+        if (at := first_difference(a, b)) is not None:
+            apart = gap_at(model, prompts[number], b, a, at, Sampling(), 0) if at < min(len(a), len(b)) else float("nan")
+            print(f"prompt {number}: vLLM's text differs from token {at + 1} on, where the two logits were {apart:.1e} apart")
+    print(f"greedy text of vLLM equals ours on {sum(a == b for a, b in zip(ours, theirs))} of {len(prompts)} prompts")
+    for name, value in counters.items():
+        print(f"{name.removeprefix('vllm:'):<40} {value}")
+    print(f"{'ours, the same chain: steps, accepted':<40} {len(steps)}, {accepted_by_position(steps, K)}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,44 @@
+"""Writes tests/peers.json: what transformers' own classes say of a few tiny checkpoints, so that the default tests guard without them.
+
+    pip install -r tests/requirements-peers.txt
+    python tests/record_peers.py
+"""
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from llamas import ROPES, VOCABULARY, fields, write_checkpoint  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+CASES = [
+    ("llama", fields(tied=True, eos=2)),
+    ("llama", fields(nkv=2, width=12, rope=ROPES[2], eos=[0, 3])),
+    ("llama", fields(rope=ROPES[1], half=3)),
+    ("mistral", fields(group=3, width=9, window=9)),
+    ("qwen2", fields(nkv=2, group=1, tied=True, rope=ROPES[3])),
+    ("qwen2", fields(half=4, eps=0.1, eos=5)),
+]
+TOKENS = [[1, 7, 3, 3, 10, 0, 4], [9, 2, 6, 8, 5, 1, 1]]
+
+
+def record(kind: str, made_with: dict) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(Path(folder), kind, made_with)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+        with torch.no_grad():
+            logits = model(torch.tensor(TOKENS)).logits
+            text = model.generate(torch.tensor(TOKENS[:1])[:, :2], max_new_tokens=7, do_sample=False, pad_token_id=VOCABULARY - 1)[0, 2:]
+        shapes = {name: list(t.shape) for name, t in load_file(Path(folder) / "model.safetensors").items()}
+        config = json.loads((Path(folder) / "config.json").read_text())
+    return {"config": config, "shapes": shapes, "logits": [[[round(x, 7) for x in row] for row in rows] for rows in logits.tolist()], "text": text.tolist()}
+
+
+if __name__ == "__main__":
+    cases = ",\n".join(json.dumps(record(*case)) for case in CASES)
+    (HERE / "peers.json").write_text(f'{{"transformers": "{transformers.__version__}", "tokens": {json.dumps(TOKENS)}, "cases": [\n{cases}\n]}}\n')
