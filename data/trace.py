@@ -12,7 +12,6 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from data.tokenizer import Tokenizer

@@ -17,7 +17,7 @@ from data import trace as tracing
 from data.trace import Trace, page, split_text
 from medusa import Sampling, medusa_generate
 from model import KVCache
-from strategies import built_trees, contents, distribution, laws, next_logits, random_gpt, random_heads, rng, small_tokenizer, trees, write_base
+from strategies import built_trees, contents, distribution, laws, next_logits, random_gpt, random_heads, rng, small_tokenizer, write_base
 from tree import Tree
 
 VOCABULARY = small_tokenizer().vocab_size
