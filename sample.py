@@ -239,7 +239,7 @@ def gap_at(model: GPT, prompt: list[int], ours: list[int], plain: list[int], at:
     logits = model.lm_head(model(torch.tensor([prompt + plain[:at]], device=device))[0, -1])  # (V,)
     if sampling.temperature == 0:
         return abs(logits[ours[at]] - logits[plain[at]]).item()
-    noise = NoiseAhead(model.lm_head.weight, sampling, torch.Generator(device).manual_seed(seed)).at(range(at + 1))[at]  # (V,)
+    noise = NoiseAhead(model.lm_head.weight, sampling, torch.Generator(device).manual_seed(seed)).at((at,))[0]  # (V,)
     scores = (base_distribution(logits, sampling) / noise).log()
     return abs(scores[ours[at]] - scores[plain[at]]).item()
 

@@ -18,6 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from datetime import timedelta
 from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
@@ -39,7 +40,7 @@ from medusa import (
     DECAY, ROOT, MedusaConfig, MedusaHeads, Sampling, base_distribution, check_fit, cross_entropy_ahead, distillation_loss, draw, exponential,
     favour, medusa_loss
 )
-from model import GPT, Linear, ModelConfig, check_sizes, read_safetensors, write_atomically, write_json, write_safetensors
+from model import GPT, Linear, ModelConfig, check_sizes, read_json, read_safetensors, write_atomically, write_json, write_safetensors
 from tree import calibrated_tree, expected_tokens, prefix_counts, ranked_prefixes, replay
 
 SHIPPED_BASE, SHIPPED_ROWS = "data/base", Path("data/distilled")
@@ -249,6 +250,13 @@ def check_out(directory: str) -> None:
         raise ValueError(f"--out {directory or 'is empty'}: name a directory that can be written")
 
 
+def check_kind(directory: str, heads: bool) -> None:
+    """Raises ValueError if heads would overwrite a base, or a base heads."""
+    path = Path(directory) / "config.json"
+    if path.exists() and (read_json(path).get("model_type") == "medusa") != heads:
+        raise ValueError(f"--out {directory} holds {'a base' if heads else 'heads'}: name another directory")
+
+
 def is_first() -> bool:
     """Of several processes, the one that writes and speaks."""
     return not dist.is_initialized() or dist.get_rank() == 0
@@ -394,7 +402,7 @@ def fit(
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
     log = Path(config.out) / "log.jsonl"
     first = resume(config, parts, optimizer, inputs)
-    lines = log.read_text().splitlines()[:first] if first else []
+    lines = log.read_text().splitlines()[:first] if first and log.exists() else []
     bar = tqdm(range(first, steps), desc="training", unit="step", mininterval=1, initial=first, total=steps, disable=process > 0)
     for step in bar:
         tokens, mask = rows_of_step(step)
@@ -548,6 +556,7 @@ def finish(config: Fit) -> None:
 
 
 def train_base(config: BaseConfig) -> None:
+    check_kind(config.out, heads=False)
     device, dtype = prepare(config)
     shape = {f.name: getattr(config, f.name) for f in fields(ModelConfig) if hasattr(config, f.name)}
     model_config = ModelConfig(**shape, max_position_embeddings=config.context)
@@ -805,8 +814,10 @@ def schedule(config: Medusa1Config, step: int) -> tuple[tuple[float, float], dic
 
 def train_medusa(config: Medusa1Config) -> None:
     """Medusa-1, and with a Medusa2Config Medusa-2."""
-    device, dtype = prepare(config)
     joint = isinstance(config, Medusa2Config)
+    if not joint:
+        check_kind(config.out, heads=True)
+    device, dtype = prepare(config)
     tokenizer, model = load_base(config.base, device=device)
     model.requires_grad_(False)
     text = packed(documents(True, config.text), tokenizer)
@@ -944,7 +955,8 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     config = MODES[arguments.pop("mode")](**arguments)
     if "LOCAL_RANK" in os.environ:  # one of several processes that torchrun started
-        dist.init_process_group("nccl" if torch.cuda.is_available() and config.device in ("auto", "cuda") else "gloo")
+        backend = "nccl" if torch.cuda.is_available() and config.device in ("auto", "cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # the others wait while the first distils
     try:
         if mode == "base":
             train_base(config)

@@ -741,6 +741,19 @@ def test_shards_of_another_base_or_making_are_never_taken_for_ones_own(change, b
     assert contents(tmp_path / "rows") == before
 
 
+def test_a_base_is_not_overwritten_by_heads_nor_heads_by_a_base(base, text, shards, tmp_path):
+    shutil.copytree(base, tmp_path / "copy")
+    train_medusa(training(base, text, tmp_path / "heads", distilled=shards))
+    for directory, go, config in (
+        (tmp_path / "copy", train_medusa, training(base, text, tmp_path / "copy", distilled=shards)),
+        (tmp_path / "heads", train.train_base, base_config(tmp_path, text, "heads")),
+    ):
+        before = contents(directory)
+        with pytest.raises(ValueError, match=f"--out {directory} holds "):
+            go(config)
+        assert contents(directory) == before
+
+
 def test_rows_that_are_named_must_be_of_the_base_that_is_named(base, text, tmp_path):
     """Rows that do not say who wrote them are one's own business."""
     shards = distill(distilling(base, text, out=str(tmp_path / "rows"), new_tokens=10))
