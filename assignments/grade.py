@@ -139,7 +139,7 @@ class Clock:
 
     def __init__(self, entry: Entry, sandbox: Sandbox):
         self.entry, self.sandbox = entry, sandbox
-        self.ours, self.theirs = time.process_time(), 0.0
+        self.theirs, self.received = 0.0, 0
         signal.signal(signal.SIGALRM, self.tick)
         signal.setitimer(signal.ITIMER_REAL, TICK, TICK)
 
@@ -150,11 +150,12 @@ class Clock:
             raise OutOfTime
 
     def charge(self, seconds: float) -> None:
-        """seconds have passed since the last look: asleep, if neither side has computed."""
-        ours, (theirs, state) = time.process_time(), self.sandbox.child()
-        asleep = seconds if state == "S" and ours - self.ours < 0.001 else 0.0
+        """seconds have passed since the last look: asleep, if nothing was heard of the student's process and it does not compute."""
+        theirs, state = self.sandbox.child()
+        received = self.sandbox.peer.received if self.sandbox.peer else 0
+        asleep = seconds if state == "S" and received == self.received else 0.0
         self.entry.seconds -= max(theirs - self.theirs, 0.0) + asleep
-        self.ours, self.theirs = ours, theirs
+        self.theirs, self.received = theirs, received
 
     def stop(self) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)

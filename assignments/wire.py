@@ -195,7 +195,7 @@ class Peer:
     """One end. resolve(name) is the function that the other end may call by this name; it raises for all others."""
 
     def __init__(self, sock, resolve):
-        self.sock, self.resolve, self.graphs = sock, resolve, []
+        self.sock, self.resolve, self.graphs, self.received = sock, resolve, [], 0
 
     def encode_object(self, value, encoder: Encoder):
         raise TypeError(f"a {type(value).__module__}.{type(value).__name__} was returned: plain numbers, lists, tuples or torch tensors are asked for")
@@ -231,6 +231,7 @@ class Peer:
         if size + more > MOST_BYTES:
             raise Gone
         header = json.loads(bytes(self.read(size)))
+        self.received += 1
         return header, memoryview(self.read(more))
 
     # -- asking
@@ -444,7 +445,8 @@ def stand_in(name: str, connection) -> None:
 
     def initialise(self, *args, **kwargs):
         nn.Module.__init__(self)
-        vars(self).update(vars(connection().call(name, *args, **kwargs)))
+        with torch.no_grad():
+            vars(self).update(vars(connection().call(name, *args, **kwargs)))
 
     if isinstance(vars(owner).get(attribute), (functools.cached_property, property)):
         value = functools.cached_property(call)

@@ -61,7 +61,7 @@ WRONG = {
         "leaves alone": ("tree.py", {"paths += level": "paths = level"}, "is missing"),
         "first width everywhere": ("tree.py", {"for rank in range(width)]": "for rank in range(widths[0])]"}, "widths 2 and 3"),
         "depth first": ("tree.py", {"key=lambda path: (len(path), path)):": "key=lambda path: path):"}, "nodes stand by depth"),
-        "prefix unchecked": ("tree.py", {PREFIX_CHECK: "", "index[path[:-1]])": "index.get(path[:-1], 0))"}, "no ValueError"),
+        "prefix unchecked": ("tree.py", {PREFIX_CHECK: "", "index[path[:-1]])": "index.get(path[:-1], 0))"}, "the ValueError does not say"),
         "duplicates dropped": ("tree.py", {"paths = [tuple(path) for path in paths]": "paths = list({tuple(path) for path in paths})"}, "no ValueError"),
         "empty path passed over": ("tree.py", {ROOT_CHECK: "        if not path:\n            continue\n"}, "no ValueError"),
         "last node is the parent": ("tree.py", {"parents.append(index[path[:-1]])": "parents.append(len(parents) - 1)"}, "does not hold the paths that it was made of"),
