@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -111,7 +112,9 @@ class Sandbox:
         self.running = False
         if self.peer is not None:
             self.peer.sock.close()
-            os.killpg(self.pid, signal.SIGKILL)
+            for kill in (os.killpg, os.kill):  # it may not lead a group yet, or be gone
+                with suppress(ProcessLookupError):
+                    kill(self.pid, signal.SIGKILL)
             self.peer = None
 
 

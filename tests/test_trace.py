@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import sample
 from data import trace as tracing
 from data.trace import Trace, page, split_text
-from medusa import Sampling, medusa_generate
+from medusa import MedusaConfig, MedusaHeads, Sampling, medusa_generate
 from model import KVCache
-from strategies import built_trees, contents, distribution, laws, next_logits, random_gpt, random_heads, rng, small_tokenizer, write_base
-from tree import Tree
+from strategies import built_trees, contents, distribution, laws, markov_gpt, next_logits, random_gpt, random_heads, rng, small_tokenizer, write_base
+from tree import Tree, tree_from_paths
 
 VOCABULARY = small_tokenizer().vocab_size
 
@@ -36,6 +36,13 @@ def decodings(draw):
     return model, heads, tree, prompt, draw(st.integers(1, 16)), Sampling(temperature, top_k, 1.0, typical)
 
 
+def right_guesses():
+    """A base that always says the same, and new heads, which say what the base says: every guess of rank 0 is right."""
+    model = markov_gpt(torch.tensor([0.0, 1, 5, 2]).expand(4, 4))
+    heads = MedusaHeads(MedusaConfig(4, 4, 3)).double()
+    return model, heads, tree_from_paths([[1], [0], [0, 1], [0, 0], [0, 0, 0]]), [1, 3], 17, Sampling()
+
+
 def traced(model, heads, tree, prompt, n, sampling) -> tuple[Trace, list[list[int]]]:
     trace, steps = Trace(small_tokenizer(), heads, prompt, model.config.ends), []
     for emitted in medusa_generate(model, heads, tree, prompt, n, sampling, rng(0), trace.accept):
@@ -46,6 +53,7 @@ def traced(model, heads, tree, prompt, n, sampling) -> tuple[Trace, list[list[in
 
 @settings(laws, max_examples=60)
 @given(decodings())
+@example(right_guesses())
 def test_looking_on_changes_nothing_and_the_records_are_the_text(case):
     model, heads, tree, prompt, n, sampling = case
     plain = list(medusa_generate(model, heads, tree, prompt, n, sampling, rng(0)))
@@ -66,6 +74,8 @@ def test_looking_on_changes_nothing_and_the_records_are_the_text(case):
 
 @settings(laws, max_examples=40)
 @given(decodings())
+@example(right_guesses())
+@torch.no_grad()
 def test_a_record_says_what_base_and_heads_think_at_each_node(case):
     """Against whole passes over the text up to each node, without tree, mask or cache."""
     model, heads, tree, prompt, n, sampling = case
@@ -109,6 +119,7 @@ def check_verdicts(record, parents, thoughts, sampling) -> None:
 
 @settings(laws, max_examples=40)
 @given(decodings())
+@example(right_guesses())
 def test_the_cache_rows_of_a_record_are_those_that_the_cache_kept(case):
     kept, keep = [], KVCache.keep
 
@@ -126,6 +137,7 @@ def test_the_cache_rows_of_a_record_are_those_that_the_cache_kept(case):
 
 @settings(laws, max_examples=40)
 @given(decodings())
+@example(right_guesses())
 def test_the_mask_of_a_record_is_its_trees(case):
     trace, _ = traced(*case)
     content = trace.content()

@@ -202,7 +202,7 @@ NASTY = ["</script><script>pwned=1</script>", "<img src=x onerror=pwned=1>", "{{
 
 
 def test_odd_tokens_are_shown_and_do_nothing(browser, tmp_path):
-    steps, prompt = [small_tokenizer().encode(text) for text in NASTY], "".join(NASTY)
+    steps, prompt = [[token] for token in small_tokenizer().encode("x")] + [small_tokenizer().encode(text) for text in NASTY], "".join(NASTY)
     about = {"prompt": prompt, "why": "<b>why</b>", "difference": "</script><b>", "costs": [0.002, 0.001]}
     file = tmp_path / "page.html"
     file.write_text(page(fake(steps, prompt).content() | about), "utf-8")
@@ -211,9 +211,9 @@ def test_odd_tokens_are_shown_and_do_nothing(browser, tmp_path):
         for number, tokens in enumerate(steps):
             assert step_of(browser) == number
             shown = browser.execute_script("return [...document.querySelectorAll('#story .end .chip')].map(chip => chip.textContent)")
-            assert len(shown) == len(tokens) and all(shown)
+            assert len(shown) == (len(tokens) if number else 2) and all(shown)  # of the prompt: its last token, and what follows
             assert not set("\0\n\u2028\u202e\u2066") & set("".join(shown))
             press(browser, "ARROW_RIGHT")
         text = browser.execute_script("return document.getElementById('text').textContent")
-        assert text == (prompt * 2).translate({0: "\\x00", 0x2028: "\\u2028", 0x202E: "\\u202e", 0x2066: "\\u2066"})
+        assert text == (prompt + "x" + prompt).translate({0: "\\x00", 0x2028: "\\u2028", 0x202E: "\\u202e", 0x2066: "\\u2066"})
         assert browser.execute_script("return window.pwned === undefined && !document.querySelector('img, #about b, #tree-why b')")
