@@ -68,6 +68,7 @@ def model_config(field, tied: bool) -> ModelConfig:
     sizes |= {"num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv"}
     sizes |= {"max_position_embeddings": "context_length", "rms_norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base"}
     found = {name: field(f"llama.{theirs}") for name, theirs in sizes.items()}
+    found |= {name: float(f"{value:.6g}") for name, value in found.items() if isinstance(value, float)}  # 1e-5 went through float32
     ends = {name: field(f"tokenizer.ggml.{name}") for name in ("bos_token_id", "eos_token_id")}
     return ModelConfig(vocab_size=len(field("tokenizer.ggml.tokens")), tie_word_embeddings=tied, **found, **ends)
 
