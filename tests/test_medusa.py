@@ -3,6 +3,7 @@ import json
 import math
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -392,28 +393,26 @@ def test_lossless_sampling_is_exactly_the_base_distribution(case, monkeypatch):
     heads = random_heads(model, 2, 7)
     tree, prompt = tree_from_paths(paths), [1, 0]
 
-    def run(draw):
+    def run(draw, rule=accept):
         monkeypatch.setattr(medusa, "draw", draw)
-        return tuple(flat(medusa_generate(model, heads, tree, prompt, n, sampling, rng(0))))
+        return tuple(flat(medusa_generate(model, heads, tree, prompt, n, sampling, rng(0), rule)))
 
     expected = text_distribution(model, prompt, n, sampling)
     assert len(expected) > 3
     assert distance(all_outcomes(run), expected) < 1e-9
-    monkeypatch.setattr(medusa, "accept", accept_redrawing)
-    assert distance(all_outcomes(run), expected) > 1e-3, "a child tried twice must not go unseen"
+    assert distance(all_outcomes(partial(run, rule=accept_redrawing)), expected) > 1e-3, "a child tried twice must not go unseen"
 
 
 @pytest.mark.parametrize("faulty", [False, True])
-def test_texts_sampled_through_a_tree_pass_a_chi_square_test_and_a_redraw_for_each_child_does_not(faulty, monkeypatch):
+def test_texts_sampled_through_a_tree_pass_a_chi_square_test_and_a_redraw_for_each_child_does_not(faulty):
     sampling, n = Sampling(1.4, top_k=4, top_p=0.95), 1500
     model = random_gpt(11, vocab_size=6)
     heads = random_heads(model, 2, 7)
     generator = rng(0)
-    if faulty:
-        monkeypatch.setattr(medusa, "accept", lambda *args: accept_redrawing(*args, generator=generator))
+    rule = partial(accept_redrawing, generator=generator) if faulty else accept
     counts, steps = defaultdict(int), 0
     for _ in range(n):
-        emitted = list(medusa_generate(model, heads, cartesian_tree((2, 2)), [1, 2], 3, sampling, generator))
+        emitted = list(medusa_generate(model, heads, cartesian_tree((2, 2)), [1, 2], 3, sampling, generator, rule))
         steps += len(emitted)
         counts[tuple(flat(emitted))] += 1
     assert n < steps < 3 * n, "no guess is ever accepted, or all are"
