@@ -142,7 +142,7 @@ class Clock:
 
     def __init__(self, entry: Entry, sandbox: Sandbox):
         self.entry, self.sandbox = entry, sandbox
-        self.theirs, self.received = 0.0, 0
+        self.ours, self.theirs, self.received = time.process_time(), 0.0, 0
         signal.signal(signal.SIGALRM, self.tick)
         signal.setitimer(signal.ITIMER_REAL, TICK, TICK)
 
@@ -153,12 +153,12 @@ class Clock:
             raise OutOfTime
 
     def charge(self, seconds: float) -> None:
-        """seconds have passed since the last look: asleep, if nothing was heard of the student's process and it does not compute."""
-        theirs, state = self.sandbox.child()
+        """seconds have passed since the last look: asleep, if neither side has computed, and nothing was heard of the student's."""
+        ours, (theirs, state) = time.process_time(), self.sandbox.child()
         received = self.sandbox.peer.received if self.sandbox.peer else 0
-        asleep = seconds if state == "S" and received == self.received else 0.0
+        asleep = seconds if state == "S" and received == self.received and ours - self.ours < 0.001 else 0.0
         self.entry.seconds -= max(theirs - self.theirs, 0.0) + asleep
-        self.theirs, self.received = theirs, received
+        self.ours, self.theirs, self.received = ours, theirs, received
 
     def stop(self) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -227,7 +227,7 @@ def prepare(number: int, sandbox: Sandbox) -> None:
     """Load the project, and put the stand-ins in place before any test can take hold of the functions themselves."""
     project = HERE / "project"
     sys.path[:0] = [str(project), str(project / "tests")]
-    for name in ("tree", "model", "medusa"):
+    for name in ("tree", "model", "medusa", "torch.fx.experimental.symbolic_shapes"):  # the last is what torch asks for in its first gradient
         importlib.import_module(name)
     sandbox.functions = {name: wire.function_of(name) for name in BLANKED if name not in SETS[number].functions}
     for name in SETS[number].functions:

@@ -96,8 +96,8 @@ WRONG = {
         "0 log 0": ("medusa.py", {"torch.xlogy(base_probs, base_probs)": "(base_probs * base_probs.log())"}, FORMULA),
         "argmax root": ("medusa.py", {DRAWS: "draws = base_probs.argmax(-1)"}, "it is not the argmax"),
         "root drawn at the root": ("medusa.py", {"+ [draws[last]]": "+ [draws[0]]"}, "the next root is not drawn"),
-        "probability at the child": ("medusa.py", {"base_probs[parents, tokens]": "base_probs.gather(1, tokens[:, None])[:, 0]"}, "at its parent"),
-        "threshold at the child": ("medusa.py", {"sampling.epsilon)[parents])": "sampling.epsilon))"}, "at its parent"),
+        "probability at the child": ("medusa.py", {"base_probs[parents, tokens]": "base_probs.gather(1, tokens[:, None])[:, 0]"}, "pass the rule at their parents"),
+        "threshold at the child": ("medusa.py", {"sampling.epsilon)[parents])": "sampling.epsilon))"}, "pass the rule at their parents"),
         "last token decides": ("medusa.py", {"reached[tree.parents[node]] + scores[node]": "scores[node]"}, "whose tokens together are likeliest wins"),
         "likeliest before deepest": ("medusa.py", {"(tree.depths[node], reached[node]))": "reached[node])"}, "a deeper node was passed over"),
         "parent's rejection forgotten": ("medusa.py", {
