@@ -82,11 +82,11 @@ WRONG = {
         "same offset for all": ("medusa.py", {"tokens, mask, k + 1,": "tokens, mask, 2,"}, "token t+k+1"),
         "decay from k = 0": ("medusa.py", {"decay**k for k in range(1, len(losses) + 1)": "decay**k for k in range(len(losses))"}, "head k weighs 0.8^k, k from 1"),
         "decay of its own": ("medusa.py", {"DECAY = 0.8": "DECAY = 0.9"}, "head k weighs 0.8^k"),
-        "mask of the guessing position": ("medusa.py", {"mask[:, ahead : ahead + n]": "mask[:, :n]"}, "the mask belongs to the target"),
+        "mask of the guessing position": ("medusa.py", {"mask[:, ahead : ahead + n]": "mask[:, :n]"}, MEAN),
         "mask always true": ("medusa.py", {CARRIES: "carries = torch.ones_like(targets, dtype=torch.bool)"}, "a target whose mask is False changes the loss"),
         "mean over all tokens": ("medusa.py", {COUNT: "max(carries.numel(), 1)"}, MEAN),
         "one count for all heads": ("medusa.py", {COUNT: "max(tokens.shape[0] * (tokens.shape[1] - 2), 1)"}, MEAN),
-        "mean over nothing": ("medusa.py", {COUNT: "(carries.sum() if count is None else count)"}, "else it adds 0"),
+        "mean over nothing": ("medusa.py", {COUNT: "(carries.sum() if count is None else count)"}, "without targets the loss is not finite"),
     },
     4: {
         "epsilon and delta swapped": ("medusa.py", {THRESHOLD: "torch.clamp(epsilon * torch.exp(-entropy), max=math.sqrt(epsilon) if delta is None else delta)"}, "not the other way round"),
@@ -109,7 +109,7 @@ WRONG = {
     5: {
         "redraw for each child": ("medusa.py", {PASSES: REDRAW}, "the rule at"),
         "the child's own draw": ("medusa.py", {PASSES: "passes = [token == drawn for token, drawn in zip(tokens, draws)]"}, "the rule at"),
-        "padding 0 accepted": ("medusa.py", {PASSES: PASSES.replace("token == draws[parent]", "token in (0, draws[parent])")}, "padding is no guess"),
+        "padding 0 accepted": ("medusa.py", {PASSES: PASSES.replace("token == draws[parent]", "token in (0, draws[parent])")}, "that does not pass the rule at its parent"),
         "argmax for a draw": ("medusa.py", {DRAWS: "draws = base_probs.argmax(-1)"}, NOT_PLAIN),
         "next root at the root": ("medusa.py", {"+ [draws[last]]": "+ [draws[0]]"}, "the next root is not the draw of the last accepted node"),
         "nothing accepted": ("medusa.py", {"(tree.depths[node], reached[node]))": "(-tree.depths[node], reached[node]))"}, "a deeper node was passed over"),

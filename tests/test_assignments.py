@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 import zipfile
 from pathlib import Path
 
@@ -123,7 +124,8 @@ def rewritten(bodies: dict[str, str]) -> dict[str, str]:
         module, _, name = function.partition(".")
         source = files.get(f"{module}.py", reference(f"{module}.py"))
         lines, span = source.split("\n"), build.body_lines(source, name)
-        lines[span.start : span.stop] = body.strip("\n").split("\n")
+        indent = " " * build.find(ast.parse(source), name).body[0].col_offset
+        lines[span.start : span.stop] = textwrap.indent(textwrap.dedent(body).strip("\n"), indent).split("\n")
         files[f"{module}.py"] = "\n".join(lines)
     return files
 

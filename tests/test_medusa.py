@@ -870,6 +870,7 @@ def test_heads_without_targets_add_nothing(length):
     for mask in (None, torch.zeros(2, length, dtype=torch.bool)):
         loss, means = medusa_loss(logits, tokens, mask)
         assert (means > 0).tolist() == [mask is None and k + 2 <= length for k in (1, 2, 3)], "head k has a target only if k + 2 tokens are there; else it adds 0"
+        assert torch.isfinite(loss), "without targets the loss is not finite: a mean over nothing"
         assert torch.isfinite(torch.autograd.grad(loss, logits)[0]).all(), "without targets the gradient is not finite: a mean over nothing"
 
 
