@@ -331,7 +331,7 @@ def generate(
     end = text_limit(model, prompt, max_new_tokens)
     cache = model.new_cache(end)
     token = torch.tensor([prompt], device=model.lm_head.weight.device)
-    noise = NoiseAhead(model.lm_head.weight, sampling, generator)
+    noise, ends = NoiseAhead(model.lm_head.weight, sampling, generator), model.config.ends
     for _ in range(end - len(prompt)):
         logits = model.lm_head(model(token, cache=cache)[:, -1])  # (1, V)
         if sampling.temperature == 0:
@@ -340,8 +340,13 @@ def generate(
             token = draw(base_distribution(logits, sampling), noise.at((0,)))[None]  # (1, 1)
             noise.advance(1)
         yield [emitted := token.item()]
-        if emitted in model.config.ends:
+        if emitted in ends:
             return
+
+
+def until_end(tokens: list[int], ends: tuple[int, ...]) -> list[int]:
+    """The tokens up to the first that ends the text, included."""
+    return tokens[: next((n for n, token in enumerate(tokens, start=1) if token in ends), None)]
 
 
 class Plan:
@@ -400,7 +405,7 @@ def medusa_generate(
     """
     check_fit(model, heads, tree)
     end = text_limit(model, prompt, max_new_tokens)
-    lm_head = model.lm_head
+    lm_head, ends = model.lm_head, model.config.ends
     cache = model.new_cache(end + len(tree))
     plan = Plan(tree, end, lm_head.weight)
     noise = NoiseAhead(lm_head.weight, sampling, generator)
@@ -410,11 +415,10 @@ def medusa_generate(
     states = model(tokens[None], cache=cache)[0, -1:]  # (1, D)
     path, emitted = accept(ROOT, tokens[-1:], lm_head(states), sampling, noise.at(ROOT.depths))  # the prompt's last token is a tree of one
     while length < end:
-        emitted = emitted[: next((n for n, token in enumerate(emitted, start=1) if token in model.config.ends), None)]
-        yield emitted
+        yield (emitted := until_end(emitted, ends))
         length += len(emitted)
         noise.advance(len(emitted))
-        if length == end or emitted[-1] in model.config.ends:
+        if length == end or emitted[-1] in ends:
             return
         if plan.depth > end - length - 1:  # a node must leave room for the token it earns
             plan = Plan(tree.cut(end - length - 1), end, lm_head.weight)

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from data.chat import turn_prompts
 from data.corpus import cache_directory, documents, pack
+from data.packages import optional
 from data.shards import base_digest, digest_of, metadata_of, read_shards, write_shard
 from data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer, train_tokenizer
 from medusa import (
@@ -279,10 +280,7 @@ def prepare(config: Fit) -> tuple[torch.device, torch.dtype]:
     if path.exists() and not config.resume:
         raise ValueError(f"{path} is of a run that was stopped: go on with --resume, or remove it")
     if config.plot:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            raise ValueError("--plot needs matplotlib: pip install -r bench/requirements.txt") from None
+        optional("matplotlib", "--plot", "bench/requirements.txt")
     device = pick_device(config.device)
     return device, pick_precision(config.precision, device)
 
@@ -605,11 +603,12 @@ def sample_rows(model: GPT, prompts: Tensor, n_new: int, sampling: Sampling, gen
     carries = torch.zeros_like(tokens, dtype=torch.bool)
     cache = model.new_cache(P + n_new, batch=R)
     rows, new = torch.arange(R, device=prompts.device), prompts  # the rows still alive, and their tokens to feed
+    ends = torch.tensor(model.config.ends, dtype=torch.long, device=prompts.device)
     for position in range(P, P + n_new):
         base_probs = base_distribution(model.lm_head(model(new, cache=cache)[:, -1]), sampling)  # (alive, V)
         new = draw(base_probs, exponential(base_probs, generator))[:, None]  # (alive, 1)
         tokens[rows, position], carries[rows, position] = new[:, 0], True
-        alive = ~torch.isin(new[:, 0], torch.tensor(model.config.ends, dtype=new.dtype, device=new.device))  # (alive,)
+        alive = ~torch.isin(new[:, 0], ends)  # (alive,)
         if not alive.all():
             rows, new = rows[alive], new[alive]
             cache.keep_batch(alive.nonzero()[:, 0])
@@ -676,6 +675,7 @@ CALIBRATION_TEMPERATURES = (0.0, 0.7, 1.0)
 def distill_digest(config: DistillConfig, *prompts: Tensor) -> str:
     """Names a set of shards by all that shapes it."""
     settings = {name: value for name, value in asdict(config).items() if name not in ("base", "out", "shards", "text", "device", "precision")}
+    settings |= {"shards": config.shards} if config.chat else {}  # turns are dealt out over all shards
     return digest_of(settings, base_digest(config.base), *prompts)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from medusa import ROOT, MedusaHeads, NoiseAhead, Plan, Sampling, accept, check_fit, favour, text_limit
+from medusa import ROOT, MedusaHeads, NoiseAhead, Plan, Sampling, accept, check_fit, favour, text_limit, until_end
 from model import GPT
 from tree import best_first_tree
 
@@ -44,7 +44,7 @@ def dynamic_generate(
     """`medusa_generate`, but for the tree: n_nodes nodes, chosen anew in every step."""
     check_fit(model, heads, ROOT)
     end = text_limit(model, prompt, max_new_tokens)
-    lm_head = model.lm_head
+    lm_head, ends = model.lm_head, model.config.ends
     cache = model.new_cache(end + n_nodes)
     noise = NoiseAhead(lm_head.weight, sampling, generator)
     length = len(prompt)
@@ -52,11 +52,10 @@ def dynamic_generate(
     states = model(tokens[None], cache=cache)[0, -1:]  # (1, D)
     path, emitted = accept(ROOT, tokens[-1:], lm_head(states), sampling, noise.at(ROOT.depths))
     while length < end:
-        emitted = emitted[: emitted.index(model.config.eos_token_id) + 1] if model.config.eos_token_id in emitted else emitted
-        yield emitted
+        yield (emitted := until_end(emitted, ends))
         length += len(emitted)
         noise.advance(len(emitted))
-        if length == end or emitted[-1] == model.config.eos_token_id:
+        if length == end or emitted[-1] in ends:
             return
         past = length - 1
         plan, guesses = grow(heads, lm_head, states[path[-1]], n_nodes, past, end - length - 1, sampling, noise)

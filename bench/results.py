@@ -1,14 +1,15 @@
 """What the subcommands share: the model and the prompts that they measure, and results that a stopped run goes on from."""
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from bench.figures import machine
 from data.corpus import documents
+from data.packages import optional
 from data.shards import base_digest
 from data.tokenizer import Tokenizer
 from medusa import ROOT, MedusaHeads, check_fit
@@ -38,12 +39,7 @@ class Decoding(Bench):
         check_sizes(self, ["prompts", "prompt_tokens", "new_tokens"])
 
 
-def need(package: str):
-    """The package, or one line that says where it is from."""
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise ValueError(f"{package} is missing: pip install -r bench/requirements.txt") from None
+need = partial(optional, user="bench/bench.py", requirements="bench/requirements.txt")
 
 
 def load(config: Bench) -> tuple[Tokenizer, GPT, MedusaHeads]:

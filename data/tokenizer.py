@@ -85,6 +85,9 @@ class JsonTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return self.tokenizer.decode([int(id) for id in ids], skip_special_tokens=False)
 
+    def piece(self, id: int) -> str:
+        return self.tokenizer.id_to_token(id) or f"<{id}>"
+
 
 def special_tokens(directory) -> dict[str, str]:
     """{"bos_token": its text, ...}, as tokenizer_config.json says."""

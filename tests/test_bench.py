@@ -390,12 +390,12 @@ def test_help_names_every_subcommand(call):
 def test_without_matplotlib_nothing_is_measured(refused, name, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     more = ["--ways", "chain"] if name == "decode" else []
-    refused("matplotlib is missing: pip install -r bench/requirements.txt", name, "--out", tmp_path / "out", *more)
+    refused("the package matplotlib: pip install -r bench/requirements.txt", name, "--out", tmp_path / "out", *more)
 
 
 def test_without_transformers_its_ways_are_refused_before_the_work(refused, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    refused("transformers is missing: pip install -r bench/requirements.txt", "decode", "--out", tmp_path / "out")
+    refused("the package transformers: pip install -r bench/requirements.txt", "decode", "--out", tmp_path / "out")
 
 
 class Figure:

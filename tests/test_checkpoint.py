@@ -252,7 +252,7 @@ def test_a_full_disk_costs_one_line_and_no_checkpoint(where, file, half, base, t
 def test_a_plot_without_matplotlib_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for go, mode in ((train_base, BaseConfig), (train_medusa, Medusa1Config), (train_medusa, Medusa2Config)):
-        with pytest.raises(ValueError, match="--plot needs matplotlib: pip install -r bench/requirements.txt"):
+        with pytest.raises(ValueError, match="--plot needs the package matplotlib: pip install -r bench/requirements.txt"):
             go(mode(text=["none.txt"], out=str(tmp_path / "out"), device="cpu", plot=True))
     assert not (tmp_path / "out").exists()
 

@@ -138,7 +138,7 @@ def test_two_processes_train_what_one_trains(made, call, tmp_path):
 
 def test_a_plot_without_matplotlib_costs_one_line_and_nothing_else(refused, made, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    refused("--plot needs matplotlib", *medusa2(made[0], tmp_path / "out", "--plot"))
+    refused("--plot needs the package matplotlib", *medusa2(made[0], tmp_path / "out", "--plot"))
 
 
 def summary(out: str) -> dict[str, str]:

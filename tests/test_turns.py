@@ -1,0 +1,105 @@
+"""Laws of a chat model's own text: its answers to user turns, each side's turns on that side alone, whatever the length of a prompt."""
+import json
+import re
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import data.chat
+import train
+from data.chat import turn_prompts
+from data.corpus import is_validation
+from data.shards import read_shards
+from data.turns import items, written_turns
+from medusa import Sampling
+from strategies import contents, distilling, greedy_text, laws, random_gpt, rng, small_tokenizer
+from train import distill, sample_to_length, turns_of_shard
+
+TURNS = [f"what is {n} + {n}?" for n in range(60)] + ["why?"]
+
+
+@pytest.fixture
+def turns(tmp_path, monkeypatch) -> list[str]:
+    """A file of turns, for a chat model whose template adds nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(data.chat, "chat_prompt", lambda directory, tokenizer, turns: tokenizer.opening(turns[0]["content"]))
+    (tmp_path / "turns.jsonl").write_text("".join(json.dumps(turn) + "\n" for turn in TURNS))
+    return [str(tmp_path / "turns.jsonl")]
+
+
+@laws
+@given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=12), rows=st.integers(1, 6), shards=st.integers(1, 4))
+def test_all_shards_together_take_each_prompt_as_often_as_the_others(sizes, rows, shards):
+    prompts = [[number] * size for number, size in enumerate(sizes)]
+    dealt = [turns_of_shard(prompts, i, rows, shards) for i in range(shards)]
+    taken = Counter(prompt[0] for shard in dealt for prompt in shard)
+    assert all(len(shard) == rows for shard in dealt) and set(taken) <= set(range(len(sizes)))
+    assert {taken[number] for number in range(len(sizes))} <= {rows * shards // len(sizes), -(-rows * shards // len(sizes))}
+    lengths = [len(prompt) for shard in dealt for prompt in shard]
+    assert lengths == sorted(lengths)  # so that a shard has few different ones
+
+
+@laws
+@given(prompts=st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=6), min_size=1, max_size=6), seed=st.integers(0, 9), eos=st.none() | st.integers(0, 4))
+def test_a_prompt_of_any_length_is_continued_as_by_itself(prompts, seed, eos):
+    model = random_gpt(seed, eos=eos).double()
+    tokens, carries = sample_to_length(model, prompts, 12, Sampling(), rng(0))
+    assert tokens.shape == carries.shape == (len(prompts), 12)
+    texts = [row[: int(loss.nonzero()[-1]) + 1].tolist() for row, loss in zip(tokens, carries)]
+    assert sorted(texts) == sorted(prompt + greedy_text(model, prompt, 12 - len(prompt)) for prompt in prompts)
+    for row, loss in zip(texts, carries.tolist()):
+        begun = loss.index(True)
+        assert row[:begun] in prompts and loss == [begun <= place < len(row) for place in range(12)]
+
+
+def test_a_turn_is_on_one_side_and_too_long_ones_are_left_out(turns, base):
+    tokenizer = small_tokenizer()
+    prompts = {turn: tokenizer.opening(turn) for turn in TURNS}
+    most = max(map(len, prompts.values())) - 1
+    sides = turn_prompts(turns, base, tokenizer, most)
+    for side in sides:
+        assert sides[side] == [prompt for turn, prompt in prompts.items() if is_validation(turn) == (side == "validation") and len(prompt) <= most]
+    assert 0 < sum(map(len, sides.values())) < len(TURNS)
+
+
+@pytest.mark.parametrize("content, says", [
+    ('{"a": 1}\n', "must hold one JSON string a line"), ("why?\n", "cannot be read as one JSON string a line"), (b"\xff\n", "cannot be read as one JSON string"),
+    ('"why?"\n', "the validation side of the turns is empty: give more turns"), (None, "cannot be read as one JSON string a line"),
+])  # fmt: skip
+def test_a_file_that_holds_no_turns_is_refused(turns, base, tmp_path, content, says):
+    path = tmp_path / "other.jsonl"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=re.escape(says)):
+        turn_prompts([str(path)], base, small_tokenizer(), 99)
+    with pytest.raises(ValueError, match="--chat needs --text"):
+        turn_prompts([], base, small_tokenizer(), 99)
+
+
+def test_answers_are_distilled_behind_the_turns_of_their_side(turns, base, tmp_path):
+    config = distilling(base, turns, out=str(tmp_path / "rows"), chat=True, shards=2, rows=5, prompt_tokens=16, new_tokens=6)
+    folder = distill(config)
+    sides = turn_prompts(turns, base, small_tokenizer(), 16)
+    vocabulary = small_tokenizer().vocab_size
+    for side, pattern in (("train", "train-*"), ("validation", "validation-0.7*")):
+        rows, loss = read_shards(folder, f"{pattern}.safetensors", vocabulary)
+        assert rows.shape == (10 if side == "train" else 5, 22)
+        for row, carries in zip(rows.tolist(), loss.tolist()):
+            assert row[: carries.index(True)] in sides[side]
+    before = contents(folder)
+    distill(config)
+    assert contents(folder) == before
+    with pytest.raises(ValueError, match="with other settings"):  # another number of shards deals the turns out otherwise
+        distill(replace(config, shards=3))
+
+
+def test_turns_are_written_from_all_patterns_and_only_once():
+    turns = written_turns(500, seed=0)
+    assert len(set(turns)) == 500 and turns == written_turns(500, seed=0) != written_turns(500, seed=1)
+    assert not any("{" in turn or "}" in turn for turn in turns)
+    assert all(any(turn.startswith(start) for turn in turns) for start in ("Explain ", "Write a ", "What is ", "List ", "Rewrite this "))
+    assert items("a;\n b c ; d") == ["a", "b c", "d"]
