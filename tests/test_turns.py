@@ -5,12 +5,10 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import data.chat
-import train
 from data.chat import turn_prompts
 from data.corpus import is_validation
 from data.shards import read_shards
