@@ -3,6 +3,7 @@ import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,6 +198,12 @@ def test_a_tokenizer_json_without_the_package_names_the_file_to_install(tmp_path
 def test_special_tokens_may_be_texts_or_objects(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": None, "add_bos_token": True}))
     assert tokenizer_module.special_tokens(tmp_path) == {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+def test_a_token_is_named_as_in_the_vocabulary_or_by_its_number():
+    tokenizer = object.__new__(tokenizer_module.JsonTokenizer)
+    tokenizer.tokenizer = SimpleNamespace(id_to_token={3: "<|end|>"}.get)
+    assert (tokenizer.piece(3), tokenizer.piece(9)) == ("<|end|>", "<9>")
 
 
 def test_all_that_belongs_to_a_tokenizer_is_copied(tmp_path):
