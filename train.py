@@ -672,10 +672,10 @@ def distill(config: DistillConfig) -> Path:
 CALIBRATION_TEMPERATURES = (0.0, 0.7, 1.0)
 
 
-def distill_digest(config: DistillConfig, *prompts: Tensor) -> str:
+def distill_digest(config: DistillConfig, *prompts: Tensor | list) -> str:
     """Names a set of shards by all that shapes it."""
-    settings = {name: value for name, value in asdict(config).items() if name not in ("base", "out", "shards", "text", "device", "precision")}
-    settings |= {"shards": config.shards} if config.chat else {}  # turns are dealt out over all shards
+    not_shaping = {"base", "out", "text", "device", "precision"} | (set() if config.chat else {"shards"})  # turns are dealt out over all shards
+    settings = {name: value for name, value in asdict(config).items() if name not in not_shaping}
     return digest_of(settings, base_digest(config.base), *prompts)
 
 

@@ -31,6 +31,7 @@ from sample import first_difference, gap_at, pick_tree, timed_run  # noqa: E402
 from train import CALIBRATION_TEMPERATURES, bits_per_byte, packed, windows  # noqa: E402
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 50, 64, 128
+FIGURES = ROOT / "bench/figures.json"
 
 
 def machine() -> str:
@@ -68,8 +69,11 @@ def distinct(texts: list[list[int]], n: int = 4) -> float:
     return statistics.mean(len(set(text)) / len(text) for text in grams)
 
 
-def measure_decoding(heads_directory: Path = ROOT / "data/heads") -> dict:
-    """Plain and Medusa decoding of the same prompts; a text goes on behind the end of a document, so that all are equally long."""
+def measure_decoding(heads_directory: Path = ROOT / "data/heads", nodes: dict[str, int] | None = None) -> dict:
+    """Plain and Medusa decoding of the same prompts; a text goes on after the end of a document, so that all are equally long.
+
+    nodes  {temperature: size of the tree}; chosen by cost unless given
+    """
     tokens, _ = held_out()
     model, heads = GPT.from_pretrained(ROOT / "data/base"), MedusaHeads.from_pretrained(heads_directory)
     model.config = replace(model.config, eos_token_id=None)
@@ -77,7 +81,7 @@ def measure_decoding(heads_directory: Path = ROOT / "data/heads") -> dict:
     results = {}
     for temperature in CALIBRATION_TEMPERATURES:
         sampling = Sampling(temperature)
-        tree, _ = pick_tree("auto", model, heads, heads_directory, sampling, prompts[0])
+        tree, _ = pick_tree(str(nodes[str(temperature)]) if nodes else "auto", model, heads, heads_directory, sampling, prompts[0])
         runs, gaps = [], []
         for seed, prompt in enumerate(prompts):
             both = {}
@@ -118,7 +122,7 @@ def first_token(directory: Path, environment: dict) -> float:
 
 
 def measure_command() -> dict:
-    """Train heads and sample with them, in a clone with an empty cache; then decode with those heads as `decoding` does with the shipped ones."""
+    """Train heads and sample with them, in a clone with an empty cache; then decode with those heads and trees as large as those of `decoding`."""
     with tempfile.TemporaryDirectory() as temporary:
         clone, environment = Path(temporary) / "clone", os.environ | {"XDG_CACHE_HOME": f"{temporary}/cache"}
         subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
@@ -128,7 +132,8 @@ def measure_command() -> dict:
         subprocess.run([sys.executable, "sample.py", "--heads", "out/heads", "--device", "cpu"], cwd=clone, env=environment, check=True)
         sampled = time.perf_counter()
         first = statistics.median(first_token(clone, environment) for _ in range(3))
-        trained_heads = measure_decoding(clone / "out/heads")
+        shipped = read_json(FIGURES)["decoding"]["result"]
+        trained_heads = measure_decoding(clone / "out/heads", {temperature: run["nodes"] for temperature, run in shipped.items()})
     return {
         "minutes": (sampled - start) / 60,
         "minutes of training": (trained - start) / 60,
@@ -176,7 +181,7 @@ def table(figures: dict) -> str:
         shipped = figures["decoding"]["result"]
         steps = ", ".join(f"{tokens:.2f} against {shipped[t]['tokens/step']:.2f} at temperature {t}" for t, tokens in r["tokens/step"].items())
         lines.append(
-            f"- The first command, packages installed: {r['minutes']:.1f} minutes. Tokens/step of the heads it trains, against the shipped ones: {steps}. "
+            f"- The first command, packages installed: {r['minutes']:.1f} minutes. Tokens/step of the heads it trains, against the shipped ones with equally large trees: {steps}. "
             f"`sample.py` shows its first token after {r['seconds to the first token of sample.py']:.1f} s."
         )
     if tests := figures.get("tests"):
@@ -202,13 +207,12 @@ def main() -> None:
     sections = parser.parse_args().sections
     if unknown := set(sections) - SECTIONS.keys():
         parser.error(f"no section {', '.join(unknown)}: there are {', '.join(SECTIONS)}")
-    path = ROOT / "bench/figures.json"
-    figures = read_json(path) if path.exists() else {}
+    figures = read_json(FIGURES) if FIGURES.exists() else {}
     for name in sections:
         result = SECTIONS[name]()
         figures[name] = {"command": f"python bench/figures.py {name}", "machine": machine(), "date": date.today().isoformat(), "result": result}
         print(json.dumps({name: figures[name]}, indent=1))
-        write_json(path, figures)
+        write_json(FIGURES, figures)
     replace_between("<!-- figures -->", "<!-- end of figures -->", table(figures))
 
 
