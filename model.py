@@ -160,9 +160,12 @@ class Attention(nn.Module):
         v = v.transpose(1, 2)  # (B, nkv, T, hs)
         if cache is not None:
             keys, values = cache
-            keys[:, :, start : start + T] = k
-            values[:, :, start : start + T] = v
-            k, v = keys[:, :, : start + T], values[:, :, : start + T]  # (B, nkv, S + T, hs)
+            if isinstance(start, Tensor):  # the rows themselves: see Compiled
+                k, v = keys.index_copy_(2, start, k), values.index_copy_(2, start, v)  # (B, nkv, capacity, hs)
+            else:
+                keys[:, :, start : start + T] = k
+                values[:, :, start : start + T] = v
+                k, v = keys[:, :, : start + T], values[:, :, : start + T]  # (B, nkv, S + T, hs)
         if T == 1 and mask is None:  # a group's queries as rows of one product: its keys and values are read once
             y = F.scaled_dot_product_attention(q.reshape(B, self.nkv, -1, self.hs), k, v)  # (B, nkv, nh / nkv, hs)
         else:
@@ -241,14 +244,19 @@ class GPT(nn.Module):
         if positions is None and start + T > len(self.rotary):
             raise ValueError(f"the context is {len(self.rotary)} tokens; {start} + {T} do not fit")
         turn = self.rotary[start : start + T] if positions is None else self.rotary[positions]  # ([B,] T, 2, 1, hs)
-        cos, sin = turn.unbind(-3)  # each ([B,] T, 1, hs)
         if mask is None and start > 0 and T > 1:
             mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start)  # (T, S+T)
-        x = self.embed_tokens(tokens)  # (B, T, D)
-        for i, block in enumerate(self.layers):
-            x = block(x, cos, sin, mask, cache and cache.layers[i], start)
+        hidden = self.trunk(tokens, turn, mask, cache and cache.layers, start)
         if cache is not None:
             cache.length = start + T
+        return hidden
+
+    def trunk(self, tokens: Tensor, turn: Tensor, mask: Tensor | None, layers: list | None, start: int | Tensor) -> Tensor:
+        """`forward` with all arguments laid out: turn ([B,] T, 2, 1, hs) of `rotary`, layers and start those of the cache."""
+        cos, sin = turn.unbind(-3)  # each ([B,] T, 1, hs)
+        x = self.embed_tokens(tokens)  # (B, T, D)
+        for i, block in enumerate(self.layers):
+            x = block(x, cos, sin, mask, layers and layers[i], start)
         return self.norm(x)
 
     def save_pretrained(self, directory, dtype: torch.dtype | None = None) -> None:
@@ -276,6 +284,42 @@ class GPT(nn.Module):
         if config.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
         return model.eval()
+
+
+class Compiled:
+    """A GPT whose steps of so many tokens as `sizes` says go through torch.compile; others, such as a prompt's, go as they always do.
+
+    Shapes are static, so that each size is compiled once: attention runs over the whole cache, and rows that are not written yet are
+    masked. On cuda a step is one CUDA graph. All else is the model's own.
+    """
+
+    ROWS = 256  # a cache is a multiple of these long, so that texts of many lengths share a compilation
+
+    def __init__(self, model: GPT, sizes: set[int]):
+        self.model, self.sizes = model, sizes
+        more = {"mode": "reduce-overhead"} if model.lm_head.weight.device.type == "cuda" else {}
+        self.trunk = torch.compile(model.trunk, fullgraph=True, dynamic=False, **more)
+
+    def __getattr__(self, name: str):
+        return getattr(self.model, name)
+
+    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
+        cache = self.model.new_cache(-(-capacity // self.ROWS) * self.ROWS, batch)
+        for part in (part for layer in cache.layers for part in layer):
+            torch._dynamo.mark_static_address(part, guard=False)  # a CUDA graph writes to it where it stands
+        return cache
+
+    def __call__(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """As GPT.forward, for masks (T, S+T) of floats."""
+        T, start = tokens.shape[1], cache.length if cache is not None else 0
+        if T not in self.sizes or start == 0 or (mask is None and T > 1):
+            return self.model(tokens, positions, mask, cache)
+        rows = torch.arange(start, start + T, device=tokens.device)
+        mask = self.rotary.new_zeros(T, start + T) if mask is None else mask
+        mask = F.pad(mask, (0, cache.capacity - start - T), value=-math.inf)  # (T, capacity)
+        hidden = self.trunk(tokens, self.rotary[rows if positions is None else positions], mask, cache.layers, rows)
+        cache.length = start + T
+        return hidden
 
 
 # ---- the Llama layout on disk: the one place that knows that q, k, v and gate, up stand apart there ----

@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -23,13 +23,14 @@ from data.chat import chat_prompt
 from data.tokenizer import JsonTokenizer, Tokenizer
 from data.trace import Trace, check_page
 from medusa import ROOT, MedusaHeads, NoiseAhead, Sampling, accept, base_distribution, check_fit, generate as plain_generate, medusa_generate, text_limit
-from model import GPT, check_sizes, read_json
+from model import GPT, Compiled, check_sizes, read_json
 from train import SHIPPED_BASE, OneLineParser, add_options, load_base, option, pick_device, read_prefixes, run
-from tree import Tree, calibrated_tree, cartesian_tree, choose_size, expected_tokens, interpolate, tree_from_paths
+from tree import Tree, calibrated_tree, cartesian_tree, choose_size, expected_tokens, tree_from_paths
 
 DEFAULT_PROMPT = 'def quote(s):\n    """Return a quoted copy of the string."""\n    if not s:\n'
 MAX_LEAVES = 1024  # of a tree given by widths
 SIZES = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # trees whose step is timed
+COMPILED_SIZES = (4, 8, 16)  # with --compile, which takes some time for each
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class SampleConfig:
     dtype: str = option("float32", "of weights and cache", choices=("float32", "float64", "bfloat16", "float16"))
     base: str = option(SHIPPED_BASE, "directory of the base model")
     heads: str = option("", "directory of the heads; default: data/heads for the shipped base, for another its own heads/, or plain decoding")
+    compile: bool = option(False, f"compile the steps of both ways with torch.compile; a size is then chosen among {', '.join(map(str, COMPILED_SIZES))}")
     trace: str = option("", "write a page that replays the generation, step by step, to this HTML file")
 
     def __post_init__(self):
@@ -116,10 +118,11 @@ def timed(steps: Iterator[list[int]], n: int) -> list[float]:
 
 
 def step_costs(
-    model: GPT, heads: MedusaHeads, tree_of: Callable[[int], Tree], prompt: list[int], sampling: Sampling, rounds: int = 3, steps: int = 5
+    model: GPT | Compiled, heads: MedusaHeads, tree_of: Callable[[int], Tree], prompt: list[int], sampling: Sampling, sizes: Iterable[int] = SIZES,
+    rounds: int = 3, steps: int = 5,
 ) -> dict[int, float]:
     """{N: median seconds of a whole step over N nodes}, N = 1 being plain decoding; all sizes in turn, so that a drift hits all alike."""
-    times = {1: []} | {len(tree_of(size)): [] for size in SIZES}
+    times = {1: []} | {len(tree_of(size)): [] for size in sizes}
     prompt = prompt[: max(model.config.max_position_embeddings - 8 * steps, 1)]
     config, model.config = model.config, replace(model.config, eos_token_id=None)  # a text that ends at once would leave nothing to time
     try:
@@ -135,7 +138,9 @@ def step_costs(
     return {size: statistics.median(measured) for size, measured in times.items()}
 
 
-def pick_tree(choice: str, model: GPT, heads: MedusaHeads, heads_directory, sampling: Sampling, prompt: list[int]) -> tuple[Tree, str]:
+def pick_tree(
+    choice: str, model: GPT | Compiled, heads: MedusaHeads, heads_directory, sampling: Sampling, prompt: list[int], sizes: Iterable[int] = SIZES
+) -> tuple[Tree, str]:
     """The tree that --tree names, and why it has its size."""
     if choice.endswith(".json"):
         paths = read_json(choice, list)
@@ -155,10 +160,10 @@ def pick_tree(choice: str, model: GPT, heads: MedusaHeads, heads_directory, samp
     if choice != "auto":
         tree = tree_of(int(choice))
         return tree, f"{calibrated}, {'size as asked for' if len(tree) == int(choice) else 'as large as the calibration goes'}"
-    costs = step_costs(model, heads, tree_of, prompt, sampling)
-    gains = {size: expected_tokens(tree_of(size), counts) * costs[1] / interpolate(costs, size) for size in range(2, max(costs) + 1)}
+    costs = step_costs(model, heads, tree_of, prompt, sampling, sizes)
+    gains = {size: expected_tokens(tree_of(size), counts) * costs[1] / cost for size, cost in costs.items() if size > 1}
     size = choose_size(lambda n: expected_tokens(tree_of(n), counts), costs, gains)
-    shown = ", ".join(f"{n}: {gains[n]:.2f}x" for n in sorted({2, 4, 8, 16, 32, size, max(costs)} & gains.keys()))
+    shown = ", ".join(f"{n}: {gain:.2f}x" for n, gain in gains.items())
     return tree_of(size), f"{calibrated}; {size} nodes promise the most tokens a second here, by nodes {shown}"
 
 
@@ -296,8 +301,13 @@ def main() -> None:
         return
     heads = MedusaHeads.from_pretrained(directory, dtype, device)
     check_fit(model, heads, ROOT)
-    tree, why = pick_tree(config.tree, model, heads, directory, sampling, prompt)
+    if config.compile:
+        model = Compiled(model, {1, *COMPILED_SIZES})
+        heads.compile(fullgraph=True, dynamic=False)
+    tree, why = pick_tree(config.tree, model, heads, directory, sampling, prompt, COMPILED_SIZES if config.compile else SIZES)
     check_fit(model, heads, tree)
+    if config.compile:
+        model.sizes.add(len(tree))
     if config.trace:
         trace = Trace(tokenizer, heads, prompt, model.config.ends)
     ours = stream(decode(medusa_generate, heads, tree, accept=trace.accept if trace else accept))

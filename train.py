@@ -217,9 +217,12 @@ def run(main: Callable[[], None]) -> None:
     except (ValueError, OSError, RuntimeError) as error:
         says = " ".join(str(error).split())
         if isinstance(error, RuntimeError):
-            if "out of memory" not in says and "can't allocate memory" not in says:
+            if "out of memory" in says or "can't allocate memory" in says:
+                says = "out of memory: ask for less at once, such as a smaller --batch, --context, --rows or --tree, or a larger --accumulate"
+            elif "No working C++ compiler" in says:
+                says = "--compile needs a C++ compiler, such as g++: install one, or leave --compile out"
+            else:
                 raise
-            says = "out of memory: ask for less at once, such as a smaller --batch, --context, --rows or --tree, or a larger --accumulate"
         print(f"{Path(sys.argv[0]).name}: error: {says}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

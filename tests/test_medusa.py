@@ -12,11 +12,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import medusa
 from medusa import (
     MedusaConfig, MedusaHeads, Sampling, accept, base_distribution, check_fit, generate, medusa_generate, medusa_loss, typical_threshold
 )
+from model import Compiled
 from strategies import (
     CheatingHeads, built_trees, chi_square, distribution, follow, greedy_text, laws, markov_gpt, next_logits, random_gpt, random_heads, rng,
     text_distribution, trees
@@ -979,3 +981,20 @@ def test_a_missing_or_garbage_file_is_refused_by_name(saved, name, content):
     if content is not None:
         file.write_bytes(content)
     refuses(saved, str(file))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_compiled_steps_decode_the_same_texts_and_are_compiled_once(temperature, monkeypatch):
+    """Also those of other prompts, and to the end of the context, where the tree is cut."""
+    torch._dynamo.reset()
+    compilations, compiling = CompileCounterWithBackend("eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **more: compiling(function, backend=compilations, **more))
+    model, tree = random_gpt(5, vocab_size=5, context=40, layers=2), cartesian_tree([2, 2])
+    heads, compiled = random_heads(model, 3, 6), Compiled(model, {1, len(tree)})
+    for prompt in ([1, 2, 3], [4], [2, 0, 2, 1, 3, 3]):
+        arguments = (prompt, 99, Sampling(temperature))
+        plain = [list(generate(which, *arguments, rng(7))) for which in (model, compiled)]
+        with_heads = [list(medusa_generate(which, heads, tree, *arguments, rng(7))) for which in (model, compiled)]
+        assert plain[0] == plain[1] and with_heads[0] == with_heads[1]
+        assert flat(plain[0]) == flat(with_heads[0]) and len(flat(plain[0])) == 40 - len(prompt)
+    assert compilations.frame_count == 2

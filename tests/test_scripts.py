@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import sample
 import train
@@ -182,6 +183,19 @@ def test_every_tree_and_rule_runs_to_its_summary(call, made, tree, flags, tmp_pa
     assert lines["text"] == "identical, token for token" or "typical" in flags
     assert lines["tree"].startswith({"4": "4 nodes, ", "2": "2 nodes, 1", "3x2x1": "16 nodes, 3"}.get(tree, ""))
     assert not tree.endswith("json") or lines["tree"] == f"4 nodes, 2 deep: from {tree}"
+
+
+@pytest.mark.parametrize("tree", ["auto", "3x2x1"])
+def test_compiled_steps_sample_the_same_text(call, made, tree, monkeypatch):
+    work, _ = made
+    compilations, compiling = CompileCounterWithBackend("eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **more: compiling(function, backend=compilations, **more))
+    torch._dynamo.reset()
+    flags = ["--base", work / "base", "--heads", work / "heads", "--max-new-tokens", "24", "--dtype", "float64", "--tree", tree]
+    (code, out, err), (_, eager, _) = call("sample.py", *flags, "--compile"), call("sample.py", *flags)
+    assert (code, err) == (0, "")
+    assert summary(out)["text"] == "identical, token for token" and out.partition("\ntree ")[0] == eager.partition("\ntree ")[0]
+    assert compilations.frame_count >= 3  # plain, at least one tree, the heads
 
 
 def test_a_fresh_clone_samples_with_what_is_shipped(tmp_path):

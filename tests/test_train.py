@@ -175,6 +175,18 @@ def test_a_fault_of_ours_is_not_hidden(error):
         train.run(main)
 
 
+def test_a_compiler_that_is_missing_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["a/sample.py"])
+
+    def main():
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found in\n(None, 'g++')")
+
+    with pytest.raises(SystemExit) as stop:
+        train.run(main)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and err.startswith("sample.py: error: --compile needs a C++ compiler")
+
+
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ..."), RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), None
 ])  # fmt: skip
