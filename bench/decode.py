@@ -16,8 +16,8 @@ from bench.dynamic import dynamic_generate
 from bench.figures import distinct
 from bench.results import Decoding, held_out_prompts, load, markdown, measure, need
 from medusa import MedusaHeads, Sampling, generate, medusa_generate
-from model import GPT, check_sizes
-from sample import first_difference, gap_at, pick_tree, read_calibration, timed_run
+from model import GPT, Compiled, check_sizes
+from sample import COMPILED_SIZES, SIZES as TIMED_SIZES, first_difference, gap_at, pick_tree, read_calibration, timed_run
 from train import CALIBRATION_NODES, Medusa1Config, distilled_rows, head_ranks, held_out_rows, option
 from tree import Tree, best_first_tree, calibrated_tree, cartesian_tree, replay, tree_from_paths
 
@@ -35,6 +35,7 @@ WAYS = (
 class DecodeConfig(Decoding):
     """Sections: greedy, lossless-0.7, lossless-1.0, typical. Each compares all ways."""
 
+    compile: bool = option(False, "compile the steps of all our ways with torch.compile")
     rounds: int = option(5, "times that every way decodes every prompt; speeds are medians over the rounds")
     ways: list[str] = option([], f"some of {' '.join(WAYS)}; plain is always there; default: all")
     distilled: str = option("", "rows that the base wrote, for the product of marginals; default: as for train.py --mode medusa1")
@@ -83,8 +84,9 @@ def product_tree(rank_paths: Sequence[Sequence[int]], n_nodes: int) -> Tree:
     return tree_from_paths([[order[head][place] for head, place in enumerate(path)] for path in tree.paths[1:]])
 
 
-def step_starts(config: DecodeConfig, model: GPT, heads: MedusaHeads, temperature: float) -> list[tuple[int, ...]]:
+def step_starts(config: DecodeConfig, temperature: float) -> list[tuple[int, ...]]:
     """The rank paths behind calibration.json: of the base's own text, where steps start."""
+    _, model, heads = load(config)
     shards = distilled_rows(Medusa1Config(base=config.base, distilled=config.distilled))
     rows = held_out_rows(shards, model.config.vocab_size, heads.config.num_heads)[str(temperature)]
     texts = [ranks.tolist() for ranks in head_ranks(model, heads, *rows, Sampling(temperature))]
@@ -95,11 +97,11 @@ def trees_of(config: DecodeConfig, model: GPT, heads: MedusaHeads, sampling: Sam
     """The fixed tree of each way that has one."""
     K = heads.config.num_heads
     counts, _ = read_calibration(config.heads, sampling.temperature)
-    starts = cache(partial(step_starts, config, model, heads, sampling.temperature))
+    starts = cache(partial(step_starts, config, sampling.temperature))
     makers = {"chain": lambda: cartesian_tree([1] * K), "cartesian": lambda: cartesian_tree(([2, 2] + [1] * K)[:K])}
     makers |= {f"product-{n}": lambda n=n: product_tree(starts(), n) for n in PRODUCTS}
     makers |= {f"calibrated-{n}": partial(calibrated_tree, counts, n) for n in SIZES}
-    makers["cost-chosen"] = lambda: pick_tree("auto", model, heads, config.heads, sampling, prompt)[0]
+    makers["cost-chosen"] = lambda: pick_tree("auto", model, heads, config.heads, sampling, prompt, COMPILED_SIZES if config.compile else TIMED_SIZES)[0]
     wanted = {"cost-chosen" if way == "dynamic-cost-chosen" else way for way in config.chosen}
     return {name: make() for name, make in makers.items() if name in wanted}
 
@@ -212,8 +214,14 @@ def sameness(model: GPT, mine: list[list[Timing]], plain: list[list[Timing]], pr
 def measure_rule(config: DecodeConfig, name: str) -> dict:
     sampling = RULES[name]
     tokenizer, model, heads = load(config)
+    if config.compile:
+        torch._dynamo.config.recompile_limit = len(WAYS)  # of tree sizes
+        model = Compiled(model, {1, *COMPILED_SIZES})
+        heads.compile(fullgraph=True, dynamic=False)
     prompts = held_out_prompts(tokenizer, config.prompts, config.prompt_tokens)
     trees = trees_of(config, model, heads, sampling, prompts[0])
+    if config.compile:
+        model.sizes |= {len(tree) for tree in trees.values()}
     timings = in_turn(ways_of(config, model, heads, sampling, trees), prompts, config.rounds, name)
     rows = {}
     for way, mine in timings.items():
