@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 
 from data.chat import chat_prompt
+from data.command import OneLineParser, add_options, option, run
 from data.tokenizer import JsonTokenizer, Tokenizer
 from data.trace import Trace, check_page
 from medusa import ROOT, MedusaHeads, NoiseAhead, Sampling, accept, base_distribution, check_fit, generate as plain_generate, medusa_generate, text_limit
 from model import GPT, Compiled, check_sizes, read_json
-from train import SHIPPED_BASE, OneLineParser, add_options, load_base, option, pick_device, read_prefixes, run
+from train import SHIPPED_BASE, load_base, pick_device, read_prefixes
 from tree import Tree, calibrated_tree, cartesian_tree, choose_size, expected_tokens, tree_from_paths
 
 DEFAULT_PROMPT = 'def quote(s):\n    """Return a quoted copy of the string."""\n    if not s:\n'

@@ -9,15 +9,13 @@ Without other flags the heads are for the shipped base in data/base, and learn f
 flags: `python train.py --mode MODE --help`. A run that was stopped goes on with `--resume`; on several GPUs a run is started with
 `torchrun --nproc-per-node N train.py ...`. Dimension key: B rows, T tokens, D model width, V vocabulary, K heads.
 """
-import argparse
 import copy
 import json
 import math
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import cache, partial
 from itertools import groupby
@@ -33,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data.chat import turn_prompts
+from data.command import OneLineParser, add_options, option, run
 from data.corpus import cache_directory, documents, pack
 from data.packages import optional
 from data.shards import base_digest, digest_of, metadata_of, read_shards, write_shard
@@ -45,12 +44,6 @@ from model import GPT, Linear, ModelConfig, check_sizes, read_json, read_safeten
 from tree import calibrated_tree, expected_tokens, prefix_counts, ranked_prefixes, replay
 
 SHIPPED_BASE, SHIPPED_ROWS = "data/base", Path("data/distilled")
-
-
-def option(default, help: str, **more):
-    """A field of a config dataclass that becomes a flag of the command line."""
-    metadata = {"help": help} | more
-    return field(default_factory=lambda: list(default), metadata=metadata) if isinstance(default, list) else field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -179,54 +172,6 @@ class Medusa2Config(Medusa1Config):
 
 
 MODES: dict[str, type[Common]] = {"base": BaseConfig, "distill": DistillConfig, "medusa1": Medusa1Config, "medusa2": Medusa2Config}
-
-
-# ---- the command line, generated from the dataclasses ----
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Errors in one line, exit code 2; flags are spelled out."""
-
-    def __init__(self, **more):
-        super().__init__(allow_abbrev=False, **more)
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def add_options(parser: argparse.ArgumentParser, config: type) -> None:
-    for f in fields(config):
-        default = f.default if f.default is not MISSING else f.default_factory()
-        flag, more = "--" + f.name.replace("_", "-"), {key: value for key, value in f.metadata.items() if key != "help"}
-        if isinstance(default, bool):
-            more["action"] = argparse.BooleanOptionalAction
-        elif isinstance(default, list):
-            more["nargs"] = "+"
-        else:
-            more["type"] = type(default)
-        text = f.metadata["help"] + ("" if default in ("", []) else f" (default: {default})")
-        parser.add_argument(flag, default=default, help=text.replace("%", "%%"), **more)
-
-
-def run(main: Callable[[], None]) -> None:
-    """Call main; what the user can mend ends in one line and exit code 2."""
-    try:
-        main()
-    except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, RuntimeError) as error:
-        says = " ".join(str(error).split())
-        if isinstance(error, RuntimeError):
-            if "out of memory" in says or "can't allocate memory" in says:
-                says = "out of memory: ask for less at once, such as a smaller --batch, --context, --rows or --tree, or a larger --accumulate"
-            elif "No working C++ compiler" in says:
-                says = "--compile needs a C++ compiler, such as g++: install one, or leave --compile out"
-            else:
-                raise
-        print(f"{Path(sys.argv[0]).name}: error: {says}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def pick_device(name: str) -> torch.device:

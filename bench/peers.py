@@ -16,10 +16,11 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 from data.chat import chat_prompt  # noqa: E402
+from data.command import OneLineParser, add_options, option, run  # noqa: E402
 from data.packages import optional  # noqa: E402
 from medusa import MedusaConfig, MedusaHeads, Sampling, generate  # noqa: E402
 from sample import step_costs  # noqa: E402
-from train import OneLineParser, add_options, load_base, option, run  # noqa: E402
+from train import load_base  # noqa: E402
 from tree import cartesian_tree  # noqa: E402
 
 TURNS = ("Explain why the sky is blue.", "List five ways to save water at home.", "Write a Python function that reverses a list.")

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 
 from bench.results import Bench, markdown, measure
+from data.command import option
 from model import check_sizes
-from train import option
 
 ROOT = Path(__file__).resolve().parent.parent
 MODES = {

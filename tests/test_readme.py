@@ -9,9 +9,10 @@ import pytest
 
 from bench import ablations, figures
 from bench.bench import SUBCOMMANDS
+from data.command import OneLineParser, add_options
 from medusa import medusa_generate
 from sample import SampleConfig
-from train import MODES, OneLineParser, add_options
+from train import MODES
 from tree import cartesian_tree
 
 ROOT = Path(__file__).resolve().parent.parent
