@@ -123,11 +123,10 @@ class Sandbox:
 
 @dataclass
 class Entry:
-    """A line of the table of points: one test with all its cases. seconds: what they may still take."""
+    """A line of the table of points: one test with all its cases."""
 
     name: str
     points: int
-    seconds: float
     passed: int = 0
     messages: list[str] = field(default_factory=list)
 
@@ -138,17 +137,17 @@ class Entry:
 
 
 class Clock:
-    """Takes from an entry the seconds that the student's process computes or sleeps; waiting for a busy machine or for the grader costs nothing."""
+    """Counts down the seconds that the student's process computes or sleeps; waiting for a busy machine or for the grader costs nothing."""
 
-    def __init__(self, entry: Entry, sandbox: Sandbox):
-        self.entry, self.sandbox = entry, sandbox
+    def __init__(self, seconds: float, sandbox: Sandbox):
+        self.seconds, self.sandbox = seconds, sandbox
         self.ours, self.theirs, self.received = time.process_time(), 0.0, 0
         signal.signal(signal.SIGALRM, self.tick)
         signal.setitimer(signal.ITIMER_REAL, TICK, TICK)
 
     def tick(self, *_) -> None:
         self.charge(TICK)
-        if self.entry.seconds <= 0:
+        if self.seconds <= 0:
             signal.setitimer(signal.ITIMER_REAL, 0)
             raise OutOfTime
 
@@ -157,7 +156,7 @@ class Clock:
         ours, (theirs, state) = time.process_time(), self.sandbox.child()
         received = self.sandbox.peer.received if self.sandbox.peer else 0
         asleep = seconds if state == "S" and received == self.received and ours - self.ours < 0.001 else 0.0
-        self.entry.seconds -= max(theirs - self.theirs, 0.0) + asleep
+        self.seconds -= max(theirs - self.theirs, 0.0) + asleep
         self.ours, self.theirs, self.received = ours, theirs, received
 
     def stop(self) -> None:
@@ -170,20 +169,27 @@ class Referee:
 
     def __init__(self, problem_set: ProblemSet, number: int, sandbox: Sandbox, results: Path, complaints: list[str]):
         self.number, self.sandbox, self.results, self.complaints, self.began = number, sandbox, results, complaints, time.monotonic()
-        share = SECONDS / len(problem_set.tests)
-        self.entries = {test: Entry(words(test), points, share) for test, points in problem_set.tests.items()}
+        self.entries = {test: Entry(words(test), points) for test, points in problem_set.tests.items()}
+        self.seconds, self.waiting = SECONDS, {entry.name for entry in self.entries.values()}
         self.write()
 
     def entry(self, nodeid: str) -> Entry:
         return next(entry for test, entry in self.entries.items() if nodeid.removeprefix("tests/") == test or nodeid.removeprefix("tests/").startswith(test + "["))
 
+    def allowance(self, entry: Entry) -> float:
+        """What a test may take: all that is left, but for half an equal share of each test that has not begun."""
+        self.waiting.discard(entry.name)
+        return self.seconds - len(self.waiting) * SECONDS / len(self.entries) / 2
+
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item):
-        clock, self.sandbox.running = Clock(self.entry(item.nodeid), self.sandbox), True
+        allowance = self.allowance(self.entry(item.nodeid))
+        clock, self.sandbox.running = Clock(allowance, self.sandbox), True
         try:
             return (yield)
         finally:
             clock.stop()
+            self.seconds -= allowance - clock.seconds
             self.sandbox.end_test()
 
     @pytest.hookimpl(wrapper=True)

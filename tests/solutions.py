@@ -3,7 +3,6 @@
 WRONG: set -> {name: (file, {text of the reference: what stands there instead}, words of the message that must name the mistake)}
 RIGHT: set -> {name: {function: another body}}
 """
-EOS_CUT = "emitted = emitted[: emitted.index(model.config.eos_token_id) + 1] if model.config.eos_token_id in emitted else emitted"
 NOT_PLAIN = "not the one that plain decoding gives"
 MEAN = "over the targets that carry loss and only those"
 FORMULA = "the threshold is not min(epsilon, delta * exp(-H))"
@@ -129,8 +128,8 @@ WRONG = {
         "position by index": ("medusa.py", {"plan.depths + past": "torch.arange(len(tokens)) + past"}, NOT_PLAIN),
         "position one too far": ("medusa.py", {"plan.depths + past": "plan.depths + past + 1"}, "it can earn nothing"),
         "no mask": ("medusa.py", {"plan.mask(past), cache)[0]": "None, cache)[0]"}, NOT_PLAIN),
-        "EOS kept": ("medusa.py", {EOS_CUT: "pass"}, "tokens behind EOS were kept"),
-        "EOS does not end": ("medusa.py", {"if length == end or emitted[-1] == model.config.eos_token_id:": "if length == end:"}, "behind EOS"),
+        "EOS kept": ("medusa.py", {"emitted := until_end(emitted, ends)": "emitted"}, "tokens behind EOS were kept"),
+        "EOS does not end": ("medusa.py", {"if length == end or emitted[-1] in ends:": "if length == end:"}, "behind EOS"),
         "steps counted for tokens": ("medusa.py", {"    while length < end:\n": "    for _ in range(max_new_tokens):\n",
                                                    "if length == end or emitted[-1]": "if emitted[-1]"}, "goes on behind max_new_tokens"),
         "no room at the end": ("medusa.py", {"if plan.depth > end - length - 1:": "if False:"}, "it can earn nothing"),
@@ -311,19 +310,21 @@ RIGHT = {
 '''},
         "another loop": {"medusa.medusa_generate": '''
     check_fit(model, heads, tree)
-    end, text, eos = text_limit(model, prompt, max_new_tokens), list(prompt), model.config.eos_token_id
+    end, text, ends = text_limit(model, prompt, max_new_tokens), list(prompt), model.config.ends
     cache, noise = model.new_cache(end + len(tree)), NoiseAhead(model.lm_head.weight, sampling, generator)
     used, tokens, states = ROOT, torch.tensor(text[-1:]), model(torch.tensor([text]), cache=cache)[0, -1:]
     while len(text) < end:
         path, earned = accept(used, tokens, model.lm_head(states), sampling, noise.at(used.depths))
         if used is not ROOT:
             cache.keep(len(text) - 1, path)
-        if eos in earned:
-            earned = earned[: earned.index(eos) + 1]
+        for place, token in enumerate(earned):
+            if token in ends:
+                earned = earned[: place + 1]
+                break
         yield earned
         text += earned
         noise.advance(len(earned))
-        if text[-1] == eos or len(text) == end:
+        if text[-1] in ends or len(text) == end:
             return
         used = tree.cut(min(max(tree.depths), end - len(text) - 1))
         if used == ROOT:
