@@ -107,7 +107,7 @@ def read_calibration(directory, temperature: float) -> tuple[Counter, str]:
 
 
 def timed(steps: Iterator[list[int]], n: int) -> list[float]:
-    """Seconds of each of the first n steps behind the prompt's own."""
+    """Seconds of each of the first n steps after the prompt's own."""
     next(steps)
     times = []
     for _ in range(n):
@@ -202,7 +202,7 @@ class Printer:
 
 @dataclass(frozen=True)
 class Run:
-    """One decoding: its tokens, the number of steps behind the prompt, and their seconds."""
+    """One decoding: its tokens, the number of steps after the prompt, and their seconds."""
 
     tokens: list[int]
     steps: int
@@ -255,7 +255,7 @@ def compare(ours: Run, plain: Run, difference: str, tree: Tree, why: str) -> str
     step_cost = (ours.seconds / max(ours.steps, 1)) / (plain.seconds / max(plain.steps, 1)) if plain.seconds else float("nan")
     lines = {
         "tree": f"{len(tree)} nodes, {max(tree.depths)} deep: {why}",
-        "tokens/step": f"{ours.tokens_per_step:.2f}   ({len(ours.tokens)} tokens, {ours.steps} steps behind the prompt)",
+        "tokens/step": f"{ours.tokens_per_step:.2f}   ({len(ours.tokens)} tokens, {ours.steps} steps after the prompt)",
         "step cost": f"{step_cost:.2f}   (a step over the tree / a plain step)",
         "tokens/s": f"{ours.tokens_per_second:.0f} with Medusa, {plain.tokens_per_second:.0f} plain",
         "text": difference,

@@ -453,7 +453,7 @@ def test_a_difference_under_typical_acceptance_is_called_lossy(main, monkeypatch
 
 
 def test_one_token_and_a_full_context_end_as_they_should(main):
-    assert "(1 tokens, 0 steps behind the prompt)" in main("--max-new-tokens", "1")
+    assert "(1 tokens, 0 steps after the prompt)" in main("--max-new-tokens", "1")
     room = 96 - 1 - len(tokenizer().encode("def f("))
     assert f"({room} tokens, " in main("--max-new-tokens", "500")
 

@@ -159,7 +159,7 @@ def test_sampling_with_what_was_trained_shows_the_text_and_an_honest_summary(mad
     why = r"calibrated at temperature 0.0; \1 nodes promise the most tokens a second here, by nodes (.*)"
     nodes, depth, shown = re.fullmatch(rf"(\d+) nodes, ([123]) deep: {why}", lines["tree"]).groups()
     assert int(nodes) > int(depth) and f"{nodes}: " in shown
-    per_step, tokens, steps = re.fullmatch(r"(\S+) +\((\d+) tokens, (\d+) steps behind the prompt\)", lines["tokens/step"]).groups()
+    per_step, tokens, steps = re.fullmatch(r"(\S+) +\((\d+) tokens, (\d+) steps after the prompt\)", lines["tokens/step"]).groups()
     assert int(tokens) <= 30 and float(per_step) == round((int(tokens) - 1) / int(steps), 2)
     cost = float(re.fullmatch(r"(\S+) +\(a step over the tree / a plain step\)", lines["step cost"])[1])
     ours, plain = map(int, re.fullmatch(r"(\d+) with Medusa, (\d+) plain", lines["tokens/s"]).groups())
