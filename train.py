@@ -226,7 +226,7 @@ def prepare(config: Fit) -> tuple[torch.device, torch.dtype]:
     if config.resume and not path.exists():
         raise ValueError(f"--resume: {path} does not exist; leave --resume out to start a run")
     if path.exists() and not config.resume:
-        raise ValueError(f"{path} is of a run that was stopped: go on with --resume, or remove it")
+        raise ValueError(f"{path} is of a run that was stopped, or goes on at this moment: take it up with --resume, remove it, or name another --out")
     if config.plot:
         optional("matplotlib", "--plot", "bench/requirements.txt")
     device = pick_device(config.device)

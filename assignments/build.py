@@ -5,7 +5,6 @@
 DIR/set3/student is handed out: the handout, the five modules with the functions of all sets blanked, the tests of the set.
 DIR/set3/autograder.zip goes to Gradescope: the grader, the project, and what a student starts from. Nothing here is kept twice.
 """
-import argparse
 import ast
 import os
 import sys
@@ -14,8 +13,9 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "assignments"))
+sys.path[:0] = [str(ROOT), str(ROOT / "assignments")]
 
+from data.command import OneLineParser, run  # noqa: E402
 from sets import BLANKED, SETS, sets_of  # noqa: E402
 
 MODULES = ["tree.py", "model.py", "medusa.py", "train.py", "sample.py"]
@@ -74,7 +74,7 @@ def starter(name: str) -> str:
 def project_files(tests: list[str]) -> dict[str, bytes]:
     """What the modules and these tests need around them."""
     paths = [ROOT / "requirements.txt", ROOT / "pyproject.toml", ROOT / "tests/conftest.py", ROOT / "tests/strategies.py"]
-    paths += [*(ROOT / "data").glob("*.py"), *(ROOT / "tests" / name for name in tests)]
+    paths += [*(ROOT / "data").glob("*.py"), ROOT / "data/trace.html", ROOT / "data/requirements.txt", *(ROOT / "tests" / name for name in tests)]
     return {str(path.relative_to(ROOT)): path.read_bytes() for path in paths}
 
 
@@ -143,7 +143,7 @@ def build(number: int, out: Path) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("set", nargs="?", type=int, choices=sorted(SETS), help="1 to 7; all unless given")
     parser.add_argument("--out", required=True, type=Path, help="directory to write set1, set2 ... into")
     arguments = parser.parse_args()
@@ -153,8 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        print(f"build.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

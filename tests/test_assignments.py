@@ -89,6 +89,7 @@ def test_a_set_is_built_whole_or_not_at_all(tmp_path, monkeypatch):
     target = build.build(1, tmp_path)
     assert {path.name for path in target.iterdir()} == {"student", "autograder.zip"} and list(tmp_path.iterdir()) == [target]
     assert (target / "student/tests.txt").read_text().splitlines() == [f"tests/{test}" for test in SETS[1].tests]
+    assert (target / "student/data/trace.html").exists()  # sample.py --trace needs it
     assert "| together | 20 |" in (target / "student/README.md").read_text()
     with pytest.raises(ValueError, match="is there already"):
         build.build(1, tmp_path)

@@ -200,7 +200,7 @@ def test_a_checkpoint_is_neither_overlooked_nor_invented(mode, tmp_path, monkeyp
     with pytest.raises(ValueError, match="--resume: .*checkpoint.safetensors does not exist"):
         go(replace(config, resume=True))
     (tmp_path / "checkpoint.safetensors").write_bytes(b"precious")
-    with pytest.raises(ValueError, match="checkpoint.safetensors is of a run that was stopped: go on with --resume, or remove it"):
+    with pytest.raises(ValueError, match="checkpoint.safetensors is of a run that was stopped, or goes on at this moment: take it up with --resume, remove it"):
         go(config)
     assert contents(tmp_path) == {"checkpoint.safetensors": b"precious"}
 
