@@ -238,7 +238,7 @@ def prepare(number: int, sandbox: Sandbox) -> None:
     sandbox.functions = {name: wire.function_of(name) for name in BLANKED if name not in SETS[number].functions}
     for name in SETS[number].functions:
         wire.stand_in(name, sandbox.line)
-    settings.register_profile("grading", database=None, report_multiple_bugs=False, print_blob=False, phases=(Phase.explicit, Phase.generate))
+    settings.register_profile("grading", derandomize=True, database=None, report_multiple_bugs=False, print_blob=False, phases=(Phase.explicit, Phase.generate))
     settings.load_profile("grading")
     importlib.import_module("strategies")
 
