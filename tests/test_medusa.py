@@ -12,7 +12,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import medusa
 from medusa import (
@@ -984,11 +983,8 @@ def test_a_missing_or_garbage_file_is_refused_by_name(saved, name, content):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_compiled_steps_decode_the_same_texts_and_are_compiled_once(temperature, monkeypatch):
+def test_compiled_steps_decode_the_same_texts_and_are_compiled_once(temperature, compilations):
     """Also those of other prompts, and to the end of the context, where the tree is cut."""
-    torch._dynamo.reset()
-    compilations, compiling = CompileCounterWithBackend("eager"), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **more: compiling(function, backend=compilations, **more))
     model, tree = random_gpt(5, vocab_size=5, context=40, layers=2), cartesian_tree([2, 2])
     heads, compiled = random_heads(model, 3, 6), Compiled(model, {1, len(tree)})
     for prompt in ([1, 2, 3], [4], [2, 0, 2, 1, 3, 3]):

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import sample
 import train
@@ -186,11 +185,8 @@ def test_every_tree_and_rule_runs_to_its_summary(call, made, tree, flags, tmp_pa
 
 
 @pytest.mark.parametrize("tree", ["auto", "3x2x1"])
-def test_compiled_steps_sample_the_same_text(call, made, tree, monkeypatch):
+def test_compiled_steps_sample_the_same_text(call, made, tree, compilations):
     work, _ = made
-    compilations, compiling = CompileCounterWithBackend("eager"), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **more: compiling(function, backend=compilations, **more))
-    torch._dynamo.reset()
     flags = ["--base", work / "base", "--heads", work / "heads", "--max-new-tokens", "24", "--dtype", "float64", "--tree", tree]
     (code, out, err), (_, eager, _) = call("sample.py", *flags, "--compile"), call("sample.py", *flags)
     assert (code, err) == (0, "")
