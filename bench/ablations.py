@@ -39,14 +39,11 @@ VARIANTS = {
     "medusa2, corpus text": {"data": "corpus"},
     "medusa2, distilled text, hard labels": {"base_loss": "ce"},
     "medusa2, distilled text, KL": {},
-    "medusa2, distilled text, KL, heads at Medusa-1's rate, the base at a 28th of it": {"lr": 7e-3, "lr_ratio": 28.0},
 }
-LONG = {  # 2,400 steps, one seed
-    "medusa1, distilled text": {},
-    "medusa2, distilled text, KL, heads at Medusa-1's rate, the base at a 28th of it": {"lr": 7e-3, "lr_ratio": 28.0},
-    "medusa2, distilled text, KL, heads at Medusa-1's rate, the base at a 100th of it": {"lr": 7e-3, "lr_ratio": 100.0},
-}
-VARIANTS |= {f"{name}, 2,400 steps": more | {"steps": 2400} for name, more in LONG.items()}
+SLOW_BASE = "medusa2, distilled text, KL, heads at Medusa-1's rate, the base at a {} of it"
+VARIANTS[SLOW_BASE.format("28th")] = {"lr": 7e-3, "lr_ratio": 28.0}
+LONG = {name: VARIANTS[name] for name in ("medusa1, distilled text", SLOW_BASE.format("28th"))} | {SLOW_BASE.format("100th"): {"lr": 7e-3, "lr_ratio": 100.0}}
+VARIANTS |= {f"{name}, 2,400 steps": more | {"steps": 2400} for name, more in LONG.items()}  # of one seed
 
 
 def tokens_per_step(model: GPT, heads: MedusaHeads, rows: tuple[Tensor, Tensor]) -> float:
@@ -107,7 +104,8 @@ def main() -> None:
         write_json(path, content)
     if not content["results"]:
         raise SystemExit(f"no variant begins with {sys.argv[1]}: there are {', '.join(VARIANTS)}")
-    about = f"{STEPS} steps each and seeds {', '.join(map(str, SEEDS))}, where no other number is named (there seed 0). Measured by `bench/ablations.py` on {content['machine']}; {content['date']}."
+    about = f"{STEPS} steps each and seeds {', '.join(map(str, SEEDS))}, where no other number is named (there seed 0). "
+    about += f"Measured by `bench/ablations.py` on {content['machine']}; {content['date']}."
     replace_between("<!-- ablations -->", "<!-- end of ablations -->", table(content["results"]) + "\n\n" + about)
 
 
