@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import cache, partial
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -541,22 +540,26 @@ def train_base(config: BaseConfig) -> None:
 
 
 @torch.inference_mode()
-def sample_rows(model: GPT, prompts: Tensor, n_new: int, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Continue all prompts (R, P) by up to n_new tokens: tokens (R, P + n_new), and True where a sampled token stands.
+def sample_rows(model: GPT, prompts: list[list[int]], length: int, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Continue R prompts of any lengths to rows of at most `length` tokens: tokens (R, length), and True where a sampled token stands.
 
-    A row ends after EOS and leaves the batch; what stands behind its end is no text and carries no loss.
+    All rows grow together, by a token a step; where a longer prompt still has a token of its own, that one is fed. A row ends after EOS
+    and leaves the batch; what stands behind its end is no text and carries no loss.
     """
-    R, P = prompts.shape
-    tokens = torch.cat((prompts, torch.zeros(R, n_new, dtype=torch.long, device=prompts.device)), dim=1)  # (R, P + n_new)
+    device = model.lm_head.weight.device
+    tokens = torch.tensor([prompt + [0] * (length - len(prompt)) for prompt in prompts], device=device)  # (R, length)
     carries = torch.zeros_like(tokens, dtype=torch.bool)
-    cache = model.new_cache(P + n_new, batch=R)
-    rows, new = torch.arange(R, device=prompts.device), prompts  # the rows still alive, and their tokens to feed
-    ends = torch.tensor(model.config.ends, dtype=torch.long, device=prompts.device)
-    for position in range(P, P + n_new):
+    sizes = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (R,)
+    ends = torch.tensor(model.config.ends, dtype=torch.long, device=device)
+    cache = model.new_cache(length, batch=len(prompts))
+    shortest = min(map(len, prompts))
+    rows, new = torch.arange(len(prompts), device=device), tokens[:, :shortest]  # the rows still alive, and their tokens to feed
+    for position in range(shortest, length):
         base_probs = base_distribution(model.lm_head(model(new, cache=cache)[:, -1]), sampling)  # (alive, V)
-        new = draw(base_probs, exponential(base_probs, generator))[:, None]  # (alive, 1)
-        tokens[rows, position], carries[rows, position] = new[:, 0], True
-        alive = ~torch.isin(new[:, 0], ends)  # (alive,)
+        carries[rows, position] = sampled = sizes[rows] <= position  # (alive,)
+        tokens[rows, position] = torch.where(sampled, draw(base_probs, exponential(base_probs, generator)), tokens[rows, position])
+        new = tokens[rows, position, None]  # (alive, 1)
+        alive = ~(sampled & torch.isin(new[:, 0], ends))  # (alive,)
         if not alive.all():
             rows, new = rows[alive], new[alive]
             cache.keep_batch(alive.nonzero()[:, 0])
@@ -565,18 +568,8 @@ def sample_rows(model: GPT, prompts: Tensor, n_new: int, sampling: Sampling, gen
     return tokens, carries
 
 
-def sample_to_length(model: GPT, prompts: list[list[int]], length: int, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Continue prompts of any lengths to rows (R, length), those of one length together: as `sample_rows`."""
-    done = []
-    for size, group in groupby(sorted(prompts, key=len), key=len):
-        group = torch.tensor(list(group), device=model.lm_head.weight.device)  # (r, size)
-        done.append(sample_rows(model, group, length - size, sampling, generator))
-    tokens, carries = zip(*done)
-    return torch.cat(tokens), torch.cat(carries)
-
-
 def turns_of_shard(prompts: list[list[int]], i: int, rows: int, shards: int) -> list[list[int]]:
-    """The prompts of shard i, each taken as often as the others; near in length, since those of one length are sampled together."""
+    """The prompts of shard i, each taken as often as the others; near in length, so that they are continued from the start."""
     places = sorted(range(shards * rows), key=lambda place: len(prompts[place % len(prompts)]))
     return [prompts[place % len(prompts)] for place in places[i * rows : (i + 1) * rows]]
 
@@ -612,7 +605,7 @@ def distill(config: DistillConfig) -> Path:
                 prompts = windows(sides[side], config.rows, config.prompt_tokens, seeded(config.seed, i)).tolist()
             sampling = Sampling(temperature, top_p=config.top_p if side == "train" else 1.0)
             length, generator = config.prompt_tokens + config.new_tokens, seeded(config.seed, number, device=device)
-            tokens, carries = sample_to_length(model, prompts, length, sampling, generator)
+            tokens, carries = sample_rows(model, prompts, length, sampling, generator)
             write_shard(path, tokens, carries, model.config.vocab_size, made)
     return directory
 
@@ -716,9 +709,8 @@ def held_out_rows(directory: Path, vocab_size: int, K: int) -> dict[str, tuple[T
 
 def continued(model: GPT, tokens: Tensor, carries: Tensor, sampling: Sampling, seed: int) -> tuple[Tensor, Tensor]:
     """The prompts of these rows, continued by this model: tokens (R, T) and loss (R, T)."""
-    n = max(int(carries.any(0).int().argmax()), 1)  # tokens of a prompt
-    device = model.lm_head.weight.device
-    return sample_rows(model.eval(), tokens[:, :n].to(device), tokens.shape[1] - n, sampling, seeded(seed, device=device))
+    prompts = [row[: max(n, 1)].tolist() for row, n in zip(tokens, carries.int().argmax(1))]  # what stands before the first sampled token
+    return sample_rows(model.eval(), prompts, tokens.shape[1], sampling, seeded(seed, device=model.lm_head.weight.device))
 
 
 def rows_to_train(config: Medusa1Config, shards: Path, tokenizer: Tokenizer, vocab_size: int) -> tuple[Callable[[int], tuple[Tensor, Tensor]], str]:

@@ -88,9 +88,9 @@ def time_distill(base: str, rows: int) -> dict:
 
     tokenizer, model = load_base(base)
     settings = DistillConfig()
-    prompts = windows(packed(documents(False), tokenizer), rows, settings.prompt_tokens, seeded(0))
+    prompts = windows(packed(documents(False), tokenizer), rows, settings.prompt_tokens, seeded(0)).tolist()
     before, start = peak(), time.perf_counter()
-    _, carries = sample_rows(model, prompts, settings.new_tokens, Sampling(settings.temperature), torch.Generator().manual_seed(0))
+    _, carries = sample_rows(model, prompts, settings.prompt_tokens + settings.new_tokens, Sampling(settings.temperature), torch.Generator().manual_seed(0))
     seconds, sampled = time.perf_counter() - start, carries.sum().item()
     return {"MB before the first step": before, "tokens in a step": sampled / settings.new_tokens, "seconds of a step": seconds / settings.new_tokens, "tokens/s": sampled / seconds}
 

@@ -120,7 +120,7 @@ def test_a_text_ends_at_the_first_of_several_end_tokens(seed, ends, right):
         steps += emitted
         heads.length = getattr(heads, "length", 0) + len(emitted)
     assert steps == expected
-    rows, carries = sample_rows(model, torch.tensor([[1, 2]]), 12, Sampling(), rng(0))
+    rows, carries = sample_rows(model, [[1, 2]], 14, Sampling(), rng(0))
     assert rows[0, 2:][carries[0, 2:]].tolist() == expected
 
 

@@ -378,16 +378,14 @@ def test_medusa2_goes_on_from_trained_heads_and_measures_them_on_text_of_the_new
 
 
 def test_rows_are_continued_behind_their_prompts_by_the_model_itself():
-    """Rows without loss are taken along; where nothing is a prompt, the first token is."""
+    """Each behind its own prompt; of a row without loss the first token is the prompt."""
     model = random_gpt(5, context=16)
     tokens = torch.randint(5, (3, 9), generator=rng(1))
-    for prompt in (4, 0):
-        carries = torch.zeros(3, 9, dtype=torch.bool)
-        carries[0, prompt:] = True
-        rows, loss = continued(copy.deepcopy(model).train(), tokens, carries, Sampling(), 0)
-        n = max(prompt, 1)
-        assert torch.equal(rows[:, :n], tokens[:, :n]) and loss.tolist() == [[False] * n + [True] * (9 - n)] * 3
-        assert [row[n:].tolist() for row in rows] == [[t for step in generate(model, row[:n].tolist(), 9 - n) for t in step] for row in tokens]
+    carries = torch.zeros(3, 9, dtype=torch.bool)
+    carries[0, 4:7] = carries[1, 2:] = True
+    rows, loss = continued(copy.deepcopy(model).train(), tokens, carries, Sampling(), 0)
+    for row, new, carried, n in zip(tokens.tolist(), rows.tolist(), loss.tolist(), (4, 2, 1)):
+        assert new == row[:n] + [t for step in generate(model, row[:n], 9 - n) for t in step] and carried == [place >= n for place in range(9)]
 
 
 @pytest.mark.parametrize("more, says", [

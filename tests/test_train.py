@@ -584,11 +584,11 @@ def test_a_vocabulary_that_does_not_suit_the_text_is_refused(vocab_size, tmp_pat
 
 @st.composite
 def prompts_of_a_base(draw):
+    """Prompts of 1 to 6 tokens, EOS among them, and the length of the rows."""
     vocab_size = draw(st.integers(2, 5))
     model = random_gpt(draw(st.integers(0, 999)), vocab_size, 16, eos=draw(st.integers(0, vocab_size - 1)))
-    shape = draw(st.integers(1, 6)), draw(st.integers(1, 6))
-    prompts = torch.randint(vocab_size, shape, generator=rng(draw(st.integers(0, 999))))
-    return model, prompts, draw(st.integers(1, 10))
+    prompts = draw(st.lists(st.lists(st.integers(0, vocab_size - 1), min_size=1, max_size=6), min_size=1, max_size=6))
+    return model, prompts, max(map(len, prompts)) + draw(st.integers(1, 10))
 
 
 def flat(steps) -> list[int]:
@@ -598,12 +598,12 @@ def flat(steps) -> list[int]:
 @settings(laws, max_examples=60)
 @given(prompts_of_a_base())
 def test_greedy_rows_are_what_plain_decoding_gives_prompt_by_prompt(case):
-    """Whichever rows have left the batch before. Loss stands on the sampled tokens, EOS included, and nowhere else."""
-    model, prompts, n_new = case
-    tokens, carries = sample_rows(model, prompts, n_new, Sampling(), rng(0))
-    assert tokens.shape == carries.shape == (len(prompts), prompts.shape[1] + n_new) and carries.dtype == torch.bool
-    for prompt, row, loss in zip(prompts.tolist(), tokens, carries):
-        new = flat(generate(model, prompt, n_new))
+    """However long the other prompts are, and whichever rows have left the batch. Loss stands on the sampled tokens, EOS included, and nowhere else."""
+    model, prompts, length = case
+    tokens, carries = sample_rows(model, prompts, length, Sampling(), rng(0))
+    assert tokens.shape == carries.shape == (len(prompts), length) and carries.dtype == torch.bool
+    for prompt, row, loss in zip(prompts, tokens, carries):
+        new = flat(generate(model, prompt, length - len(prompt)))
         assert row[: len(prompt) + len(new)].tolist() == prompt + new
         assert loss.nonzero().flatten().tolist() == list(range(len(prompt), len(prompt) + len(new)))
 
@@ -611,14 +611,13 @@ def test_greedy_rows_are_what_plain_decoding_gives_prompt_by_prompt(case):
 @settings(laws, max_examples=40)
 @given(prompts_of_a_base(), st.floats(0.3, 3), st.sampled_from((0.4, 1.0)), st.integers(0, 99))
 def test_sampled_rows_keep_their_prompts_end_at_eos_and_repeat_with_their_seed(case, temperature, top_p, seed):
-    model, prompts, n_new = case
-    tokens, carries = sample_rows(model, prompts, n_new, Sampling(temperature, top_p=top_p), rng(seed))
-    P = prompts.shape[1]
-    assert torch.equal(tokens[:, :P], prompts) and not carries[:, :P].any()
-    for new, loss in zip(tokens[:, P:].tolist(), carries[:, P:].tolist()):
-        n = new.index(model.config.eos_token_id) + 1 if model.config.eos_token_id in new[: sum(loss)] else n_new
-        assert loss == [i < n for i in range(n_new)]
-    again, loss = sample_rows(model, prompts, n_new, Sampling(temperature, top_p=top_p), rng(seed))
+    model, prompts, length = case
+    tokens, carries = sample_rows(model, prompts, length, Sampling(temperature, top_p=top_p), rng(seed))
+    for prompt, row, loss in zip(prompts, tokens.tolist(), carries.tolist()):
+        P, new = len(prompt), row[len(prompt) :]
+        n = new.index(model.config.eos_token_id) + 1 if model.config.eos_token_id in new[: sum(loss)] else length - P
+        assert row[:P] == prompt and loss == [P <= place < P + n for place in range(length)]
+    again, loss = sample_rows(model, prompts, length, Sampling(temperature, top_p=top_p), rng(seed))
     assert torch.equal(tokens, again) and torch.equal(carries, loss)
 
 
@@ -626,9 +625,9 @@ def test_sampled_rows_keep_their_prompts_end_at_eos_and_repeat_with_their_seed(c
 def test_sampled_rows_follow_the_base_distribution(sampling):
     """Each row on its own, from the distribution behind its own prompt."""
     model, n = random_gpt(11, vocab_size=6, eos=3), 3000
-    prompts = torch.tensor([[1, 2], [4, 0]])
-    tokens, carries = sample_rows(model, prompts.repeat(n, 1), 3, sampling, rng(0))
-    for i, prompt in enumerate(prompts.tolist()):
+    prompts = [[1, 2], [4, 0]]
+    tokens, carries = sample_rows(model, prompts * n, 5, sampling, rng(0))
+    for i, prompt in enumerate(prompts):
         counts = Counter(tuple(row[loss].tolist()) for row, loss in zip(tokens[i::2], carries[i::2]))
         expected = text_distribution(model, prompt, 3, sampling)
         assert len({len(new) for new in expected}) > 1 and chi_square(counts, expected, n) > 0.01
@@ -640,7 +639,7 @@ def test_sampled_rows_follow_the_base_distribution(sampling):
 
 def test_rows_of_a_base_without_eos_never_end():
     model = random_gpt(2, eos=None)
-    tokens, carries = sample_rows(model, torch.tensor([[1], [2]]), 5, Sampling(), rng(0))
+    tokens, carries = sample_rows(model, [[1], [2]], 6, Sampling(), rng(0))
     assert [row[1:].tolist() for row in tokens] == [flat(generate(model, [token], 5)) for token in (1, 2)]
     assert carries.tolist() == [[False] + [True] * 5] * 2
 

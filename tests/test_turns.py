@@ -13,9 +13,8 @@ from data.chat import turn_prompts
 from data.corpus import is_validation
 from data.shards import read_shards
 from data.turns import items, written_turns
-from medusa import Sampling
-from strategies import contents, distilling, greedy_text, laws, random_gpt, rng, small_tokenizer
-from train import distill, sample_to_length, turns_of_shard
+from strategies import contents, distilling, laws, small_tokenizer
+from train import distill, turns_of_shard
 
 TURNS = [f"what is {n} + {n}?" for n in range(60)] + ["why?"]
 
@@ -39,19 +38,6 @@ def test_all_shards_together_take_each_prompt_as_often_as_the_others(sizes, rows
     assert {taken[number] for number in range(len(sizes))} <= {rows * shards // len(sizes), -(-rows * shards // len(sizes))}
     lengths = [len(prompt) for shard in dealt for prompt in shard]
     assert lengths == sorted(lengths)  # so that a shard has few different ones
-
-
-@laws
-@given(prompts=st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=6), min_size=1, max_size=6), seed=st.integers(0, 9), eos=st.none() | st.integers(0, 4))
-def test_a_prompt_of_any_length_is_continued_as_by_itself(prompts, seed, eos):
-    model = random_gpt(seed, eos=eos).double()
-    tokens, carries = sample_to_length(model, prompts, 12, Sampling(), rng(0))
-    assert tokens.shape == carries.shape == (len(prompts), 12)
-    texts = [row[: int(loss.nonzero()[-1]) + 1].tolist() for row, loss in zip(tokens, carries)]
-    assert sorted(texts) == sorted(prompt + greedy_text(model, prompt, 12 - len(prompt)) for prompt in prompts)
-    for row, loss in zip(texts, carries.tolist()):
-        begun = loss.index(True)
-        assert row[:begun] in prompts and loss == [begun <= place < len(row) for place in range(12)]
 
 
 def test_a_turn_is_on_one_side_and_too_long_ones_are_left_out(turns, base):
