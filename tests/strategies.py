@@ -119,10 +119,14 @@ class CheatingHeads:
 def follow(steps, heads) -> list[list[int]]:
     """All steps of a decoding; cheating heads are told how far the text has come."""
     taken = []
-    for emitted in steps:
-        taken.append(list(emitted))
-        if isinstance(heads, CheatingHeads):
-            heads.length += len(emitted)
+    try:
+        for emitted in steps:
+            taken.append(list(emitted))
+            if isinstance(heads, CheatingHeads):
+                heads.length += len(emitted)
+    except (IndexError, RuntimeError, ValueError) as error:
+        asked = "positions are past + depth, the mask is (N, past + N) without the root in the past, the tree shrinks to what still fits, tokens are counted and not steps"
+        raise AssertionError(f"step {len(taken) + 1} breaks off, {error}: {asked}") from error
     return taken
 
 
