@@ -7,25 +7,36 @@ The size of the tree is chosen by measurement: what a step over N nodes costs on
 earned on the calibration rows ("choose_size" in tree.py).
 """
 import math
-import os
 import statistics
-import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 
 import torch
 
+from data.calibration import read_calibration
 from data.chat import chat_prompt
 from data.command import OneLineParser, add_options, option, run
-from data.tokenizer import JsonTokenizer, Tokenizer
+from data.machine import pick_device
+from data.printer import Printer
+from data.tokenizer import SHIPPED_BASE, load_base
 from data.trace import Trace, check_page
-from medusa import ROOT, MedusaHeads, NoiseAhead, Sampling, accept, base_distribution, check_fit, generate as plain_generate, medusa_generate, text_limit
+from medusa import (
+    ROOT,
+    MedusaHeads,
+    NoiseAhead,
+    Sampling,
+    accept,
+    base_distribution,
+    check_fit,
+    generate as plain_generate,
+    medusa_generate,
+    text_limit,
+)
 from model import GPT, Compiled, check_sizes, read_json
-from train import SHIPPED_BASE, load_base, pick_device, read_prefixes
 from tree import Tree, calibrated_tree, cartesian_tree, choose_size, expected_tokens, tree_from_paths
 
 DEFAULT_PROMPT = 'def quote(s):\n    """Return a quoted copy of the string."""\n    if not s:\n'
@@ -95,29 +106,6 @@ def read_prompt(config: SampleConfig) -> str:
 # ---- the tree and its size ----
 
 
-def read_calibration(directory, temperature: float) -> tuple[Counter, str]:
-    """The prefix counts measured at the temperature nearest to this one, and that temperature."""
-    path = Path(directory) / "calibration.json"
-    content = read_json(path)
-    try:
-        nearest = min(content, key=lambda measured: abs(float(measured) - temperature))
-        return read_prefixes(content[nearest]), nearest
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no calibration: {error!r}; train.py --mode medusa1 writes one") from None
-
-
-def timed(steps: Iterator[list[int]], n: int) -> list[float]:
-    """Seconds of each of the first n steps after the prompt's own."""
-    next(steps)
-    times = []
-    for _ in range(n):
-        start = time.perf_counter()
-        if next(steps, None) is None:
-            break
-        times.append(time.perf_counter() - start)
-    return times
-
-
 def step_costs(
     model: GPT | Compiled, heads: MedusaHeads, tree_of: Callable[[int], Tree], prompt: list[int], sampling: Sampling, sizes: Iterable[int] = SIZES,
     rounds: int = 3, steps: int = 5,
@@ -131,7 +119,7 @@ def step_costs(
             for size in times:
                 arguments = (prompt, 8 * steps, sampling, torch.Generator(model.lm_head.weight.device).manual_seed(0))
                 sequence = plain_generate(model, *arguments) if size == 1 else medusa_generate(model, heads, tree_of(size), *arguments)
-                times[size] += timed(sequence, steps)[1:]  # the first step of a tree lays out its plan
+                times[size] += timed_run(islice(sequence, steps + 1)).times[1:]  # the first step of a tree lays out its plan
     finally:
         model.config = config
     if not all(times.values()):
@@ -168,65 +156,38 @@ def pick_tree(
     return tree_of(size), f"{calibrated}; {size} nodes promise the most tokens a second here, by nodes {shown}"
 
 
-# ---- text on the terminal ----
-
-
-class Printer:
-    """Streams tokens as text: the root of a step plain, each guess that was accepted in a colour that tells its depth."""
-
-    COLOURS = (32, 36, 34, 35, 33, 31)  # depth 1, 2, ...: green, cyan, blue, magenta, yellow, red
-
-    def __init__(self, tokenizer: Tokenizer | JsonTokenizer, prompt: list[int]):
-        self.tokenizer = tokenizer
-        self.coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        self.before, self.pending = prompt[-1:], []  # decoded as a whole: many tokenizers drop a space in front of the first token
-
-    def text(self) -> str:
-        return self.tokenizer.decode(self.before + self.pending)[len(self.tokenizer.decode(self.before)) :]
-
-    def step(self, emitted: list[int], ends: tuple[int, ...]) -> None:
-        for depth, token in enumerate(emitted, start=1):
-            if token in ends:  # EOS is no text
-                continue
-            self.pending.append(token)
-            text = self.text()
-            if text.endswith("\ufffd"):  # bytes of a character that is not complete yet
-                continue
-            self.before, self.pending = self.pending, []
-            colour = self.COLOURS[(depth - 1) % len(self.COLOURS)]
-            print(f"\033[{colour}m{text}\033[0m" if self.coloured and depth < len(emitted) else text, end="", flush=True)
-
-    def finish(self) -> None:
-        print(self.text())
+# ---- both ways, timed ----
 
 
 @dataclass(frozen=True)
 class Run:
-    """One decoding: its tokens, the number of steps after the prompt, and their seconds."""
+    """One decoding: its tokens, and the seconds of each step after the prompt's."""
 
     tokens: list[int]
-    steps: int
-    seconds: float
+    times: list[float]
+
+    @property
+    def step_time(self) -> float:
+        return sum(self.times) / max(len(self.times), 1)
 
     @property
     def tokens_per_step(self) -> float:
-        return (len(self.tokens) - 1) / max(self.steps, 1)
+        return (len(self.tokens) - 1) / max(len(self.times), 1)
 
     @property
     def tokens_per_second(self) -> float:
-        return (len(self.tokens) - 1) / self.seconds if self.seconds else float("nan")
+        return self.tokens_per_step / self.step_time if self.times else float("nan")
 
 
-def timed_run(steps: Iterator[list[int]], show: Callable[[list[int]], None] = lambda emitted: None) -> Run:
-    """Decode to the end. The clock stands still while `show` prints, and starts behind the prompt's own pass."""
-    tokens, n, seconds = [], -1, 0.0
+def timed_run(steps: Iterable[list[int]], show: Callable[[list[int]], None] = lambda emitted: None) -> Run:
+    """Decode to the end. The clock stands still while `show` prints."""
+    steps, tokens, times = iter(steps), [], []
     while True:
         start = time.perf_counter()
         emitted = next(steps, None)
         if emitted is None:
-            return Run(tokens, max(n, 0), seconds)
-        n += 1
-        seconds += time.perf_counter() - start if n else 0.0
+            return Run(tokens, times[1:])
+        times.append(time.perf_counter() - start)
         tokens += emitted
         show(emitted)
 
@@ -252,10 +213,10 @@ def gap_at(model: GPT, prompt: list[int], ours: list[int], plain: list[int], at:
 
 def compare(ours: Run, plain: Run, difference: str, tree: Tree, why: str) -> str:
     """The summary: what each of the two ways took, whether the text is the same, and last the speed-up."""
-    step_cost = (ours.seconds / max(ours.steps, 1)) / (plain.seconds / max(plain.steps, 1)) if plain.seconds else float("nan")
+    step_cost = ours.step_time / plain.step_time if plain.times else float("nan")
     lines = {
         "tree": f"{len(tree)} nodes, {max(tree.depths)} deep: {why}",
-        "tokens/step": f"{ours.tokens_per_step:.2f}   ({len(ours.tokens)} tokens, {ours.steps} steps after the prompt)",
+        "tokens/step": f"{ours.tokens_per_step:.2f}   ({len(ours.tokens)} tokens, {len(ours.times)} steps after the prompt)",
         "step cost": f"{step_cost:.2f}   (a step over the tree / a plain step)",
         "tokens/s": f"{ours.tokens_per_second:.0f} with Medusa, {plain.tokens_per_second:.0f} plain",
         "text": difference,
@@ -323,7 +284,7 @@ def main() -> None:
         difference = f"differs from token {at + 1} on, where the two were {gap_at(model, prompt, ours.tokens, plain.tokens, at, sampling, config.seed):.1e} apart"
     print("\n" + compare(ours, plain, difference, tree, why))
     if trace:
-        trace.write(Path(config.trace), prompt=text, why=why, difference=difference, costs=[run.seconds / max(run.steps, 1) for run in (ours, plain)])
+        trace.write(Path(config.trace), prompt=text, why=why, difference=difference, costs=[run.step_time for run in (ours, plain)])
 
 
 if __name__ == "__main__":

@@ -13,46 +13,31 @@ import copy
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from datetime import timedelta
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data.chat import turn_prompts
-from data.command import OneLineParser, add_options, option, run
-from data.corpus import cache_directory, documents, pack
+from data.calibration import calibrate, held_out_rows, report
+from data.checkpoint import checkpoint_path, remove_checkpoint, resume, save_checkpoint
+from data.command import Common, OneLineParser, add_options, option, run
+from data.corpus import documents, packed, seeded, shuffled, windows
+from data.distilled import DistillConfig, continued, distill, distilled_rows
+from data.machine import autocast, check_kind, check_out, is_first, pick_device, pick_precision, say, sum_over_processes
 from data.packages import optional
-from data.shards import base_digest, digest_of, metadata_of, read_shards, write_shard
-from data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer, train_tokenizer
-from medusa import (
-    DECAY, ROOT, MedusaConfig, MedusaHeads, Sampling, base_distribution, check_fit, cross_entropy_ahead, distillation_loss, draw, exponential,
-    favour, medusa_loss
-)
-from model import GPT, Linear, ModelConfig, check_sizes, read_json, read_safetensors, write_atomically, write_json, write_safetensors
-from tree import calibrated_tree, expected_tokens, prefix_counts, ranked_prefixes, replay
-
-SHIPPED_BASE, SHIPPED_ROWS = "data/base", Path("data/distilled")
-
-
-@dataclass(frozen=True)
-class Common:
-    """Settings of every mode."""
-
-    text: list[str] = option([], "UTF-8 files to use in place of the Python standard library")
-    seed: int = option(0, "seed of all that is random")
-    device: str = option("auto", "auto, cpu, cuda or mps")
-    precision: str = option("auto", "of matmuls: float32, or bfloat16 mixed in; auto is bfloat16 on cuda", choices=("auto", "float32", "bfloat16"))
+from data.perplexity import bits_per_byte, perplexity
+from data.shards import base_digest, digest_of, read_shards
+from data.tokenizer import SHIPPED_BASE, Tokenizer, copy_tokenizer, disk_dtype, load_base, train_tokenizer
+from medusa import DECAY, ROOT, MedusaConfig, MedusaHeads, Sampling, check_fit, cross_entropy_ahead, distillation_loss, medusa_loss
+from model import GPT, Linear, ModelConfig, check_sizes, write_atomically, write_json
 
 
 @dataclass(frozen=True)
@@ -97,27 +82,6 @@ class BaseConfig(Fit):
         super().__post_init__()
         if not self.look_ahead >= 0:
             raise ValueError(f"--look-ahead {self.look_ahead}: must be 0 or more")
-
-
-@dataclass(frozen=True)
-class DistillConfig(Common):
-    """Text of the base's own: windows of the corpus as prompts, continued by sampling. Only the continuation carries loss."""
-
-    base: str = option(SHIPPED_BASE, "directory of the base model")
-    out: str = option("", "directory to write; default: in the cache, under a name that depends on all settings")
-    shards: int = option(12, "files to write, besides the held-out ones; one that exists is kept, so that a stopped run goes on where it was")
-    rows: int = option(256, "rows in a shard, sampled together")
-    chat: bool = option(False, "the --text files hold a user's turn a line, as data/turns.py writes them: the base answers these, by its chat template")
-    prompt_tokens: int = option(32, "tokens of a prompt; with --chat, longer ones are left out")
-    new_tokens: int = option(224, "tokens sampled behind each prompt, at most: a row ends with its document")
-    temperature: float = option(0.7, "sampling temperature")
-    top_p: float = option(1.0, "nucleus")
-
-    def __post_init__(self):
-        check_sizes(self, ["rows", "prompt_tokens", "new_tokens"])
-        if self.shards < 0:
-            raise ValueError(f"--shards {self.shards}: must be 0 (held-out rows alone) or more")
-        Sampling(self.temperature, top_p=self.top_p)  # refuses bad values before anything is sampled
 
 
 @dataclass(frozen=True)
@@ -173,48 +137,6 @@ class Medusa2Config(Medusa1Config):
 MODES: dict[str, type[Common]] = {"base": BaseConfig, "distill": DistillConfig, "medusa1": Medusa1Config, "medusa2": Medusa2Config}
 
 
-def pick_device(name: str) -> torch.device:
-    if name in ("auto", "cuda") and torch.cuda.is_available() and dist.is_initialized():
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.Generator(torch.zeros(1, device=name).device).device  # some devices hold tensors but draw nothing
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).partition(chr(10))[0]}") from None
-
-
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of matmuls in training."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, name)
-
-
-def check_out(directory: str) -> None:
-    """Raises ValueError if the directory cannot be written: before the work, not after it."""
-    nearest = next(path for path in (Path(directory).absolute(), *Path(directory).absolute().parents) if path.exists())
-    if not directory or not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ValueError(f"--out {directory or 'is empty'}: name a directory that can be written")
-
-
-def check_kind(directory: str, heads: bool) -> None:
-    """Raises ValueError if heads would overwrite a base, or a base heads."""
-    path = Path(directory) / "config.json"
-    if path.exists() and (read_json(path).get("model_type") == "medusa") != heads:
-        raise ValueError(f"--out {directory} holds {'a base' if heads else 'heads'}: name another directory")
-
-
-def is_first() -> bool:
-    """Of several processes, the one that writes and speaks."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def say(line: str) -> None:
-    if is_first():
-        print(line)
-
-
 def prepare(config: Fit) -> tuple[torch.device, torch.dtype]:
     """What can go wrong is looked at before the work."""
     check_out(config.out)
@@ -230,20 +152,6 @@ def prepare(config: Fit) -> tuple[torch.device, torch.dtype]:
         optional("matplotlib", "--plot", "bench/requirements.txt")
     device = pick_device(config.device)
     return device, pick_precision(config.precision, device)
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
-
-
-def load_base(directory, dtype: torch.dtype = torch.float32, device="cpu") -> tuple[Tokenizer, GPT]:
-    """A base directory's tokenizer and model; raises ValueError if they do not belong together."""
-    tokenizer, model = load_tokenizer(directory), GPT.from_pretrained(directory, dtype, device)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{directory}: the tokenizer has {tokenizer.vocab_size} pieces, the model {model.config.vocab_size}: not of one base")
-    if min(tokenizer.bos, tokenizer.eos) < 0:
-        raise ValueError(f"{directory}: the tokenizer has no piece that begins or ends a document")
-    return tokenizer, model
 
 
 # ---- optimisation, the same in every mode ----
@@ -374,7 +282,7 @@ def fit(
         if process == 0 and ((step + 1) % config.save_every == 0 or step + 1 == steps):
             log.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(log, lambda temporary: temporary.write_text("\n".join(lines) + "\n", encoding="utf-8"))
-            save(config, step + 1, parts, optimizer, inputs)
+            save_checkpoint(config, step + 1, parts, optimizer, inputs)
 
 
 def is_matrix(parameter: nn.Parameter) -> bool:
@@ -382,115 +290,9 @@ def is_matrix(parameter: nn.Parameter) -> bool:
     return parameter.dim() > 1 and parameter.shape[-2] > 1
 
 
-def sum_over_processes(tensors: list[Tensor]) -> None:
-    """In place, and in one message."""
-    if dist.is_initialized():
-        flat = torch.cat([t.flatten() for t in tensors])
-        dist.all_reduce(flat)
-        for t, summed in zip(tensors, flat.split([t.numel() for t in tensors])):
-            t.copy_(summed.view_as(t))
-
-
-# ---- checkpoints: what a run that was stopped needs to go on, in one file, written atomically ----
-
-NOT_RESULT = ("out", "resume", "plot", "save_every", "device")  # settings that a run may change on its way
-
-
-def checkpoint_path(config: Fit) -> Path:
-    return Path(config.out) / "checkpoint.safetensors"
-
-
-def save(config: Fit, step: int, parts: dict, optimizer: torch.optim.Optimizer, inputs: str) -> None:
-    """All parameters and the optimiser's state, the number of finished steps, and the settings."""
-    tensors = {}
-    for part, parameters in parts.items():
-        for name, p in parameters.items():
-            tensors |= {f"{part}.{name}|{key}": t.detach().cpu().contiguous() for key, t in {"value": p, **optimizer.state[p]}.items()}
-    settings = {name: value for name, value in asdict(config).items() if name not in NOT_RESULT}
-    about = {"step": str(step), "settings": json.dumps(settings), "inputs": inputs, "tensors": str(len(tensors))}
-    write_safetensors(checkpoint_path(config), tensors, about)
-
-
-def resume(config: Fit, parts: dict, optimizer: torch.optim.Optimizer, inputs: str) -> int:
-    """Take up the checkpoint, if --resume says so; returns the number of finished steps."""
-    path = checkpoint_path(config)
-    if not config.resume:
-        return 0
-    try:
-        tensors, about = read_safetensors(path), metadata_of(path)
-        settings, finished = json.loads(about["settings"]), int(about["step"])
-        for name, value in settings.items():
-            if getattr(config, name) != value:
-                raise ValueError(f"the run was started with --{name.replace('_', '-')} {value}, not {getattr(config, name)}")
-        if about["inputs"] != inputs:
-            raise ValueError("the run was started with another base or other text")
-        if len(tensors) != int(about["tensors"]):
-            raise ValueError(f"{len(tensors)} tensors are there, of {about['tensors']}")
-        for part, parameters in parts.items():
-            for name, p in parameters.items():
-                state = {key.rpartition("|")[2]: t.to(p.device) for key, t in tensors.items() if key.startswith(f"{part}.{name}|")}
-                p.data.copy_(state.pop("value"))
-                optimizer.state[p] = state
-    except (ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"--resume: cannot go on from {path}: {error}; to start anew, remove it and leave --resume out") from None
-    return finished
-
-
-def seeded(*numbers: int, device="cpu") -> torch.Generator:
-    """A generator of its own for every purpose and step."""
-    return torch.Generator(device).manual_seed(int(digest_of(*numbers), 16) >> 1)
-
-
-def windows(tokens: Tensor, n: int, length: int, generator: torch.Generator) -> Tensor:
-    """n windows (n, length) at random places of a packed text (tokens,)."""
-    if len(tokens) < length:
-        raise ValueError(f"the text has {len(tokens)} tokens, fewer than a row of {length}: give more text or a smaller --context")
-    starts = torch.randint(len(tokens) - length + 1, (n, 1), generator=generator)  # (n, 1)
-    return tokens[starts + torch.arange(length)].long()  # (n, length)
-
-
-@cache
-def shuffled(n: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(n, generator=seeded(seed, epoch))
-
-
-def packed(texts: list[str], tokenizer: Tokenizer) -> Tensor:
-    return torch.from_numpy(pack(texts, tokenizer).astype("int32"))
-
-
-@torch.inference_mode()
-def cross_entropy(model: GPT, tokens: Tensor) -> float:
-    """Sum over a packed text (tokens,), in nats. Every token but the first is scored once, with at least half a context before it."""
-    device, context = model.lm_head.weight.device, model.config.max_position_embeddings
-    nats, hop = 0.0, max(context // 2, 1)
-    for start in range(0, len(tokens) - 1, hop):
-        window = tokens[start : start + context + 1].long().to(device)
-        fresh = 0 if start == 0 else context - hop  # what the window before has scored
-        if len(window) - 1 <= fresh:
-            break
-        logits = model.lm_head(model(window[None, :-1])[0, fresh:])
-        nats += F.cross_entropy(logits, window[1 + fresh :], reduction="sum").item()
-    return nats
-
-
-def bits_per_byte(model: GPT, tokens: Tensor, n_bytes: int) -> float:
-    """Compression of a packed text (tokens,) that has n_bytes as UTF-8."""
-    return cross_entropy(model, tokens) / math.log(2) / n_bytes
-
-
-PERPLEXITY_TOKENS = 1 << 15
-
-
-def perplexity(model: GPT, tokens: Tensor) -> float:
-    """On the beginning of a packed text."""
-    tokens = tokens[:PERPLEXITY_TOKENS]
-    return math.exp(cross_entropy(model, tokens) / (len(tokens) - 1))
-
-
 def finish(config: Fit) -> None:
     """The run is over, its results are written."""
-    for path in [checkpoint_path(config), *Path(config.out).glob(f".{checkpoint_path(config).name}.*")]:  # and what a kill left half written
-        path.unlink()
+    remove_checkpoint(config)
     if config.plot:
         from bench.plot import draw_log
 
@@ -536,181 +338,7 @@ def train_base(config: BaseConfig) -> None:
         say(f"next: python train.py --mode medusa1 --base {config.out}")
 
 
-# ---- distill ----
-
-
-@torch.inference_mode()
-def sample_rows(model: GPT, prompts: list[list[int]], length: int, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Continue R prompts of any lengths to rows of at most `length` tokens: tokens (R, length), and True where a sampled token stands.
-
-    All rows grow together, by a token a step; where a longer prompt still has a token of its own, that one is fed. A row ends after EOS
-    and leaves the batch; what stands behind its end is no text and carries no loss.
-    """
-    device = model.lm_head.weight.device
-    tokens = torch.tensor([prompt + [0] * (length - len(prompt)) for prompt in prompts], device=device)  # (R, length)
-    carries = torch.zeros_like(tokens, dtype=torch.bool)
-    sizes = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (R,)
-    ends = torch.tensor(model.config.ends, dtype=torch.long, device=device)
-    cache = model.new_cache(length, batch=len(prompts))
-    shortest = min(map(len, prompts))
-    rows, new = torch.arange(len(prompts), device=device), tokens[:, :shortest]  # the rows still alive, and their tokens to feed
-    for position in range(shortest, length):
-        base_probs = base_distribution(model.lm_head(model(new, cache=cache)[:, -1]), sampling)  # (alive, V)
-        carries[rows, position] = sampled = sizes[rows] <= position  # (alive,)
-        tokens[rows, position] = torch.where(sampled, draw(base_probs, exponential(base_probs, generator)), tokens[rows, position])
-        new = tokens[rows, position, None]  # (alive, 1)
-        alive = ~(sampled & torch.isin(new[:, 0], ends))  # (alive,)
-        if not alive.all():
-            rows, new = rows[alive], new[alive]
-            cache.keep_batch(alive.nonzero()[:, 0])
-        if len(rows) == 0:
-            break
-    return tokens, carries
-
-
-def turns_of_shard(prompts: list[list[int]], i: int, rows: int, shards: int) -> list[list[int]]:
-    """The prompts of shard i, each taken as often as the others; near in length, so that they are continued from the start."""
-    places = sorted(range(shards * rows), key=lambda place: len(prompts[place % len(prompts)]))
-    return [prompts[place % len(prompts)] for place in places[i * rows : (i + 1) * rows]]
-
-
-def distill(config: DistillConfig) -> Path:
-    """Write config.shards shards of training rows and one of validation rows; returns their directory."""
-    if config.out:
-        check_out(config.out)
-    device = pick_device(config.device)
-    dtype = pick_precision(config.precision, device)
-    tokenizer, model = load_base(config.base, dtype, device)
-    if config.prompt_tokens + config.new_tokens > model.config.max_position_embeddings:
-        raise ValueError(
-            f"--prompt-tokens {config.prompt_tokens} + --new-tokens {config.new_tokens} are more than the context of {config.base}, "
-            f"{model.config.max_position_embeddings}: use --mode distill with smaller ones, then --mode medusa1 with --distilled"
-        )
-    if config.chat:
-        sides = turn_prompts(config.text, config.base, tokenizer, config.prompt_tokens)
-    else:
-        sides = {name: packed(documents(name == "validation", config.text), tokenizer) for name in ("validation", "train")}
-    settings = distill_digest(config, *sides.values())
-    made = f"{base_digest(config.base)} {settings}"
-    directory = Path(config.out) if config.out else cache_directory() / f"distilled-{settings}"
-    shards = [("validation", 0, t) for t in CALIBRATION_TEMPERATURES] + [("train", i, config.temperature) for i in range(config.shards)]
-    for number, (side, i, temperature) in enumerate(tqdm(shards, desc="distilling", unit="shard")):
-        path = directory / (f"train-{i:05d}.safetensors" if side == "train" else f"validation-{temperature}.safetensors")
-        if path.exists() and metadata_of(path).get("base") != made:
-            raise ValueError(f"{path} was written by another base, from other text or with other settings: remove {directory}, or give another --out")
-        if not path.exists():
-            if config.chat:
-                prompts = turns_of_shard(sides[side], i, config.rows, max(config.shards, 1) if side == "train" else 1)
-            else:
-                prompts = windows(sides[side], config.rows, config.prompt_tokens, seeded(config.seed, i)).tolist()
-            sampling = Sampling(temperature, top_p=config.top_p if side == "train" else 1.0)
-            length, generator = config.prompt_tokens + config.new_tokens, seeded(config.seed, number, device=device)
-            tokens, carries = sample_rows(model, prompts, length, sampling, generator)
-            write_shard(path, tokens, carries, model.config.vocab_size, made)
-    return directory
-
-
-CALIBRATION_TEMPERATURES = (0.0, 0.7, 1.0)
-
-
-def distill_digest(config: DistillConfig, *prompts: Tensor | list) -> str:
-    """Names a set of shards by all that shapes it."""
-    not_shaping = {"base", "out", "text", "device", "precision"} | (set() if config.chat else {"shards"})  # turns are dealt out over all shards
-    settings = {name: value for name, value in asdict(config).items() if name not in not_shaping}
-    return digest_of(settings, base_digest(config.base), *prompts)
-
-
 # ---- medusa1 and medusa2 ----
-
-
-def scored(carries: Tensor, K: int) -> Tensor:
-    """(B, T) bool -> (B, T-K-1) bool: positions t of which all tokens that are guessed, t+1 .. t+K+1, carry loss."""
-    return carries[:, 1:].unfold(1, K + 1, 1).all(-1)
-
-
-def noise_of_draws(base_probs: Tensor, tokens: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Noise with which `draw` gives these tokens (n,), as likely as it is given that: (n, V).
-
-    The first of a race arrives after a time of rate 1; whoever is still on the way then has as long to go as at the start.
-    """
-    first = exponential(base_probs[:, :1], generator)  # (n, 1)
-    noise = base_probs * first + exponential(base_probs, generator).scatter(1, tokens[:, None], 0)
-    return noise.clamp(min=torch.finfo(noise.dtype).tiny)
-
-
-@torch.inference_mode()
-def head_ranks(model: GPT, heads: MedusaHeads, tokens: Tensor, carries: Tensor, sampling: Sampling = Sampling()) -> list[Tensor]:
-    """The rank (0 is the first guess) that each head gave to the token that came: for each row (n, K), at its positions that are `scored`.
-
-    Of rows that were sampled the noise is gone: another is made with which these tokens would have been drawn.
-    """
-    K, n = heads.config.num_heads, tokens.shape[1] - heads.config.num_heads - 1
-    ranks, generator = [], torch.Generator(tokens.device).manual_seed(0)
-    for row, mask in zip(tokens, carries):
-        hidden = model(row[None, :-1])[0]  # (T-1, D)
-        if sampling.temperature > 0:
-            noise = noise_of_draws(base_distribution(model.lm_head(hidden), sampling), row[1:], generator)  # (T-1, V), of tokens 1, 2, ...
-        found = []
-        for k, logits in enumerate(heads(hidden[:n], model.lm_head), start=1):  # (n, V); at t they guess token t+k+1
-            scores = favour(logits, sampling, noise[k : k + n] if sampling.temperature > 0 else None)
-            found.append((scores > scores.gather(1, row[k + 1 : k + 1 + n, None])).sum(-1))
-        ranks.append(torch.stack(found, dim=1)[scored(mask[None], K)[0]].cpu())  # (n, K)
-    return ranks
-
-
-def calibrate(model: GPT, heads: MedusaHeads, rows_of: dict[str, tuple[Tensor, Tensor]]) -> dict:
-    """The content of calibration.json: for each temperature each head's accuracy at all positions, and the counts of rank prefixes at those
-    where steps start, as a `replay` with a tree of CALIBRATION_NODES finds them.
-    """
-    report = {}
-    for temperature, (tokens, carries) in rows_of.items():
-        device = model.lm_head.weight.device
-        texts = head_ranks(model, heads, tokens.to(device), carries.to(device), Sampling(float(temperature)))
-        ranks, texts = torch.cat(texts), [text.tolist() for text in texts]
-        starts = replay(texts, calibrated_tree(ranks.tolist(), CALIBRATION_NODES))
-        counts = prefix_counts(starts)
-        report[temperature] = {
-            "top1": [round((ranks[:, k] < 1).double().mean().item(), 4) for k in range(ranks.shape[1])],
-            "top5": [round((ranks[:, k] < 5).double().mean().item(), 4) for k in range(ranks.shape[1])],
-            "steps": len(starts),
-            "prefixes": {" ".join(map(str, path)): counts[path] for path in ranked_prefixes(counts)[:CALIBRATION_PREFIXES]},
-        }
-    return report
-
-
-CALIBRATION_NODES, CALIBRATION_PREFIXES = 16, 256
-
-
-def distilled_rows(config: Medusa1Config) -> Path:
-    """The directory of the rows to train and calibrate on; made first, by one process, if it has to be."""
-    base = base_digest(config.base)
-    if config.distilled:
-        for path in Path(config.distilled).glob("*.safetensors"):
-            if not metadata_of(path).get("base", base).startswith(base):
-                raise ValueError(f"--distilled: {path} was not written by the base in {config.base}: distil anew, or name that base")
-        return Path(config.distilled)
-    if not config.text and metadata_of(SHIPPED_ROWS / "train-00000.safetensors").get("base", "").startswith(base):
-        return SHIPPED_ROWS
-    shards = DistillConfig.shards if config.data == "distilled" else 0  # the held-out rows come along with any
-    more = DistillConfig(base=config.base, text=config.text, seed=config.seed, device=config.device, precision=config.precision, shards=shards)
-    directory = distill(more) if is_first() else None
-    if dist.is_initialized():
-        dist.barrier()
-    return directory or distill(more)  # all there, for the other processes
-
-
-def held_out_rows(directory: Path, vocab_size: int, K: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """{temperature: tokens (R, T) and loss (R, T)}"""
-    rows_of = {str(t): read_shards(directory, f"validation-{t}.safetensors", vocab_size) for t in CALIBRATION_TEMPERATURES}
-    if not all(carries.shape[1] > K + 1 and scored(carries, K).any() for _, carries in rows_of.values()):
-        raise ValueError(f"{directory}: no held-out row is long enough for {K} heads: distil with more --new-tokens")
-    return rows_of
-
-
-def continued(model: GPT, tokens: Tensor, carries: Tensor, sampling: Sampling, seed: int) -> tuple[Tensor, Tensor]:
-    """The prompts of these rows, continued by this model: tokens (R, T) and loss (R, T)."""
-    prompts = [row[: max(n, 1)].tolist() for row, n in zip(tokens, carries.int().argmax(1))]  # what stands before the first sampled token
-    return sample_rows(model.eval(), prompts, tokens.shape[1], sampling, seeded(seed, device=model.lm_head.weight.device))
 
 
 def rows_to_train(config: Medusa1Config, shards: Path, tokenizer: Tokenizer, vocab_size: int) -> tuple[Callable[[int], tuple[Tensor, Tensor]], str]:
@@ -803,12 +431,6 @@ def train_medusa(config: Medusa1Config) -> None:
 # ---- medusa2: the base learns too ----
 
 
-def disk_dtype(directory) -> torch.dtype:
-    """Of the weights as they are stored."""
-    with safe_open(min(Path(directory).glob("model*.safetensors")), "pt") as file:
-        return file.get_tensor(next(iter(file.keys()))).dtype
-
-
 def trained_base(config: Medusa2Config, model: GPT) -> tuple[dict[str, nn.Parameter], tuple | None]:
     """The base's parameters that learn, and the teacher, unless labels are hard: the base as it is now, as a function to hidden states and its LM head."""
     soft = config.base_loss == "kl" or config.base_loss == "auto" and config.data == "distilled"
@@ -862,27 +484,6 @@ def merge_adapters(model: GPT) -> None:
     for module in model.modules():
         if parametrize.is_parametrized(module):
             parametrize.remove_parametrizations(module, "weight")
-
-
-def report(base: str, heads: str, calibration: dict) -> None:
-    """Print what training reached, on rows continued from held-out prompts."""
-    for temperature, result in calibration.items():
-        accuracy = "   ".join(f"head {k}: {a:.1%} / {b:.1%}" for k, (a, b) in enumerate(zip(result["top1"], result["top5"]), start=1))
-        print(f"temperature {temperature}, top-1 / top-5 on held-out rows:   {accuracy}")
-        counts = read_prefixes(result)
-        sizes = {n: expected_tokens(calibrated_tree(counts, n), counts) for n in (4, 8, 16, 32)}
-        print("   expected tokens/step: " + "   ".join(f"{tokens:.2f} with {n} nodes" for n, tokens in sizes.items()))
-    print(f"next: python sample.py --base {base} --heads {heads}")
-
-
-def read_prefixes(result: dict) -> Counter:
-    """The prefix counts of one temperature in calibration.json. Raises AttributeError, KeyError, TypeError or ValueError for what is none."""
-    counts = Counter({tuple(map(int, path.split())): count for path, count in result["prefixes"].items()}) | Counter({(): result["steps"]})
-    if not all(type(count) is int for count in counts.values()) or result["steps"] < 1:
-        raise ValueError("counts must be whole numbers, and steps above 0")
-    if not all(count <= counts.get(path[:-1], 0) for path, count in counts.items() if path):
-        raise ValueError("a prefix cannot come more often than its own prefix")
-    return counts
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -205,13 +206,5 @@ def choose_size(expected: Callable[[int], float], cost: dict[int, float], sizes:
     if not cost or min(cost.values()) <= 0:
         raise ValueError("cost needs at least one measured size, and times above 0")
     sizes = range(min(cost), max(cost) + 1) if sizes is None else sizes
-    return max(sorted(sizes), key=lambda n: expected(n) / interpolate(cost, n))
-
-
-def interpolate(points: dict[int, float], x: int) -> float:
-    """Piecewise linear between the points, constant outside of them."""
-    below = max((p for p in points if p <= x), default=min(points))
-    above = min((p for p in points if p >= x), default=max(points))
-    if below == above:
-        return points[below]
-    return points[below] + (points[above] - points[below]) * (x - below) / (above - below)
+    measured, times = zip(*sorted(cost.items()))
+    return max(sorted(sizes), key=lambda n: expected(n) / np.interp(n, measured, times))

@@ -15,8 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "assignments")]
 
-from data.command import OneLineParser, run  # noqa: E402
 from sets import BLANKED, SETS, sets_of  # noqa: E402
+
+from data.command import OneLineParser, run  # noqa: E402
 
 MODULES = ["tree.py", "model.py", "medusa.py", "train.py", "sample.py"]
 GRADER = ["grade.py", "sandbox.py", "wire.py", "sets.py"]

@@ -24,7 +24,6 @@ for name in ("safetensors.torch", "torch.fx.experimental.symbolic_shapes"):
     importlib.import_module(name)
 
 import torch  # noqa: E402
-
 import wire  # noqa: E402
 from sets import BLANKED, SETS  # noqa: E402
 

@@ -15,15 +15,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train  # noqa: E402
-from bench.figures import machine, replace_between  # noqa: E402
-from data.corpus import documents  # noqa: E402
-from data.tokenizer import Tokenizer  # noqa: E402
-from medusa import MedusaHeads  # noqa: E402
-from model import GPT, read_json, write_json  # noqa: E402
-from torch import Tensor  # noqa: E402
-from train import Medusa1Config, Medusa2Config, head_ranks, packed, perplexity  # noqa: E402
-from tree import calibrated_tree, expected_tokens, prefix_counts, replay  # noqa: E402
+from torch import Tensor
+
+import data.calibration
+import train
+from bench.figures import machine, replace_between
+from data.calibration import head_ranks
+from data.corpus import documents, packed
+from data.perplexity import perplexity
+from data.tokenizer import Tokenizer
+from medusa import MedusaHeads
+from model import GPT, read_json, write_json
+from train import Medusa1Config, Medusa2Config
+from tree import calibrated_tree, expected_tokens, prefix_counts, replay
 
 SEEDS, STEPS, NODES = (0, 1, 2), 400, 8
 
@@ -68,7 +72,7 @@ def measure(name: str, seed: int) -> dict:
         found["head parameters"] = sum(p.numel() for p in heads.parameters())
         return {}
 
-    train.calibrate, train.CALIBRATION_TEMPERATURES = look, (0.0,)
+    train.calibrate, data.calibration.CALIBRATION_TEMPERATURES = look, (0.0,)
     with tempfile.TemporaryDirectory() as directory:
         config = {"base": str(ROOT / "data/base"), "out": directory, "seed": seed, "device": "cpu", "distilled": str(ROOT / "data/distilled"), **VARIANTS[name]}
         steps = config.pop("steps", STEPS)

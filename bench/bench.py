@@ -12,8 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import cost, decode, predict, training, typical  # noqa: E402
-from data.command import OneLineParser, add_options, run  # noqa: E402
+from bench import cost, decode, predict, training, typical
+from data.command import OneLineParser, add_options, run
 
 SUBCOMMANDS = {
     "decode": (decode.main, decode.DecodeConfig),

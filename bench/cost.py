@@ -21,10 +21,10 @@ from tqdm import tqdm
 import medusa
 from bench.results import Bench, held_out_prompts, load, markdown, measure
 from bench.roofline import Device, backbone_work, heads_work, matrices, measured_bandwidth, measured_flops
+from data.calibration import read_calibration
 from data.command import option
 from medusa import MedusaHeads, Sampling, generate, medusa_generate
 from model import GPT, KVCache, check_sizes
-from sample import read_calibration
 from tree import calibrated_tree
 
 SIZES = (2, 4, 8, 16, 32, 64)

@@ -15,11 +15,13 @@ from tqdm import tqdm
 from bench.dynamic import dynamic_generate
 from bench.figures import distinct
 from bench.results import Decoding, held_out_prompts, load, markdown, measure, need
+from data.calibration import CALIBRATION_NODES, head_ranks, held_out_rows, read_calibration
 from data.command import option
+from data.distilled import distilled_rows
 from medusa import MedusaHeads, Sampling, generate, medusa_generate
 from model import GPT, Compiled, check_sizes
-from sample import COMPILED_SIZES, SIZES as TIMED_SIZES, first_difference, gap_at, pick_tree, read_calibration, timed_run
-from train import CALIBRATION_NODES, Medusa1Config, distilled_rows, head_ranks, held_out_rows
+from sample import COMPILED_SIZES, SIZES as TIMED_SIZES, first_difference, gap_at, pick_tree, timed_run
+from train import Medusa1Config
 from tree import Tree, best_first_tree, calibrated_tree, cartesian_tree, replay, tree_from_paths
 
 RULES = {"greedy": Sampling(), "lossless-0.7": Sampling(0.7), "lossless-1.0": Sampling(1.0), "typical": Sampling(0.7, typical=True)}
@@ -67,7 +69,7 @@ Way = Callable[[list[int], int], Timing]
 
 def ours(steps: Iterator[list[int]]) -> Timing:
     run = timed_run(steps)
-    return Timing(run.tokens, len(run.tokens) - 1, run.steps, run.seconds)
+    return Timing(run.tokens, len(run.tokens) - 1, len(run.times), sum(run.times))
 
 
 # ---- trees ----

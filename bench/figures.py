@@ -22,13 +22,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-from data.corpus import documents  # noqa: E402
-from data.tokenizer import Tokenizer  # noqa: E402
-from medusa import MedusaHeads, Sampling, generate, medusa_generate  # noqa: E402
-from model import GPT, read_json, write_json  # noqa: E402
-from sample import first_difference, gap_at, pick_tree, timed_run  # noqa: E402
-from train import CALIBRATION_TEMPERATURES, bits_per_byte, packed, windows  # noqa: E402
+import torch
+
+from data.calibration import CALIBRATION_TEMPERATURES
+from data.corpus import documents, packed, windows
+from data.perplexity import bits_per_byte
+from data.tokenizer import Tokenizer
+from medusa import MedusaHeads, Sampling, generate, medusa_generate
+from model import GPT, read_json, write_json
+from sample import first_difference, gap_at, pick_tree, timed_run
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 50, 64, 128
 FIGURES = ROOT / "bench/figures.json"
@@ -93,13 +95,13 @@ def measure_decoding(heads_directory: Path = ROOT / "data/heads", nodes: dict[st
             if (at := first_difference(ours.tokens, plain.tokens)) is not None:
                 gaps.append({"prompt": seed, "token": at + 1, "gap": gap_at(model, prompt, ours.tokens, plain.tokens, at, sampling, seed)})
             runs.append((ours, plain))
-        step_costs = [(ours.seconds / ours.steps) / (plain.seconds / plain.steps) for ours, plain in runs]
+        step_costs = [ours.step_time / plain.step_time for ours, plain in runs]
         speed_ups = [ours.tokens_per_second / plain.tokens_per_second for ours, plain in runs]
         results[str(temperature)] = {
             "identical texts": PROMPTS - len(gaps),
             "differences": gaps,
             "nodes": len(tree),
-            "tokens/step": sum(len(ours.tokens) - 1 for ours, _ in runs) / sum(ours.steps for ours, _ in runs),
+            "tokens/step": sum(len(ours.tokens) - 1 for ours, _ in runs) / sum(len(ours.times) for ours, _ in runs),
             "step cost": statistics.median(step_costs),
             "speed-up": statistics.median(speed_ups),
             "lowest speed-up": min(speed_ups),

@@ -14,14 +14,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-from data.chat import chat_prompt  # noqa: E402
-from data.command import OneLineParser, add_options, option, run  # noqa: E402
-from data.packages import optional  # noqa: E402
-from medusa import MedusaConfig, MedusaHeads, Sampling, generate  # noqa: E402
-from sample import step_costs  # noqa: E402
-from train import load_base  # noqa: E402
-from tree import cartesian_tree  # noqa: E402
+import torch
+
+from data.chat import chat_prompt
+from data.command import OneLineParser, add_options, option, run
+from data.packages import optional
+from data.tokenizer import load_base
+from medusa import MedusaConfig, MedusaHeads, Sampling, generate
+from sample import step_costs
+from tree import cartesian_tree
 
 TURNS = ("Explain why the sky is blue.", "List five ways to save water at home.", "Write a Python function that reverses a list.")
 HEADS = 4

@@ -13,11 +13,10 @@ from pathlib import Path
 from bench.decode import RULES, SIZES
 from bench.results import Bench, markdown, measure, read_results
 from bench.roofline import Device, plain_seconds, tree_seconds
+from data.calibration import CALIBRATION_TEMPERATURES, read_calibration
 from data.command import option
 from medusa import MedusaConfig
 from model import ModelConfig, check_sizes, read_config, read_json
-from sample import read_calibration
-from train import CALIBRATION_TEMPERATURES
 from tree import calibrated_tree, choose_size, expected_tokens
 
 SEVEN_B = ModelConfig(32000, 4096, 11008, 32, 32, 32, 4096, tie_word_embeddings=False)  # Llama 2's shape

@@ -9,13 +9,13 @@ import torch
 
 from bench.figures import machine
 from data.command import option
-from data.corpus import documents
+from data.corpus import documents, packed, windows
+from data.machine import check_out
 from data.packages import optional
 from data.shards import base_digest
-from data.tokenizer import Tokenizer
+from data.tokenizer import SHIPPED_BASE, Tokenizer, load_base
 from medusa import ROOT, MedusaHeads, check_fit
 from model import GPT, check_sizes, read_json, write_atomically, write_json
-from train import SHIPPED_BASE, check_out, load_base, packed, windows
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-from data.command import OneLineParser, add_options, option, run  # noqa: E402
-from data.corpus import documents  # noqa: E402
-from medusa import ROOT as NO_TREE, MedusaHeads, Sampling, check_fit, generate, medusa_generate  # noqa: E402
-from model import GPT, read_json, read_safetensors, write_json, write_safetensors  # noqa: E402
-from sample import first_difference, gap_at  # noqa: E402
-from train import SHIPPED_BASE, check_out, disk_dtype, load_base, packed, windows  # noqa: E402
-from tree import cartesian_tree  # noqa: E402
+import torch
+
+from data.command import OneLineParser, add_options, option, run
+from data.corpus import documents, packed, windows
+from data.machine import check_out
+from data.tokenizer import SHIPPED_BASE, disk_dtype, load_base
+from medusa import ROOT as NO_TREE, MedusaHeads, Sampling, check_fit, generate, medusa_generate
+from model import GPT, read_json, read_safetensors, write_json, write_safetensors
+from sample import first_difference, gap_at
+from tree import cartesian_tree
 
 
 @dataclass(frozen=True)

@@ -82,9 +82,10 @@ def time_distill(base: str, rows: int) -> dict:
     """Rows are sampled together; a row that has ended counts no more."""
     import torch
 
-    from data.corpus import documents
+    from data.corpus import documents, packed, seeded, windows
+    from data.distilled import DistillConfig, sample_rows
+    from data.tokenizer import load_base
     from medusa import Sampling
-    from train import DistillConfig, load_base, packed, sample_rows, seeded, windows
 
     tokenizer, model = load_base(base)
     settings = DistillConfig()

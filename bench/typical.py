@@ -15,10 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench.results import Decoding, held_out_prompts, load, markdown, measure
+from data.calibration import read_calibration
 from data.command import option
 from medusa import MedusaHeads, Sampling, base_distribution, medusa_generate
 from model import GPT
-from sample import read_calibration
 from tree import Tree, calibrated_tree
 
 EPSILONS = (0.01, 0.03, 0.09, 0.2, 0.4, 1.0)

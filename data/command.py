@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import MISSING, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 
@@ -57,3 +57,13 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+@dataclass(frozen=True)
+class Common:
+    """Settings of every mode."""
+
+    text: list[str] = option([], "UTF-8 files to use in place of the Python standard library")
+    seed: int = option(0, "seed of all that is random")
+    device: str = option("auto", "auto, cpu, cuda or mps")
+    precision: str = option("auto", "of matmuls: float32, or bfloat16 mixed in; auto is bfloat16 on cuda", choices=("auto", "float32", "bfloat16"))

@@ -6,10 +6,14 @@ in every version. Token arrays are cached in the user's cache directory, under a
 import hashlib
 import os
 import sysconfig
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from data.shards import digest_of
 from data.tokenizer import Tokenizer
 from model import write_atomically
 
@@ -91,3 +95,25 @@ def pack(documents: list[str], tokenizer: Tokenizer) -> np.ndarray:
 
     write_atomically(path, write)
     return tokens
+
+
+def packed(texts: list[str], tokenizer: Tokenizer) -> Tensor:
+    return torch.from_numpy(pack(texts, tokenizer).astype("int32"))
+
+
+def seeded(*numbers: int, device="cpu") -> torch.Generator:
+    """A generator of its own for every purpose and step."""
+    return torch.Generator(device).manual_seed(int(digest_of(*numbers), 16) >> 1)
+
+
+@cache
+def shuffled(n: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(n, generator=seeded(seed, epoch))
+
+
+def windows(tokens: Tensor, n: int, length: int, generator: torch.Generator) -> Tensor:
+    """n windows (n, length) at random places of a packed text (tokens,)."""
+    if len(tokens) < length:
+        raise ValueError(f"the text has {len(tokens)} tokens, fewer than a row of {length}: give more text or a smaller --context")
+    starts = torch.randint(len(tokens) - length + 1, (n, 1), generator=generator)  # (n, 1)
+    return tokens[starts + torch.arange(length)].long()  # (n, length)

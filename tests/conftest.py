@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from data.distilled import distill
 from strategies import distilling, write_base, write_text
-from train import distill
 
 torch.set_num_threads(1)  # these models are too small for two, which would only wait for each other
 

@@ -17,11 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import torch  # noqa: E402
-import torch._dynamo  # noqa: E402, F401  an optimiser asks for it: once, not in every child
+import torch
+import torch._dynamo  # noqa: F401  an optimiser asks for it: once, not in every child
 
-import train  # noqa: E402
-from strategies import distilling, training, write_base, write_text  # noqa: E402
+import train
+from strategies import distilling, training, write_base, write_text
 
 
 def die() -> None:

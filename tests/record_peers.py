@@ -11,10 +11,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from llamas import ROPES, VOCABULARY, fields, write_checkpoint  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from llamas import ROPES, VOCABULARY, fields, write_checkpoint
 
 CASES = [
     ("llama", fields(tied=True, eos=2)),

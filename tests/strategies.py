@@ -6,14 +6,14 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, settings, strategies as st
 
 from data.corpus import is_validation
+from data.distilled import DistillConfig
 from data.tokenizer import Tokenizer, train_tokenizer
 from medusa import MedusaConfig, MedusaHeads
 from model import GPT, ModelConfig, write_safetensors
-from train import BaseConfig, DistillConfig, Medusa1Config
+from train import BaseConfig, Medusa1Config
 from tree import Tree, best_first_tree, calibrated_tree, cartesian_tree, tree_from_paths
 
 laws = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])

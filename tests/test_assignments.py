@@ -18,8 +18,8 @@ from solutions import RIGHT, WRONG
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "assignments"))
 
-import build  # noqa: E402
-from sets import BLANKED, SETS  # noqa: E402
+import build
+from sets import BLANKED, SETS
 
 EACH_SET = pytest.mark.parametrize("number", SETS)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import train
+from data.checkpoint import NOT_RESULT, resume
 from data.shards import base_digest, metadata_of, read_shards
 from model import read_safetensors, write_safetensors
 from strategies import base_config, contents, training, write_shard
@@ -158,7 +159,7 @@ FREE = {"out", "resume", "plot", "save_every", "device"}
 
 def test_every_setting_is_known_to_change_the_result_or_not_to():
     assert {field.name for field in fields(Medusa2Config)} == CHANGES.keys() | FREE | {"data", "context", "heads", "lora"}
-    assert set(train.NOT_RESULT) == FREE
+    assert set(NOT_RESULT) == FREE
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -166,7 +167,7 @@ def test_a_run_goes_on_with_its_own_settings_or_not_at_all(name, half):
     """`resume` itself is asked, so that nothing else can refuse first."""
     other = replace(half, **{name: CHANGES[name]})
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} "):
-        train.resume(other, {}, torch.optim.AdamW([torch.zeros(1)]), "")
+        resume(other, {}, torch.optim.AdamW([torch.zeros(1)]), "")
 
 
 def test_what_does_not_change_the_result_may_change_on_the_way(half, base, text, shards, tmp_path):

@@ -7,20 +7,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from safetensors.torch import load_file, save_file
 
 from bench.serve_vllm import write_served
 from data import tokenizer as tokenizer_module
 from data.chat import chat_prompt, chat_text
+from data.distilled import sample_rows
 from data.shards import base_digest
-from data.tokenizer import copy_tokenizer, load_tokenizer
+from data.tokenizer import copy_tokenizer, load_base, load_tokenizer
 from llamas import write_recorded
 from medusa import MedusaHeads, Sampling, generate, medusa_generate
 from model import GPT, ModelConfig, read_config
 from strategies import CheatingHeads, greedy_text, laws, random_gpt, random_heads, rng, small_tokenizer, write_base
-from train import load_base, sample_rows
 from tree import cartesian_tree
 
 PEERS = json.loads((Path(__file__).parent / "peers.json").read_text())

@@ -8,19 +8,39 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import medusa
 from medusa import (
-    MedusaConfig, MedusaHeads, Sampling, accept, base_distribution, check_fit, generate, medusa_generate, medusa_loss, typical_threshold
+    MedusaConfig,
+    MedusaHeads,
+    Sampling,
+    accept,
+    base_distribution,
+    check_fit,
+    generate,
+    medusa_generate,
+    medusa_loss,
+    typical_threshold,
 )
 from model import Compiled
 from strategies import (
-    CheatingHeads, built_trees, chi_square, distribution, follow, greedy_text, laws, markov_gpt, next_logits, random_gpt, random_heads, rng,
-    text_distribution, trees
+    CheatingHeads,
+    built_trees,
+    chi_square,
+    distribution,
+    follow,
+    greedy_text,
+    laws,
+    markov_gpt,
+    next_logits,
+    random_gpt,
+    random_heads,
+    rng,
+    text_distribution,
+    trees,
 )
 from tree import Tree, cartesian_tree, tree_from_paths
 

@@ -7,16 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch.nn.utils import parametrize
 
 import train
+from data.calibration import calibrate, held_out_rows
+from data.corpus import documents, packed, seeded, windows
+from data.distilled import continued
+from data.perplexity import perplexity
 from data.shards import read_shards
+from data.tokenizer import load_base
 from medusa import MedusaHeads, Sampling, cross_entropy_ahead, distillation_loss, generate, medusa_loss
 from model import GPT, read_safetensors
 from strategies import contents, laws, log_of, random_gpt, random_heads, rate, rng, training
-from train import Medusa2Config, add_adapters, backpropagate, calibrate, continued, held_out_rows, load_base, merge_adapters, train_medusa, trained_base
+from train import Medusa2Config, add_adapters, backpropagate, merge_adapters, train_medusa, trained_base
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -291,12 +295,11 @@ def test_medusa2_without_the_loss_of_the_heads_is_plain_fine_tuning(heads_steps,
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     for step in range(6):
         if corpus:
-            packed = train.packed(train.documents(False, text), tokenizer)
-            tokens = train.windows(packed, 3, 9, train.seeded(3, heads_steps + step))
+            tokens = windows(packed(documents(False, text), tokenizer), 3, 9, seeded(3, heads_steps + step))
             carries = torch.ones_like(tokens, dtype=torch.bool)
         else:
             at = [divmod(3 * (heads_steps + step) + i, len(rows)) for i in range(3)]
-            chosen = torch.stack([torch.randperm(len(rows), generator=train.seeded(3, epoch))[i] for epoch, i in at])
+            chosen = torch.stack([torch.randperm(len(rows), generator=seeded(3, epoch))[i] for epoch, i in at])
             tokens, carries = rows[chosen], mask[chosen]
         logits = model.lm_head(model(tokens[:, :-1]))
         loss = F.cross_entropy(logits[carries[:, 1:]], tokens[:, 1:][carries[:, 1:]], reduction="sum") / carries[:, 1:].sum()
@@ -366,8 +369,8 @@ def test_medusa2_goes_on_from_trained_heads_and_measures_them_on_text_of_the_new
     (_, old), (tokenizer, new) = load_base(base), load_base(tmp_path / "two" / "base")
     rows_of = {t: continued(new, *rows, Sampling(float(t)), 4) for t, rows in held_out_rows(Path(shards), 290, 3).items()}
     assert json.loads((tmp_path / "two" / "heads" / "calibration.json").read_text()) == calibrate(new, end, rows_of)
-    held_out = train.packed(train.documents(True, text), tokenizer)
-    before, after = (train.perplexity(model, held_out) for model in (old, new))
+    held_out = packed(documents(True, text), tokenizer)
+    before, after = (perplexity(model, held_out) for model in (old, new))
     out = capsys.readouterr().out
     assert f"perplexity of the base on held-out text: {before:.3f} before, {after:.3f} after\n" in out
     assert out.endswith(f"python sample.py --base {tmp_path}/two/base --heads {tmp_path}/two/heads\n")

@@ -6,8 +6,7 @@ from tempfile import mkdtemp
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from data.chat import chat_prompt, chat_text
 from data.tokenizer import load_tokenizer

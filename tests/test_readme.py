@@ -27,7 +27,7 @@ def definition(file: str, name: str) -> ast.AST:
     return node
 
 
-@pytest.mark.parametrize("name, file, line", re.findall(r"\[`([\w.]+)`\]\((\w+\.py)#L(\d+)\)", README))
+@pytest.mark.parametrize("name, file, line", re.findall(r"\[`([\w.]+)`\]\(([\w/]+\.py)#L(\d+)\)", README))
 def test_a_link_to_a_line_leads_to_the_definition(name, file, line):
     assert definition(file, name).lineno == int(line)
 

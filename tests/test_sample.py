@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
 import sample
+from data.calibration import read_calibration
+from data.printer import Printer
 from data.tokenizer import Tokenizer, train_tokenizer
 from medusa import Sampling
 from model import GPT, ModelConfig
-from sample import Printer, Run, SampleConfig, compare, first_difference, gap_at, pick_tree, read_calibration, sampling_of, timed, timed_run
+from sample import Run, SampleConfig, compare, first_difference, gap_at, pick_tree, sampling_of, timed_run
 from strategies import distribution, laws, markov_gpt, next_logits, random_gpt, random_heads, rank_data, rng
 from tree import Tree, cartesian_tree, prefix_counts, tree_from_paths
 
@@ -313,24 +314,14 @@ def test_the_time_of_a_run_is_that_of_the_steps_behind_the_prompt_without_the_pr
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "time", clock)
         run = timed_run(clock.steps(emitted, durations), show)
-    assert run == Run([token for tokens in emitted for token in tokens], len(emitted) - 1, sum(durations[1:]))
+    assert run == Run([token for tokens in emitted for token in tokens], list(durations[1:]))
     assert shown == list(emitted)
 
 
-@laws
-@given(timings, st.integers(0, 9))
-def test_timed_leaves_out_the_prompts_own_step_and_ends_with_the_text(timings, n):
-    clock = Clock()
-    emitted, durations = zip(*timings)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "time", clock)
-        assert timed(clock.steps(emitted, durations), n) == list(durations[1 : n + 1])
-
-
 def test_a_run_counts_the_tokens_behind_the_prompts_own():
-    run = Run(list(range(13)), 4, 2.0)
+    run = Run(list(range(13)), [0.5, 1.0, 0.25, 0.25])
     assert (run.tokens_per_step, run.tokens_per_second) == (3.0, 6.0)
-    assert Run([7], 0, 0.0).tokens_per_step == 0
+    assert Run([7], []).tokens_per_step == 0
 
 
 @settings(laws, max_examples=300)
@@ -368,7 +359,7 @@ def test_the_gap_of_sampled_texts_is_that_of_their_times_in_the_race(seed, at, t
 @laws
 @given(st.integers(2, 400), st.integers(1, 99), st.floats(0.01, 9), st.floats(0.01, 9))
 def test_the_summary_adds_up_and_ends_with_the_speed_up(tokens, steps, seconds, plain_seconds):
-    ours, plain = Run([0] * tokens, steps, seconds), Run([0] * tokens, tokens - 1, plain_seconds)
+    ours, plain = Run([0] * tokens, [seconds / steps] * steps), Run([0] * tokens, [plain_seconds / (tokens - 1)] * (tokens - 1))
     tree = cartesian_tree([2, 3])
     lines = compare(ours, plain, "identical, token for token", tree, "from t.json").splitlines()
     names, values = zip(*(re.fullmatch(r"(\S+(?: \S+)?) {2,}(.*)", line).groups() for line in lines))
@@ -382,7 +373,7 @@ def test_the_summary_adds_up_and_ends_with_the_speed_up(tokens, steps, seconds, 
 
 
 def test_a_text_of_one_token_has_a_summary_without_figures():
-    one = Run([5], 0, 0.0)
+    one = Run([5], [])
     assert compare(one, one, "identical, token for token", Tree((-1, 0), (-1, 0)), "why").splitlines()[-1] == "speed-up     nanx"
 
 

@@ -17,7 +17,7 @@ import train
 from data.corpus import is_validation
 from data.tokenizer import Tokenizer
 from medusa import MedusaConfig, MedusaHeads
-from model import GPT
+from model import GPT, write_safetensors
 from strategies import log_of
 
 ROOT = Path(__file__).parent.parent
@@ -506,7 +506,7 @@ def test_medusa1_refuses_broken_rows_by_directory(refused, copy, name, content):
         file.write_bytes(b"\x80\x04garbage \xff")
     elif content != "missing":
         tokens = torch.full((2, 24), 300 if content == "larger vocabulary" else 7)
-        train.write_safetensors(file, {"tokens": tokens, "loss": tokens > 0} if content == "larger vocabulary" else {"tokens": tokens})
+        write_safetensors(file, {"tokens": tokens, "loss": tokens > 0} if content == "larger vocabulary" else {"tokens": tokens})
     flags = ["--base", directory / "base", "--distilled", directory / "distilled", "--out", directory / "out", *FAST, *FIT]
     refused(str(directory / "distilled"), "train.py", "--mode", "medusa1", *flags)
 

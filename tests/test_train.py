@@ -10,26 +10,43 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
+import data.calibration
+import data.distilled
+import data.perplexity
 import data.shards
 import train
-from data.corpus import documents
+from data.calibration import CALIBRATION_TEMPERATURES, calibrate, head_ranks, noise_of_draws, read_prefixes
+from data.checkpoint import checkpoint_path
+from data.corpus import documents, packed, windows
+from data.distilled import DistillConfig, distill, distilled_rows, sample_rows
+from data.machine import pick_device, pick_precision
+from data.perplexity import bits_per_byte, perplexity
 from data.shards import read_shards
-from data.tokenizer import train_tokenizer
+from data.tokenizer import load_base, train_tokenizer
 from medusa import MedusaConfig, MedusaHeads, Sampling, draw, generate
 from model import GPT, ModelConfig, read_json, read_safetensors, write_json, write_safetensors
 from strategies import (
-    CPU, base_config, chi_square, contents, distilling, laws, markov_gpt, random_gpt, random_heads, rate, rng, small_tokenizer, source, text_distribution, training,
-    write_shard
+    CPU,
+    base_config,
+    chi_square,
+    contents,
+    distilling,
+    laws,
+    markov_gpt,
+    random_gpt,
+    random_heads,
+    rate,
+    rng,
+    small_tokenizer,
+    source,
+    text_distribution,
+    training,
+    write_shard,
 )
-from train import (
-    CALIBRATION_TEMPERATURES, MODES, BaseConfig, DistillConfig, Fit, Medusa1Config, Medusa2Config, OneLineParser, add_options, bits_per_byte, calibrate,
-    checkpoint_path, distill, distilled_rows, fit, head_ranks, learning_rate, load_base, noise_of_draws, packed, perplexity, pick_device, pick_precision,
-    read_prefixes, sample_rows, train_base, train_medusa, windows
-)
+from train import MODES, BaseConfig, Fit, Medusa1Config, Medusa2Config, OneLineParser, add_options, fit, learning_rate, train_base, train_medusa
 from tree import calibrated_tree, replay
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -521,7 +538,7 @@ def test_perplexity_is_that_of_a_token_at_the_beginning_of_the_text(monkeypatch)
         logits = model.lm_head(model(tokens[None, :-1]))[0]
     mean = sum(nats(logits[t], tokens[t + 1]) for t in range(12)) / 12
     assert math.isclose(perplexity(model, tokens), math.exp(mean), rel_tol=1e-9)
-    monkeypatch.setattr(train, "PERPLEXITY_TOKENS", 13)
+    monkeypatch.setattr(data.perplexity, "PERPLEXITY_TOKENS", 13)
     assert math.isclose(perplexity(model, torch.cat((tokens, tokens))), math.exp(mean), rel_tol=1e-9)
 
 
@@ -784,9 +801,9 @@ def test_rows_that_are_named_must_be_of_the_base_that_is_named(base, text, tmp_p
 
 def test_the_shipped_rows_serve_the_base_that_wrote_them_and_no_other(base, text, monkeypatch):
     made = []
-    monkeypatch.setattr(train, "distill", lambda config: made.append(config) or Path("made"))
+    monkeypatch.setattr(data.distilled, "distill", lambda config: made.append(config) or Path("made"))
     shipped = Path(__file__).parent.parent / "data"
-    monkeypatch.setattr(train, "SHIPPED_ROWS", shipped / "distilled")
+    monkeypatch.setattr(data.distilled, "SHIPPED_ROWS", shipped / "distilled")
     assert distilled_rows(Medusa1Config(base=str(shipped / "base"))) == shipped / "distilled" and not made
     for config in (Medusa1Config(base=str(base)), Medusa1Config(base=str(shipped / "base"), text=text)):
         assert distilled_rows(config) == Path("made") and made[-1].base == config.base and made[-1].text == config.text
@@ -803,10 +820,10 @@ def test_every_setting_is_known_to_shape_the_rows_or_not_to():
 @pytest.mark.parametrize("name", [*SHAPING, *OTHERS])
 def test_what_shapes_the_rows_names_their_directory_and_nothing_else_does(name, base, text, tmp_path):
     prompts = packed(documents(False, text), small_tokenizer())
-    first = train.distill_digest(distilling(base, text), prompts)
+    first = data.distilled.distill_digest(distilling(base, text), prompts)
     value = (SHAPING | OTHERS)[name]
-    assert (train.distill_digest(distilling(base, text, **{name: value}), prompts) == first) == (name in OTHERS)
-    assert train.distill_digest(distilling(base, text, out="elsewhere"), prompts) == first
+    assert (data.distilled.distill_digest(distilling(base, text, **{name: value}), prompts) == first) == (name in OTHERS)
+    assert data.distilled.distill_digest(distilling(base, text, out="elsewhere"), prompts) == first
 
 
 def test_the_shards_lie_in_the_cache_wherever_their_base_lies(base, text, tmp_path):
@@ -963,8 +980,8 @@ def test_a_calibration_counts_every_prefix_where_a_step_starts_and_comes_back_fr
     mask[0] = True
     rows_of = {"0": (tokens, mask), "0.0": (tokens.flip(1), torch.ones_like(mask))}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "CALIBRATION_PREFIXES", limit)
-        patch.setattr(train, "CALIBRATION_NODES", reference)
+        patch.setattr(data.calibration, "CALIBRATION_PREFIXES", limit)
+        patch.setattr(data.calibration, "CALIBRATION_NODES", reference)
         report = calibrate(model, heads, rows_of)
     path = tmp_path_factory.mktemp("heads") / "calibration.json"
     write_json(path, report)
@@ -1103,7 +1120,7 @@ def test_training_on_the_corpus_takes_windows_of_the_training_text_alone(base, t
 
 def test_without_distilled_text_the_defaults_are_distilled_from_this_base(base, text, shards, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(train, "distill", lambda config: asked.append(config) or Path(shards))
+    monkeypatch.setattr(data.distilled, "distill", lambda config: asked.append(config) or Path(shards))
     train_medusa(training(base, text, tmp_path / "heads", seed=5))
     assert asked == [DistillConfig(base=str(base), text=text, seed=5, **CPU)]
     train_medusa(training(base, text, tmp_path / "heads", distilled=shards))

@@ -5,16 +5,15 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import data.chat
 from data.chat import turn_prompts
 from data.corpus import is_validation
+from data.distilled import distill, turns_of_shard
 from data.shards import read_shards
 from data.turns import items, written_turns
 from strategies import contents, distilling, laws, small_tokenizer
-from train import distill, turns_of_shard
 
 TURNS = [f"what is {n} + {n}?" for n in range(60)] + ["why?"]
 

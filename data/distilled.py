@@ -1,0 +1,143 @@
+"""Text that a base model writes itself, to train its heads on  (paper, "Self-distillation"). Dimension key: R rows, P and T tokens, V vocabulary."""
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from data.calibration import CALIBRATION_TEMPERATURES
+from data.chat import turn_prompts
+from data.command import Common, option
+from data.corpus import cache_directory, documents, packed, seeded, windows
+from data.machine import check_out, is_first, pick_device, pick_precision
+from data.shards import base_digest, digest_of, metadata_of, write_shard
+from data.tokenizer import SHIPPED_BASE, load_base
+from medusa import Sampling, base_distribution, draw, exponential
+from model import GPT, check_sizes
+
+SHIPPED_ROWS = Path("data/distilled")
+
+
+@dataclass(frozen=True)
+class DistillConfig(Common):
+    """Text of the base's own: windows of the corpus as prompts, continued by sampling. Only the continuation carries loss."""
+
+    base: str = option(SHIPPED_BASE, "directory of the base model")
+    out: str = option("", "directory to write; default: in the cache, under a name that depends on all settings")
+    shards: int = option(12, "files to write, besides the held-out ones; one that exists is kept, so that a stopped run goes on where it was")
+    rows: int = option(256, "rows in a shard, sampled together")
+    chat: bool = option(False, "the --text files hold a user's turn a line, as data/turns.py writes them: the base answers these, by its chat template")
+    prompt_tokens: int = option(32, "tokens of a prompt; with --chat, longer ones are left out")
+    new_tokens: int = option(224, "tokens sampled behind each prompt, at most: a row ends with its document")
+    temperature: float = option(0.7, "sampling temperature")
+    top_p: float = option(1.0, "nucleus")
+
+    def __post_init__(self):
+        check_sizes(self, ["rows", "prompt_tokens", "new_tokens"])
+        if self.shards < 0:
+            raise ValueError(f"--shards {self.shards}: must be 0 (held-out rows alone) or more")
+        Sampling(self.temperature, top_p=self.top_p)  # refuses bad values before anything is sampled
+
+
+@torch.inference_mode()
+def sample_rows(model: GPT, prompts: list[list[int]], length: int, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Continue R prompts of any lengths to rows of at most `length` tokens: tokens (R, length), and True where a sampled token stands.
+
+    All rows grow together, by a token a step; where a longer prompt still has a token of its own, that one is fed. A row ends after EOS
+    and leaves the batch; what stands behind its end is no text and carries no loss.
+    """
+    device = model.lm_head.weight.device
+    tokens = torch.tensor([prompt + [0] * (length - len(prompt)) for prompt in prompts], device=device)  # (R, length)
+    carries = torch.zeros_like(tokens, dtype=torch.bool)
+    sizes = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (R,)
+    ends = torch.tensor(model.config.ends, dtype=torch.long, device=device)
+    cache = model.new_cache(length, batch=len(prompts))
+    shortest = min(map(len, prompts))
+    rows, new = torch.arange(len(prompts), device=device), tokens[:, :shortest]  # the rows still alive, and their tokens to feed
+    for position in range(shortest, length):
+        base_probs = base_distribution(model.lm_head(model(new, cache=cache)[:, -1]), sampling)  # (alive, V)
+        carries[rows, position] = sampled = sizes[rows] <= position  # (alive,)
+        tokens[rows, position] = torch.where(sampled, draw(base_probs, exponential(base_probs, generator)), tokens[rows, position])
+        new = tokens[rows, position, None]  # (alive, 1)
+        alive = ~(sampled & torch.isin(new[:, 0], ends))  # (alive,)
+        if not alive.all():
+            rows, new = rows[alive], new[alive]
+            cache.keep_batch(alive.nonzero()[:, 0])
+        if len(rows) == 0:
+            break
+    return tokens, carries
+
+
+def continued(model: GPT, tokens: Tensor, carries: Tensor, sampling: Sampling, seed: int) -> tuple[Tensor, Tensor]:
+    """The prompts of these rows, continued by this model: tokens (R, T) and loss (R, T)."""
+    prompts = [row[: max(n, 1)].tolist() for row, n in zip(tokens, carries.int().argmax(1))]  # what stands before the first sampled token
+    return sample_rows(model.eval(), prompts, tokens.shape[1], sampling, seeded(seed, device=model.lm_head.weight.device))
+
+
+def turns_of_shard(prompts: list[list[int]], i: int, rows: int, shards: int) -> list[list[int]]:
+    """The prompts of shard i, each taken as often as the others; near in length, so that they are continued from the start."""
+    places = sorted(range(shards * rows), key=lambda place: len(prompts[place % len(prompts)]))
+    return [prompts[place % len(prompts)] for place in places[i * rows : (i + 1) * rows]]
+
+
+def distill(config: DistillConfig) -> Path:
+    """Write config.shards shards of training rows and one of validation rows; returns their directory."""
+    if config.out:
+        check_out(config.out)
+    device = pick_device(config.device)
+    dtype = pick_precision(config.precision, device)
+    tokenizer, model = load_base(config.base, dtype, device)
+    if config.prompt_tokens + config.new_tokens > model.config.max_position_embeddings:
+        raise ValueError(
+            f"--prompt-tokens {config.prompt_tokens} + --new-tokens {config.new_tokens} are more than the context of {config.base}, "
+            f"{model.config.max_position_embeddings}: use --mode distill with smaller ones, then --mode medusa1 with --distilled"
+        )
+    if config.chat:
+        sides = turn_prompts(config.text, config.base, tokenizer, config.prompt_tokens)
+    else:
+        sides = {name: packed(documents(name == "validation", config.text), tokenizer) for name in ("validation", "train")}
+    settings = distill_digest(config, *sides.values())
+    made = f"{base_digest(config.base)} {settings}"
+    directory = Path(config.out) if config.out else cache_directory() / f"distilled-{settings}"
+    shards = [("validation", 0, t) for t in CALIBRATION_TEMPERATURES] + [("train", i, config.temperature) for i in range(config.shards)]
+    for number, (side, i, temperature) in enumerate(tqdm(shards, desc="distilling", unit="shard")):
+        path = directory / (f"train-{i:05d}.safetensors" if side == "train" else f"validation-{temperature}.safetensors")
+        if path.exists() and metadata_of(path).get("base") != made:
+            raise ValueError(f"{path} was written by another base, from other text or with other settings: remove {directory}, or give another --out")
+        if not path.exists():
+            if config.chat:
+                prompts = turns_of_shard(sides[side], i, config.rows, max(config.shards, 1) if side == "train" else 1)
+            else:
+                prompts = windows(sides[side], config.rows, config.prompt_tokens, seeded(config.seed, i)).tolist()
+            sampling = Sampling(temperature, top_p=config.top_p if side == "train" else 1.0)
+            length, generator = config.prompt_tokens + config.new_tokens, seeded(config.seed, number, device=device)
+            tokens, carries = sample_rows(model, prompts, length, sampling, generator)
+            write_shard(path, tokens, carries, model.config.vocab_size, made)
+    return directory
+
+
+def distill_digest(config: DistillConfig, *prompts: Tensor | list) -> str:
+    """Names a set of shards by all that shapes it."""
+    not_shaping = {"base", "out", "text", "device", "precision"} | (set() if config.chat else {"shards"})  # turns are dealt out over all shards
+    settings = {name: value for name, value in asdict(config).items() if name not in not_shaping}
+    return digest_of(settings, base_digest(config.base), *prompts)
+
+
+def distilled_rows(config) -> Path:
+    """The directory of the rows that a run of train.py trains and calibrates on; made first, by one process, if it has to be."""
+    base = base_digest(config.base)
+    if config.distilled:
+        for path in Path(config.distilled).glob("*.safetensors"):
+            if not metadata_of(path).get("base", base).startswith(base):
+                raise ValueError(f"--distilled: {path} was not written by the base in {config.base}: distil anew, or name that base")
+        return Path(config.distilled)
+    if not config.text and metadata_of(SHIPPED_ROWS / "train-00000.safetensors").get("base", "").startswith(base):
+        return SHIPPED_ROWS
+    shards = DistillConfig.shards if config.data == "distilled" else 0  # the held-out rows come along with any
+    more = DistillConfig(base=config.base, text=config.text, seed=config.seed, device=config.device, precision=config.precision, shards=shards)
+    directory = distill(more) if is_first() else None
+    if dist.is_initialized():
+        dist.barrier()
+    return directory or distill(more)  # all there, for the other processes
