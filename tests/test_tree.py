@@ -271,7 +271,7 @@ def straight_line(points: dict, x: int) -> Fraction:
 @given(costs, st.lists(st.integers(1, 4), min_size=21, max_size=21), st.none() | st.lists(st.integers(1, 20), min_size=1))
 def test_choose_size_equals_brute_force_and_takes_the_smallest_of_equals(cost, gains, sizes):
     expected = [Fraction(gain) for gain in gains]  # few values, and costs with plateaus: many ties
-    choice = choose_size(expected.__getitem__, cost, sizes)
+    choice = choose_size(expected.__getitem__, {n: float(seconds) for n, seconds in cost.items()}, sizes)
     allowed = sorted(sizes) if sizes else list(range(min(cost), max(cost) + 1))
     values = {n: expected[n] / straight_line(cost, n) for n in allowed}
     assert choice in allowed and values[choice] >= max(values.values()) * (1 - 1e-12)  # interpolation rounds, what was measured does not
