@@ -1,4 +1,4 @@
-"""Measurements of this machine: decoding against its rivals, typical acceptance, the cost of a step, training; and what they predict.
+"""Measurements of this machine: decoding against its rivals, typical acceptance, the cost of a step, training; what they predict; a long life.
 
     python bench/bench.py decode                                       every way to decode, on the same prompts
     python bench/bench.py decode --only greedy --prompts 50            one section of it, over more prompts
@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import cost, decode, predict, training, typical
+from bench import cost, decode, endurance, predict, training, typical
 from data.command import OneLineParser, add_options, run
 
 SUBCOMMANDS = {
@@ -21,6 +21,7 @@ SUBCOMMANDS = {
     "cost": (cost.main, cost.CostConfig),
     "train": (training.main, training.TrainingConfig),
     "predict": (predict.main, predict.PredictConfig),
+    "endurance": (endurance.main, endurance.EnduranceConfig),
 }
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 
 import medusa
 import train
-from bench import bench, cost, decode, predict, results, roofline, training, typical
+from bench import bench, cost, decode, endurance, predict, results, roofline, training, typical
 from bench.dynamic import dynamic_generate
 from medusa import MedusaConfig, Sampling, generate, medusa_generate
 from model import GPT, ModelConfig
@@ -382,7 +382,7 @@ def test_help_lists_every_field_with_its_default(call, name):
 
 def test_help_names_every_subcommand(call):
     code, out, _ = call("--help")
-    assert code == 0 and all(name in out for name in ("decode", "typical", "cost", "train", "predict"))
+    assert code == 0 and all(name in out for name in ("decode", "typical", "cost", "train", "predict", "endurance"))
 
 
 @pytest.mark.parametrize("name", bench.SUBCOMMANDS)
@@ -410,7 +410,7 @@ class Figure:
 @pytest.fixture
 def undrawn(monkeypatch):
     monkeypatch.setattr(results, "need", lambda package: Figure())
-    for module in (cost, decode, predict, typical):
+    for module in (cost, decode, endurance, predict, typical):
         monkeypatch.setattr(module, "draw", lambda results, pyplot: Figure())
 
 
@@ -503,6 +503,7 @@ def test_every_subcommand_measures_and_predict_reads_what_they_wrote(small, call
         "typical": DECODING,
         "cost": ["--rounds", "2", "--steps", "2", "--nodes", "3"],
         "predict": ["--context", "64"],
+        "endurance": ["--tokens", "160", "--prompt-tokens", "6", "--new-tokens", "8", "--nodes", "3", "--checks", "2"],
     }
     found = {}
     for name, more in runs.items():
@@ -527,3 +528,6 @@ def test_every_subcommand_measures_and_predict_reads_what_they_wrote(small, call
     assert here["sizes"]["4"]["measured"]["speed-up"] == found["decode"]["greedy"]["ways"]["calibrated-4"]["ratio"]
     device = found["predict"]["device"]["temperatures"]["0.0"]
     assert device["best"] == 6 and device["as far as the table goes"] and 1 < device["sizes"]["6"]["step cost"] < 1.1
+    for section in found["endurance"].values():
+        assert len(section["tenths"]) == 10
+        assert all((row["tokens"], row["checked"], row["the plain text"]) == (16, 2, 2) and row["tokens/s"] > 0 for row in section["tenths"])
