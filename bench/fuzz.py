@@ -1,0 +1,337 @@
+"""Broken input for every script, by the thousand: python bench/fuzz.py --cases 2000
+
+Each case spoils one input of a small base, its heads, its rows or its text, or draws flags at random, and runs a script on it in a child
+of its own. A script may do its work, or refuse with exit code 2 and one line that is no traceback. All else is a fault: another exit
+code, a traceback, more than a minute, a file that is left half written, an input that was changed, code in an input that ran.
+Writes bench/results/fuzz.json; a fault is printed with its number, and `--only N` runs that case again.
+"""
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+import torch._dynamo  # noqa: F401  an optimiser asks for it: once, not in every child
+from safetensors import safe_open
+from tqdm import tqdm
+
+import sample
+import train
+from bench.figures import machine
+from data.command import OneLineParser, add_options, option, run
+from data.shards import digest_of
+from medusa import MedusaHeads
+from model import check_sizes, write_json
+
+SECONDS = 60  # that a case may take
+SMALL = """--vocab-size 300 --hidden-size 16 --intermediate-size 24 --num-hidden-layers 1 --num-attention-heads 2 --num-key-value-heads 1
+--context 64 --steps 2 --batch 2 --warmup 1""".split()
+FIT = "--steps 2 --batch 2 --warmup 1".split()
+NUMBERS = "0 1 2 3 -1 0.5 1e-9 1e9 1e400 nan inf -inf 4x2x1 0x0 x 1x 99999x99999 9223372036854775807 99999999999999999999999 1_0 ² true".split() + ["", " ", "\u0661"]
+WORDS = ["", " ", "nowhere", "nowhere/at/all", "/", ".", "/dev/null", "a\nb", "\udcff", "\u202e\u0000", "-", "--", "'", "x" * 5000, "greedy", "typical", "lossless", "cpu", "cuda", "meta",
+         "mps", "float16", "float64", "kl", "corpus", "distilled", "tree.json"]  # fmt: skip
+JUNK = [None, True, False, 0, -1, 1, 1 << 70, 0.5, float("nan"), float("inf"), "", "x", "16", [], [1], {}, {"rope_type": "linear"}, {"factor": -1}, {"type": "yarn"}]
+
+
+@dataclass(frozen=True)
+class FuzzConfig:
+    cases: int = option(2000, "cases to run")
+    seed: int = option(0, "seed of all cases")
+    only: int = option(-1, "run this one case, and show what it says")
+    out: str = option("bench/results", "directory of fuzz.json")
+
+    def __post_init__(self):
+        check_sizes(self, ["cases"])
+
+
+@dataclass(frozen=True)
+class Case:
+    """A script's main function, its command line, and the directory in which its inputs stand."""
+
+    main: Callable[[], None]
+    argv: list[str]
+
+
+def make_inputs(work: Path) -> None:
+    """A small base, its rows and heads, and a training run that was stopped, by the project's own commands."""
+    text = work / "text.txt"
+    text.write_text("".join(f"def f{n}(x):\n    return x + {n % 7}  # \u20ac\n\n" for n in range(4000)), encoding="utf-8")
+    common = ["--text", str(text), "--device", "cpu", "--precision", "float32"]
+    base, rows = ["--base", str(work / "base")], ["--distilled", str(work / "rows")]
+    for mode, out, more in (
+        ("base", "base", SMALL),
+        ("distill", "rows", [*base, *"--shards 1 --rows 6 --prompt-tokens 6 --new-tokens 18".split()]),
+        ("medusa1", "heads", [*base, *rows, *FIT, "--num-heads", "3"]),
+    ):
+        sys.argv = ["train.py", "--mode", mode, *common, *more, "--out", str(work / out)]
+        train.main()
+    stopped = train.report
+    train.report = lambda *_: None
+    train.finish = lambda config: None  # the checkpoint stays
+    sys.argv = ["train.py", "--mode", "medusa1", *common, *base, *rows, *FIT, "--num-heads", "3", "--out", str(work / "run")]
+    train.main()
+    train.report = stopped
+
+
+# ---- what is spoilt, and who meets it ----
+
+
+def sampling(work: Path, *more: str) -> Case:
+    return Case(sample.main, ["sample.py", "--base", f"{work}/base", "--heads", f"{work}/heads", "--device", "cpu", "--max-new-tokens", "6", "--tree", "4", *more])
+
+
+def training(work: Path, mode: str, *more: str) -> Case:
+    flags = {"base": SMALL, "distill": "--shards 1 --rows 2 --prompt-tokens 6 --new-tokens 8".split()}.get(mode, [*FIT, "--distilled", f"{work}/rows"])
+    base = [] if mode == "base" else ["--base", f"{work}/base"]
+    return Case(train.main, ["train.py", "--mode", mode, "--text", f"{work}/text.txt", "--device", "cpu", "--out", f"{work}/out", *base, *flags, *more])
+
+
+def spoil_json(path: Path, chance: random.Random) -> None:
+    """Replace, drop or add a value somewhere, or break the text."""
+    content = json.loads(path.read_text())
+    at = content
+    while isinstance(at, dict) and any(isinstance(value, dict) and value for value in at.values()) and chance.random() < 0.7:
+        at = chance.choice([value for value in at.values() if isinstance(value, dict) and value])
+    for _ in range(chance.choice((1, 1, 2))):
+        key = chance.choice([*at, "surplus"])
+        if chance.random() < 0.25:
+            at.pop(key, None)
+        else:
+            at[key] = chance.choice([*JUNK, *at.values()])
+    text = json.dumps(content)
+    path.write_text(text if chance.random() < 0.9 else text[: chance.randrange(len(text))] if chance.random() < 0.5 else "[" * 100_000)
+
+
+def spoil_bytes(path: Path, chance: random.Random) -> None:
+    """Cut, lengthen or flip: most often at the beginning, where the headers stand."""
+    content, way = bytearray(path.read_bytes()), chance.choice(("cut", "longer", "flip", "flip", "flip", "swap"))
+    if way == "cut":
+        del content[chance.choice((0, 4, 8, chance.randrange(len(content)))) :]
+    elif way == "longer":
+        content += chance.randbytes(chance.choice((1, 8, 1000)))
+    elif way == "swap":
+        content = bytearray(chance.randbytes(len(content)))
+    else:
+        for _ in range(chance.choice((1, 1, 4))):
+            content[chance.randrange(min(len(content), chance.choice((8, 600, len(content)))))] ^= 1 << chance.randrange(8)
+    path.write_bytes(content)
+
+
+def spoil_header(path: Path, chance: random.Random) -> None:
+    """A safetensors file whose header says other shapes, types, places or names than its bytes have."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    name = chance.choice(list(header))
+    field = chance.choice(("dtype", "shape", "data_offsets", "name", "metadata"))
+    if field == "name":
+        header[chance.choice(("x", "", name + "x", "lm_head.weight"))] = header.pop(name)
+    elif field == "metadata":
+        header["__metadata__"] = chance.choice(({}, {"base": "x"}, {"step": "x"}, {"settings": "[" * 2000}, {"inputs": 3}, "x"))
+    elif isinstance(header[name], dict):
+        values = {"dtype": ["F64", "F16", "I64", "BOOL", "U8", "X", 3], "shape": [[], [0], [1 << 40, 1 << 40], [-1], "x"], "data_offsets": [[0, 0], [5, 1], [0, 1 << 62], []]}
+        header[name][field] = chance.choice(values[field])
+    said = json.dumps(header).encode()
+    path.write_bytes(len(said).to_bytes(8, "little") + said + content[end:])
+
+
+class Payload:
+    def __init__(self, sentinel: Path):
+        self.sentinel = sentinel
+
+    def __reduce__(self):
+        return Path.touch, (self.sentinel,)
+
+
+def texts(chance: random.Random) -> bytes:
+    """A corpus that is none, or an unusual one."""
+    lines = "".join(chance.choice(("\n", "\r", "\t", " ", "a", "\u20ac", "\u2581", "\u202e", "\U0001f600", "\x00", "</s>", "<0x41>")) for _ in range(3000))
+    return chance.choice(
+        (b"", b"\n", b"\xff\xfe\x00", chance.randbytes(5000), b"\x00" * 5000, b"x" * 50_000, lines.encode(), b"a b\n" * 9000, "\ufeffbom\n".encode() * 4000, b"\xed\xa0\x80" * 500)
+    )
+
+
+def flags_of(config: type, chance: random.Random) -> list[str]:
+    """A few flags with values of any kind; what could take long has another flag behind it that makes it short."""
+    argv = []
+    for f in chance.sample(fields(config), chance.randint(1, 3)):
+        flag = "--" + f.name.replace("_", "-")
+        argv += [flag] if f.type == "bool" or f.type is bool else [flag, chance.choice(chance.choice((NUMBERS, WORDS)))]
+    return [*argv, *([chance.choice(("--no", "-x", "extra", "--tre", "--"))] if chance.random() < 0.1 else [])]
+
+
+def draw_case(work: Path, chance: random.Random) -> tuple[str, Case]:
+    """Spoils something in `work`; returns what, and who is to meet it."""
+    kind = chance.choice(("flags", "flags", "config.json", "config.json", "safetensors", "safetensors", "calibration", "tokenizer", "text", "rows", "checkpoint", "pickle", "tree file"))
+    modes = ("distill", "medusa1", "medusa2")
+    if kind == "flags":
+        if chance.random() < 0.5:
+            return "flags of sample.py", sampling(work, *flags_of(sample.SampleConfig, chance))
+        mode = chance.choice(list(train.MODES))
+        return "flags of train.py", training(work, mode, *flags_of(train.MODES[mode], chance))
+    if kind == "text":
+        (work / "text.txt").write_bytes(texts(chance))
+        return kind, chance.choice((training(work, chance.choice(("base", *modes))), sampling(work, "--prompt-file", f"{work}/text.txt")))
+    if kind == "rows":
+        chance.choice((spoil_bytes, spoil_header))(chance.choice(sorted((work / "rows").iterdir())), chance)
+        return kind, training(work, chance.choice(("medusa1", "medusa2")))
+    if kind == "checkpoint":
+        chance.choice((spoil_bytes, spoil_header))(work / "run" / "checkpoint.safetensors", chance)
+        return kind, training(work, "medusa1", "--num-heads", "3", "--precision", "float32", "--resume", "--out", f"{work}/run")
+    if kind == "pickle":
+        path = work / "medusa_lm_head.pt"
+        torch.save({f"{k}.{part}": Payload(work / "ran") if chance.random() < 0.3 else torch.zeros(16, 16) for k in range(2) for part in ("0.linear.weight", "0.linear.bias", "1.weight")}, path)
+        if chance.random() < 0.3:
+            path.write_bytes(pickle.dumps(Payload(work / "ran")))
+        elif chance.random() < 0.5:
+            spoil_bytes(path, chance)
+        return kind, Case(lambda: MedusaHeads.from_official(path), ["official"])
+    if kind == "tree file":
+        junk = json.dumps([chance.choice(([0], [1], [0, 0], [], [-1], [1 << 70], ["x"], 0, None, [0.0], [[0]], [0] * 99)) for _ in range(chance.randint(0, 4))])
+        (work / "tree.json").write_text(junk if chance.random() < 0.8 else "[" * 100_000)
+        return kind, sampling(work, "--tree", f"{work}/tree.json")
+    if kind == "calibration":
+        spoil_json(work / "heads" / "calibration.json", chance)
+        return kind, sampling(work)
+    side = work / chance.choice(("base", "base", "heads"))
+    if kind == "config.json":
+        spoil_json(side / "config.json", chance)
+    elif kind == "safetensors":
+        chance.choice((spoil_bytes, spoil_header))(side / "model.safetensors", chance)
+    else:
+        spoil_bytes(work / "base" / "tokenizer.model", chance)
+    return kind, chance.choice((sampling(work), training(work, chance.choice(modes))))
+
+
+# ---- the run of a case, and the verdict ----
+
+
+def child(case: Case, work: Path) -> tuple[int | None, str]:
+    """Exit code, None for a hang, and what was printed as an error."""
+    said = work / ".said"
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            for number, name in ((0, os.devnull), (1, os.devnull), (2, str(said))):
+                os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
+            sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1)
+            os.chdir(work)
+            os.environ["XDG_CACHE_HOME"] = str(work / "cache")
+            sys.argv = case.argv
+            run(case.main)
+            code = 0
+        except SystemExit as leaving:
+            code = leaving.code or 0
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        sys.stderr.flush()
+        os._exit(code)
+    until = time.monotonic() + SECONDS
+    while time.monotonic() < until:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status), said.read_text(encoding="utf-8", errors="replace")
+        time.sleep(0.005)
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
+    return None, said.read_text(encoding="utf-8", errors="replace")
+
+
+def left_over(work: Path) -> list[str]:
+    """Files that are half written: under a temporary name, or of a kind that cannot be read."""
+    found = [str(path) for path in work.rglob(".*.[0-9]*")]
+    for path in (work / "out").rglob("*") if (work / "out").is_dir() else ():
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_text())
+            elif path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+        except Exception as error:
+            found.append(f"{path}: {error}")
+    return found
+
+
+def contents(work: Path) -> dict[str, str]:
+    return {str(path): digest_of(path.read_bytes()) for name in ("base", "heads", "rows", "text.txt") for path in sorted((work / name).rglob("*") if (work / name).is_dir() else [work / name]) if path.is_file()}
+
+
+def verdict(code: int | None, said: str, before: dict, work: Path) -> str:
+    """What is at fault; nothing if all is well."""
+    lines = [line for line in re.split(r"[\n\r]", said) if line.strip() and "step/s]" not in line and "shard/s]" not in line and "?s/" not in line and "s/it" not in line]
+    if code is None:
+        return f"hangs for {SECONDS} s"
+    if code not in (0, 2):
+        return f"exit code {code}: {said[-600:]}"
+    if code == 2 and len(lines) != 1:
+        return f"{len(lines)} lines: {said[-600:]}"
+    if (work / "ran").exists():
+        return "code in an input ran"
+    if left := left_over(work):
+        return f"half written: {left}"
+    return "an input was changed" if code == 2 and contents(work) != before else ""
+
+
+def main() -> None:
+    parser = OneLineParser(description=__doc__.splitlines()[0])
+    add_options(parser, FuzzConfig)
+    config = FuzzConfig(**vars(parser.parse_args()))
+    torch.set_num_threads(1)
+    counts, faults = defaultdict(Counter), []
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = Path(folder) / "inputs"
+        inputs.mkdir()
+        os.environ["XDG_CACHE_HOME"] = str(inputs / "cache")
+        make_inputs_apart(inputs)
+        numbers = [config.only] if config.only >= 0 else range(config.cases)
+        for number in tqdm(numbers, unit="case"):
+            work = Path(folder) / "work"
+            shutil.copytree(inputs, work)
+            kind, case = draw_case(work, random.Random(f"{config.seed} {number}"))
+            before = contents(work)
+            code, said = child(case, work)
+            fault = verdict(code, said, before, work)
+            counts[kind][{0: "works", 2: "refused"}.get(code, "fault") if not fault else "fault"] += 1
+            if fault or config.only >= 0:
+                tqdm.write(f"case {number}, {kind}: {' '.join(case.argv)[:600]}\n{fault or said}\n")
+            if fault:
+                faults.append({"case": number, "kind": kind, "fault": fault.replace(folder, "")})
+            shutil.rmtree(work)
+    if config.only < 0:
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        command = f"python bench/fuzz.py --cases {config.cases} --seed {config.seed}"
+        about = {"command": command, "machine": machine(), "date": date.today().isoformat()}
+        write_json(Path(config.out) / "fuzz.json", about | {"cases": {kind: dict(counts[kind]) for kind in sorted(counts)}, "faults": faults})
+        print(f"{config.cases} cases, {len(faults)} faults: {Path(config.out) / 'fuzz.json'}")
+
+
+def make_inputs_apart(work: Path) -> None:
+    """In a child, which changes train.py's functions for itself alone."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            make_inputs(work)
+            os._exit(0)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            os._exit(1)
+    if os.waitpid(pid, 0)[1]:
+        raise ValueError("the inputs could not be made")
+
+
+if __name__ == "__main__":
+    run(main)
