@@ -11,6 +11,7 @@ Dimension key
 import json
 import math
 import os
+import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -458,11 +459,12 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """A torch.save file that holds tensors by name and nothing else: code in it is refused, not run."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of pickles in an unusual dialect
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
-    except Exception as error:  # unpickling fails in many ways
-        raise ValueError(f"{path} cannot be read as tensors: {str(error).partition(chr(10))[0]}") from None
+    except Exception:  # unpickling fails in many ways, and what torch says advises to run the code
+        raise ValueError(f"{path} cannot be read as tensors: it is damaged, or holds something else") from None
     if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
         raise ValueError(f"{path} holds no tensors by name")
     return content
