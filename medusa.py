@@ -7,6 +7,7 @@ Dimension key
     B batch   T tokens   D model width   V vocabulary   K heads   J residual layers of a head   N tree nodes
 Head k (counted from 1) at position t guesses token t+k+1; token t+1 is the base model's own business.
 """
+
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -151,9 +152,7 @@ def cross_entropy_ahead(logits: Tensor, tokens: Tensor, mask: Tensor | None, ahe
     return loss / (carries.sum() if count is None else count).clamp(min=1)
 
 
-def medusa_loss(
-    logits: Tensor, tokens: Tensor, mask: Tensor | None = None, decay: float = DECAY, counts: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def medusa_loss(logits: Tensor, tokens: Tensor, mask: Tensor | None = None, decay: float = DECAY, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """L = sum_k decay^k * CE(head_probs_k at t, token t+k+1)  (paper, "Medusa-1")
 
     logits (K, B, n, V) of the heads at the first n positions of tokens (B, T); mask (B, T) bool: True where a token carries loss AS

@@ -8,6 +8,7 @@ Dimension key
     D  model width         V   vocabulary            L   layers
     nh attention heads     nkv key/value heads       hs  size of one attention head
 """
+
 import json
 import math
 import os
@@ -389,7 +390,8 @@ REFUSED = {  # what else these fields may say is not built here
 def read_config(path: Path) -> ModelConfig:
     """config.json -> ModelConfig. A setting that changes the computation in a way not built here is refused by name."""
     raw = read_json(path)
-    raw = {"num_key_value_heads": raw.get("num_attention_heads"), "tie_word_embeddings": False, "rope_theta": 10000.0, "head_dim": None, "model_type": "llama"} | raw
+    defaults = {"tie_word_embeddings": False, "rope_theta": 10000.0, "head_dim": None, "model_type": "llama"}
+    raw = defaults | {"num_key_value_heads": raw.get("num_attention_heads")} | raw
     raw |= read_rope(raw, path)
     for name, allowed in REFUSED.items():
         if raw.get(name, allowed[0]) not in allowed:

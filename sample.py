@@ -6,6 +6,7 @@
 The size of the tree is chosen by measurement: what a step over N nodes costs on this device, against what N nodes would have
 earned on the calibration rows ("choose_size" in tree.py).
 """
+
 import math
 import statistics
 import time
@@ -107,8 +108,14 @@ def read_prompt(config: SampleConfig) -> str:
 
 
 def step_costs(
-    model: GPT | Compiled, heads: MedusaHeads, tree_of: Callable[[int], Tree], prompt: list[int], sampling: Sampling, sizes: Iterable[int] = SIZES,
-    rounds: int = 3, steps: int = 5,
+    model: GPT | Compiled,
+    heads: MedusaHeads,
+    tree_of: Callable[[int], Tree],
+    prompt: list[int],
+    sampling: Sampling,
+    sizes: Iterable[int] = SIZES,
+    rounds: int = 3,
+    steps: int = 5,
 ) -> dict[int, float]:
     """{N: median seconds of a whole step over N nodes}, N = 1 being plain decoding; all sizes in turn, so that a drift hits all alike."""
     times = {1: []} | {len(tree_of(size)): [] for size in sizes}
@@ -281,7 +288,8 @@ def main() -> None:
     elif sampling.typical:
         difference = f"differs from token {at + 1} on: typical acceptance is lossy"
     else:
-        difference = f"differs from token {at + 1} on, where the two were {gap_at(model, prompt, ours.tokens, plain.tokens, at, sampling, config.seed):.1e} apart"
+        gap = gap_at(model, prompt, ours.tokens, plain.tokens, at, sampling, config.seed)
+        difference = f"differs from token {at + 1} on, where the two were {gap:.1e} apart"
     print("\n" + compare(ours, plain, difference, tree, why))
     if trace:
         trace.write(Path(config.trace), prompt=text, why=why, difference=difference, costs=[run.step_time for run in (ours, plain)])

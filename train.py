@@ -9,6 +9,7 @@ Without other flags the heads are for the shipped base in data/base, and learn f
 flags: `python train.py --mode MODE --help`. A run that was stopped goes on with `--resume`; on several GPUs a run is started with
 `torchrun --nproc-per-node N train.py ...`. Dimension key: B rows, T tokens, D model width, V vocabulary, K heads.
 """
+
 import copy
 import json
 import math
@@ -122,7 +123,7 @@ class Medusa2Config(Medusa1Config):
     lr_ratio: float = option(4.0, "how many times lower the base's learning rate is")
     lambda_0: float = option(0.2, "weight of the heads' loss beside the base's")
     ramp: bool = option(False, "raise lambda_0 along a sine from 0")
-    base_loss: str = option("auto", "kl: to the base as it was; ce: the text's own tokens; auto: kl on distilled text, ce on the corpus", choices=("auto", "kl", "ce"))
+    base_loss: str = option("auto", "kl: to the base as it was; ce: the text's own tokens; auto: kl on distilled text, else ce", choices=("auto", "kl", "ce"))
     lora: bool = option(False, "train adapters of the base's linear layers in place of the weights; they are merged in the end")
     checkpoint_activations: bool = option(False, "recompute the blocks' activations in the backward pass, to save memory")
 
@@ -451,7 +452,8 @@ def trained_base(config: Medusa2Config, model: GPT) -> tuple[dict[str, nn.Parame
             for adapter in adapters.values():
                 adapter.on = True
 
-    return {f"{name}.{part}": p for name, adapter in adapters.items() for part, p in adapter.named_parameters()}, (without_adapters, model.lm_head) if soft else None
+    learning = {f"{name}.{part}": p for name, adapter in adapters.items() for part, p in adapter.named_parameters()}
+    return learning, (without_adapters, model.lm_head) if soft else None
 
 
 class Adapter(nn.Module):

@@ -5,6 +5,7 @@ Medusa paper, "Tree attention" (what a node sees) and "Optimized tree constructi
 Node 0 is the root, a token already drawn from the base model. A node at depth d holds one of the top guesses of head d; its
 `rank` says which (0 is the likeliest). Dimension key: N nodes, the root included; K heads.
 """
+
 import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence

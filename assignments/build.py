@@ -5,6 +5,7 @@
 DIR/set3/student is handed out: the handout, the five modules with the functions of all sets blanked, the tests of the set.
 DIR/set3/autograder.zip goes to Gradescope: the grader, the project, and what a student starts from. Nothing here is kept twice.
 """
+
 import ast
 import os
 import sys

@@ -4,6 +4,7 @@ The project's tests run in this process, against the project's own modules, in w
 ask a process of the student's (sandbox.py), which runs as another user with limits. What passes is decided and written here:
 RESULTS is Gradescope's results.json, rewritten after every test, so that no death leaves less than what was earned.
 """
+
 import importlib
 import json
 import os
@@ -174,7 +175,9 @@ class Referee:
         self.write()
 
     def entry(self, nodeid: str) -> Entry:
-        return next(entry for test, entry in self.entries.items() if nodeid.removeprefix("tests/") == test or nodeid.removeprefix("tests/").startswith(test + "["))
+        return next(
+            entry for test, entry in self.entries.items() if nodeid.removeprefix("tests/") == test or nodeid.removeprefix("tests/").startswith(test + "[")
+        )
 
     def allowance(self, entry: Entry) -> float:
         """What a test may take: all that is left, but for half an equal share of each test that has not begun."""

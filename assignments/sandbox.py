@@ -4,6 +4,7 @@ It is started once, with torch loaded and nothing of a student's, and forks a ch
 its limits, and answers calls. The folder it works in holds the starter's modules with the student's files laid over them; neither the
 reference nor a test can be read by it, and what a student's code prints goes nowhere.
 """
+
 import gc
 import importlib
 import json

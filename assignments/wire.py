@@ -7,6 +7,7 @@ A message is a header in JSON and the bytes of the tensors' storages. A storage 
 storage, so that memory which is shared, or changed in place, is so on both sides. A call whose tensors require gradients can be
 asked for them later ("backward").
 """
+
 import builtins
 import functools
 import json

@@ -6,6 +6,7 @@
 tokens/step is that of greedy decoding with a tree of 8 nodes, replayed over text that the base itself wrote behind held-out prompts:
 the tree is calibrated on one half of the prompts and replayed on the other, both ways.
 """
+
 import statistics
 import sys
 import tempfile

@@ -7,6 +7,7 @@
 Every subcommand writes bench/results/NAME.json, .md and .png after each of its sections. Started again it measures what is missing
 there; a file that other settings, another machine or other weights gave is not touched. Needs bench/requirements.txt.
 """
+
 import sys
 from pathlib import Path
 

@@ -1,11 +1,12 @@
 """What a step costs: over the nodes of its tree and the context before it, split into its parts, beside the least that this machine needs.
 
-    backbone     the model over the tree, its LM head included
-    heads        at the one node that was accepted last, with the LM head that they share
-    choosing     the rest of propose and accept, and the drawing of tokens
-    cache moves  rows of the accepted path moved to their place
-    Python       what is left: the loop itself
+backbone     the model over the tree, its LM head included
+heads        at the one node that was accepted last, with the LM head that they share
+choosing     the rest of propose and accept, and the drawing of tokens
+cache moves  rows of the accepted path moved to their place
+Python       what is left: the loop itself
 """
+
 import statistics
 import time
 from collections import defaultdict

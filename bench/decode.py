@@ -3,6 +3,7 @@
 A way is a function (prompt, seed) -> Timing. Way by way, prompt by prompt, round by round; the order moves on with every prompt, so
 that a drift of the machine hits all alike. The clock starts behind the first step, which reads the prompt.
 """
+
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -156,7 +157,9 @@ def ways_of(config: DecodeConfig, model: GPT, heads: MedusaHeads, sampling: Samp
 
     ways = {"plain": lambda prompt, seed: ours(generate(model, prompt, n, sampling, seeded(seed)))}
     ways |= {name: lambda prompt, seed, tree=tree: ours(medusa_generate(model, heads, tree, prompt, n, sampling, seeded(seed))) for name, tree in trees.items()}
-    ways |= {name: lambda prompt, seed, size=size: ours(dynamic_generate(model, heads, size, prompt, n, sampling, seeded(seed))) for name, size in nodes.items()}
+    ways |= {
+        name: lambda prompt, seed, size=size: ours(dynamic_generate(model, heads, size, prompt, n, sampling, seeded(seed))) for name, size in nodes.items()
+    }
     if not sampling.typical and any(way.startswith("transformers") for way in config.chosen):
         peer = open_peer(config.base)
         ways["transformers"] = partial(peer_way, peer, n, sampling, None)

@@ -1,6 +1,7 @@
 """A new tree in every step, from the heads' own probabilities at this position ("best_first_tree" in tree.py). It stands here and not in
 medusa.py for as long as no measurement says that it is faster than the best fixed tree.
 """
+
 from collections.abc import Iterator, Sequence
 
 import torch

@@ -3,6 +3,7 @@
 The tokens are decoded in tenths, and every tenth decodes the same prompts, so that their speeds compare. Texts are drawn at random and
 decoded plainly beside it, off the clock.
 """
+
 import math
 import random
 import time
@@ -55,7 +56,9 @@ def endure(config: EnduranceConfig, temperature: float) -> dict:
         seconds = time.perf_counter() - start
         chosen = random.Random(tenth).sample(range(len(prompts)), min(config.checks, len(prompts)))
         same = sum(texts[seed] == decode(generate, seed=seed) for seed in chosen)
-        tenths.append({"tokens": sum(map(len, texts)), "tokens/s": sum(map(len, texts)) / seconds, "peak MB": peak(), "checked": len(chosen), "the plain text": same})
+        tenths.append(
+            {"tokens": sum(map(len, texts)), "tokens/s": sum(map(len, texts)) / seconds, "peak MB": peak(), "checked": len(chosen), "the plain text": same}
+        )
     return {"tenths": tenths}
 
 
@@ -67,7 +70,10 @@ def growth(result: dict, name: str) -> float:
 def table(results: dict) -> str:
     parts = []
     for section, result in results.items():
-        rows = [[i, row["tokens"], f"{row['tokens/s']:.0f}", f"{row['peak MB']:.1f}", f"{row['the plain text']} of {row['checked']}"] for i, row in enumerate(result["tenths"], 1)]
+        rows = [
+            [i, row["tokens"], f"{row['tokens/s']:.0f}", f"{row['peak MB']:.1f}", f"{row['the plain text']} of {row['checked']}"]
+            for i, row in enumerate(result["tenths"], 1)
+        ]
         says = f"From the first tenth to the last: tokens/s {growth(result, 'tokens/s'):+.1%}, peak memory {growth(result, 'peak MB'):+.2%}."
         parts.append(f"**{section}**\n\n" + markdown(["tenth", "tokens", "tokens/s", "peak memory, MB", "the plain text"], rows) + f"\n\n{says}")
     return "\n\n".join(parts)

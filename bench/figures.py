@@ -5,6 +5,7 @@
 
 Every section names its command, machine and date. Rivals run in turn, prompt by prompt, the first one alternating.
 """
+
 import argparse
 import json
 import os
@@ -116,7 +117,9 @@ def first_token(directory: Path, environment: dict) -> float:
     """Seconds from the start of sample.py to its first decoded byte."""
     prompt = "def read_lines(path):\n"
     start = time.perf_counter()
-    with subprocess.Popen([sys.executable, "sample.py", "--prompt", prompt, "--device", "cpu"], cwd=directory, env=environment, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "sample.py", "--prompt", prompt, "--device", "cpu"], cwd=directory, env=environment, stdout=subprocess.PIPE
+    ) as process:
         process.stdout.read(len(prompt) + 1)
         seconds = time.perf_counter() - start
         process.stdout.read()
@@ -164,7 +167,10 @@ def table(figures: dict) -> str:
     """The README's part, in Markdown."""
     lines = []
     if decoding := figures.get("decoding"):
-        lines += ["| temperature | text identical | tree | tokens/step | step cost | speed-up, median (range) | distinct 4-grams |", "|---|---|---|---|---|---|---|"]
+        lines += [
+            "| temperature | text identical | tree | tokens/step | step cost | speed-up, median (range) | distinct 4-grams |",
+            "|---|---|---|---|---|---|---|",
+        ]
         for temperature, run in decoding["result"].items():
             lines.append(
                 f"| {'0 (greedy)' if temperature == '0.0' else temperature} | {run['identical texts']} of {PROMPTS} | {run['nodes']} nodes "

@@ -5,6 +5,7 @@ of its own. A script may do its work, or refuse with exit code 2 and one line th
 code, a traceback, more than a minute, a file that is left half written, an input that was changed, code in an input that ran.
 Writes bench/results/fuzz.json; a fault is printed with its number, and `--only N` runs that case again.
 """
+
 import json
 import os
 import pickle
@@ -40,10 +41,34 @@ SECONDS = 60  # that a case may take
 SMALL = """--vocab-size 300 --hidden-size 16 --intermediate-size 24 --num-hidden-layers 1 --num-attention-heads 2 --num-key-value-heads 1
 --context 64 --steps 2 --batch 2 --warmup 1""".split()
 FIT = "--steps 2 --batch 2 --warmup 1".split()
-NUMBERS = "0 1 2 3 -1 0.5 1e-9 1e9 1e400 nan inf -inf 4x2x1 0x0 x 1x 99999x99999 9223372036854775807 99999999999999999999999 1_0 ² true".split() + ["", " ", "\u0661"]
+NUMBERS = "0 1 2 3 -1 0.5 1e-9 1e9 1e400 nan inf -inf 4x2x1 0x0 x 1x 99999x99999 9223372036854775807 99999999999999999999999 1_0 ² true".split() + [
+    "",
+    " ",
+    "\u0661",
+]
 WORDS = ["", " ", "nowhere", "nowhere/at/all", "/", ".", "/dev/null", "a\nb", "\udcff", "\u202e\u0000", "-", "--", "'", "x" * 5000, "greedy", "typical", "lossless", "cpu", "cuda", "meta",
          "mps", "float16", "float64", "kl", "corpus", "distilled", "tree.json"]  # fmt: skip
-JUNK = [None, True, False, 0, -1, 1, 1 << 70, 0.5, float("nan"), float("inf"), "", "x", "16", [], [1], {}, {"rope_type": "linear"}, {"factor": -1}, {"type": "yarn"}]
+JUNK = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    1 << 70,
+    0.5,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "16",
+    [],
+    [1],
+    {},
+    {"rope_type": "linear"},
+    {"factor": -1},
+    {"type": "yarn"},
+]
 
 
 @dataclass(frozen=True)
@@ -90,7 +115,9 @@ def make_inputs(work: Path) -> None:
 
 
 def sampling(work: Path, *more: str) -> Case:
-    return Case(sample.main, ["sample.py", "--base", f"{work}/base", "--heads", f"{work}/heads", "--device", "cpu", "--max-new-tokens", "6", "--tree", "4", *more])
+    return Case(
+        sample.main, ["sample.py", "--base", f"{work}/base", "--heads", f"{work}/heads", "--device", "cpu", "--max-new-tokens", "6", "--tree", "4", *more]
+    )
 
 
 def training(work: Path, mode: str, *more: str) -> Case:
@@ -142,7 +169,11 @@ def spoil_header(path: Path, chance: random.Random) -> None:
     elif field == "metadata":
         header["__metadata__"] = chance.choice(({}, {"base": "x"}, {"step": "x"}, {"settings": "[" * 2000}, {"inputs": 3}, "x"))
     elif isinstance(header[name], dict):
-        values = {"dtype": ["F64", "F16", "I64", "BOOL", "U8", "X", 3], "shape": [[], [0], [1 << 40, 1 << 40], [-1], "x"], "data_offsets": [[0, 0], [5, 1], [0, 1 << 62], []]}
+        values = {
+            "dtype": ["F64", "F16", "I64", "BOOL", "U8", "X", 3],
+            "shape": [[], [0], [1 << 40, 1 << 40], [-1], "x"],
+            "data_offsets": [[0, 0], [5, 1], [0, 1 << 62], []],
+        }
         header[name][field] = chance.choice(values[field])
     said = json.dumps(header).encode()
     path.write_bytes(len(said).to_bytes(8, "little") + said + content[end:])
@@ -160,7 +191,18 @@ def texts(chance: random.Random) -> bytes:
     """A corpus that is none, or an unusual one."""
     lines = "".join(chance.choice(("\n", "\r", "\t", " ", "a", "\u20ac", "\u2581", "\u202e", "\U0001f600", "\x00", "</s>", "<0x41>")) for _ in range(3000))
     return chance.choice(
-        (b"", b"\n", b"\xff\xfe\x00", chance.randbytes(5000), b"\x00" * 5000, b"x" * 50_000, lines.encode(), b"a b\n" * 9000, "\ufeffbom\n".encode() * 4000, b"\xed\xa0\x80" * 500)
+        (
+            b"",
+            b"\n",
+            b"\xff\xfe\x00",
+            chance.randbytes(5000),
+            b"\x00" * 5000,
+            b"x" * 50_000,
+            lines.encode(),
+            b"a b\n" * 9000,
+            "\ufeffbom\n".encode() * 4000,
+            b"\xed\xa0\x80" * 500,
+        )
     )
 
 
@@ -175,7 +217,23 @@ def flags_of(config: type, chance: random.Random) -> list[str]:
 
 def draw_case(work: Path, chance: random.Random) -> tuple[str, Case]:
     """Spoils something in `work`; returns what, and who is to meet it."""
-    kind = chance.choice(("flags", "flags", "config.json", "config.json", "safetensors", "safetensors", "calibration", "tokenizer", "text", "rows", "checkpoint", "pickle", "tree file"))
+    kind = chance.choice(
+        (
+            "flags",
+            "flags",
+            "config.json",
+            "config.json",
+            "safetensors",
+            "safetensors",
+            "calibration",
+            "tokenizer",
+            "text",
+            "rows",
+            "checkpoint",
+            "pickle",
+            "tree file",
+        )
+    )
     modes = ("distill", "medusa1", "medusa2")
     if kind == "flags":
         if chance.random() < 0.5:
@@ -193,7 +251,14 @@ def draw_case(work: Path, chance: random.Random) -> tuple[str, Case]:
         return kind, training(work, "medusa1", "--num-heads", "3", "--precision", "float32", "--resume", "--out", f"{work}/run")
     if kind == "pickle":
         path = work / "medusa_lm_head.pt"
-        torch.save({f"{k}.{part}": Payload(work / "ran") if chance.random() < 0.3 else torch.zeros(16, 16) for k in range(2) for part in ("0.linear.weight", "0.linear.bias", "1.weight")}, path)
+        torch.save(
+            {
+                f"{k}.{part}": Payload(work / "ran") if chance.random() < 0.3 else torch.zeros(16, 16)
+                for k in range(2)
+                for part in ("0.linear.weight", "0.linear.bias", "1.weight")
+            },
+            path,
+        )
         if chance.random() < 0.3:
             path.write_bytes(pickle.dumps(Payload(work / "ran")))
         elif chance.random() < 0.5:
@@ -267,12 +332,21 @@ def left_over(work: Path) -> list[str]:
 
 
 def contents(work: Path) -> dict[str, str]:
-    return {str(path): digest_of(path.read_bytes()) for name in ("base", "heads", "rows", "text.txt") for path in sorted((work / name).rglob("*") if (work / name).is_dir() else [work / name]) if path.is_file()}
+    return {
+        str(path): digest_of(path.read_bytes())
+        for name in ("base", "heads", "rows", "text.txt")
+        for path in sorted((work / name).rglob("*") if (work / name).is_dir() else [work / name])
+        if path.is_file()
+    }
 
 
 def verdict(code: int | None, said: str, before: dict, work: Path) -> str:
     """What is at fault; nothing if all is well."""
-    lines = [line for line in re.split(r"[\n\r]", said) if line.strip() and "step/s]" not in line and "shard/s]" not in line and "?s/" not in line and "s/it" not in line]
+    lines = [
+        line
+        for line in re.split(r"[\n\r]", said)
+        if line.strip() and "step/s]" not in line and "shard/s]" not in line and "?s/" not in line and "s/it" not in line
+    ]
     if code is None:
         return f"hangs for {SECONDS} s"
     if code not in (0, 2):

@@ -3,6 +3,7 @@
 V = 49,152 (SmolLM2's vocabulary), one row of T = 1,024 tokens, D = 576, two blocks, shared LM head. Each step runs in a process of its own,
 once with the losses in chunks, as train.py has them, and once with all logits at once.
 """
+
 import json
 import resource
 import subprocess

@@ -5,6 +5,7 @@
 
 Both decode greedily in float32, from the same weights, through the checkpoint's chat template.
 """
+
 import statistics
 import sys
 import time
@@ -49,7 +50,9 @@ def main() -> None:
 
     def theirs_text(prompt: list[int]) -> list[int]:
         with torch.inference_mode():
-            return theirs.generate(torch.tensor([prompt]), max_new_tokens=config.new_tokens, do_sample=False, pad_token_id=tokenizer.eos)[0, len(prompt) :].tolist()
+            return theirs.generate(torch.tensor([prompt]), max_new_tokens=config.new_tokens, do_sample=False, pad_token_id=tokenizer.eos)[
+                0, len(prompt) :
+            ].tolist()
 
     ratios, seconds, same = [], {ours_text: [], theirs_text: []}, 0
     for number in range(len(prompts) * config.rounds):

@@ -1,4 +1,5 @@
 """Draw the log of a training run: losses, the heads' accuracy, learning rates. Needs bench/requirements.txt."""
+
 import json
 from pathlib import Path
 

@@ -5,6 +5,7 @@
 The tokens come from the acceptance table (calibration.json); c(N) was measured ("here"), or follows from bandwidth and FLOP rate
 ("device"; see roofline.py). "here" is held against the speed-ups that `decode` measured.
 """
+
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -120,9 +121,13 @@ def here_table(result: dict) -> str:
     for rule, found in result["rules"].items():
         rows = []
         for size, row in found["sizes"].items():
-            three = [f"{row['predicted'][name]:.2f} / {row['measured'][name]:.2f} ({row['error'][name]:+.0%})" for name in ("tokens/step", "step cost", "speed-up")]
+            three = [
+                f"{row['predicted'][name]:.2f} / {row['measured'][name]:.2f} ({row['error'][name]:+.0%})" for name in ("tokens/step", "step cost", "speed-up")
+            ]
             rows.append([size, *three])
-        says = f"Best size by prediction {found['best predicted']}, by measurement {found['best measured']}: the choice loses {found['lost by the choice']:.1%}."
+        says = (
+            f"Best size by prediction {found['best predicted']}, by measurement {found['best measured']}: the choice loses {found['lost by the choice']:.1%}."
+        )
         header = ["N", "tokens/step", "step cost", "speed-up"]
         parts.append(f"**here, {rule}**: predicted / measured (error), c(N) at context {found['context']}\n\n" + markdown(header, rows) + f"\n\n{says}")
     return "\n\n".join(parts)

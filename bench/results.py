@@ -1,4 +1,5 @@
 """What the subcommands share: the model and the prompts that they measure, and results that a stopped run goes on from."""
+
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from datetime import date

@@ -3,6 +3,7 @@
 Counted are the matrices of the model, each read once, the rows of the cache, and two operations a multiplication.
 N rows (nodes of a tree), S tokens in the cache; width: bytes of a number. Other letters as in model.py and medusa.py.
 """
+
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

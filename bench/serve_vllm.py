@@ -6,6 +6,7 @@
 vLLM takes the heads' first guesses as a chain, not as a tree. It expects the LM head that the heads share in their own directory;
 --out is the heads' directory with it, and may be served: vllm serve BASE --speculative-config '{"model": OUT, ...}'.
 """
+
 import os
 import sys
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
 """How fast each mode trains, and in how much memory: each in a process of its own, which does what train.py does and stops behind a few steps."""
+
 import json
 import resource
 import statistics
@@ -93,7 +94,12 @@ def time_distill(base: str, rows: int) -> dict:
     before, start = peak(), time.perf_counter()
     _, carries = sample_rows(model, prompts, settings.prompt_tokens + settings.new_tokens, Sampling(settings.temperature), torch.Generator().manual_seed(0))
     seconds, sampled = time.perf_counter() - start, carries.sum().item()
-    return {"MB before the first step": before, "tokens in a step": sampled / settings.new_tokens, "seconds of a step": seconds / settings.new_tokens, "tokens/s": sampled / seconds}
+    return {
+        "MB before the first step": before,
+        "tokens in a step": sampled / settings.new_tokens,
+        "seconds of a step": seconds / settings.new_tokens,
+        "tokens/s": sampled / seconds,
+    }
 
 
 # ---- and around it ----
@@ -110,7 +116,14 @@ def measure_mode(config: TrainingConfig, mode: str) -> dict:
 def table(results: dict) -> str:
     header = ["mode", "tokens in a step", "ms a step", "tokens/s", "peak memory, MB", "of it before the first step"]
     rows = [
-        [mode, f"{row['tokens in a step']:.0f}", f"{1e3 * row['seconds of a step']:.0f}", f"{row['tokens/s']:.0f}", f"{row['peak MB']:.0f}", f"{row['MB before the first step']:.0f}"]
+        [
+            mode,
+            f"{row['tokens in a step']:.0f}",
+            f"{1e3 * row['seconds of a step']:.0f}",
+            f"{row['tokens/s']:.0f}",
+            f"{row['peak MB']:.0f}",
+            f"{row['MB before the first step']:.0f}",
+        ]
         for mode, row in results.items()
     ]
     return markdown(header, rows)

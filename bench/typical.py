@@ -6,6 +6,7 @@ ends it is the base distribution itself. Both distances follow exactly at every 
 
     point mass on x:  KL(emitted || base) = -ln base_probs(x),  total variation = 1 - base_probs(x);  a draw: 0 and 0
 """
+
 import statistics
 from dataclasses import dataclass
 from functools import partial

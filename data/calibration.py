@@ -2,6 +2,7 @@
 
 Dimension key: B rows, T tokens, K heads, V vocabulary.
 """
+
 from collections import Counter
 from pathlib import Path
 

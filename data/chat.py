@@ -1,4 +1,5 @@
 """Turns of a conversation as the text that a chat model was trained on: the checkpoint's own Jinja template, run in a sandbox."""
+
 import json
 from datetime import datetime
 from functools import partial

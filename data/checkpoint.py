@@ -1,4 +1,5 @@
 """What a training run that was stopped needs to go on, in one file, written atomically. `config` is the run's, a Fit of train.py."""
+
 import json
 from dataclasses import asdict
 from pathlib import Path

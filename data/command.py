@@ -1,5 +1,6 @@
 """A command line out of a config dataclass: its fields are the flags, their defaults and help stand in one place; and what the
 user can mend costs one line."""
+
 import argparse
 import os
 import sys

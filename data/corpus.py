@@ -3,6 +3,7 @@
 A file goes to training or validation by a hash of its path inside the library, so the split is the same on every machine and
 in every version. Token arrays are cached in the user's cache directory, under a name that is a hash of all that went in.
 """
+
 import hashlib
 import os
 import sysconfig

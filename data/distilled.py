@@ -1,4 +1,5 @@
 """Text that a base model writes itself, to train its heads on  (paper, "Self-distillation"). Dimension key: R rows, P and T tokens, V vocabulary."""
+
 from dataclasses import asdict, dataclass
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """The machine that a run meets: devices and dtypes, one process or several, directories that can be written."""
+
 import os
 from pathlib import Path
 

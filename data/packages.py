@@ -1,4 +1,5 @@
 """Packages that only some paths need: imported where they are used, or taken apart for the data that they hold."""
+
 import importlib
 import subprocess
 import sys

@@ -1,4 +1,5 @@
 """How well a model predicts a packed text."""
+
 import math
 
 import torch

@@ -1,4 +1,5 @@
 """Decoded text on the terminal, as it comes."""
+
 import os
 import sys
 

@@ -1,4 +1,5 @@
 """Rows that a base model wrote, on disk: shards of tokens and of which tokens carry loss, each marked with the base and the settings that wrote it."""
+
 import hashlib
 from pathlib import Path
 

@@ -7,6 +7,7 @@
 The package holds a 4-bit GGUF file. Its weights are dequantised, and stored under the names and in the order of rows that Llama
 directories have; tokenizer.json and the chat template come out of the same file.
 """
+
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path

@@ -3,6 +3,7 @@
 The tokenizer trained here is lossless: decode(encode(s)) == s for every string s that UTF-8 can hold. BPE with byte fallback,
 identity normalisation, no dummy prefix; newlines may stand inside pieces, digits stay single.
 """
+
 import io
 from collections.abc import Iterable
 from pathlib import Path

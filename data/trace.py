@@ -5,6 +5,7 @@ was about; after the step that becomes a record: plain numbers, lists and string
 
 Dimension key: N tree nodes, V vocabulary, K heads.
 """
+
 import json
 import tempfile
 from collections.abc import Callable

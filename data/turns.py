@@ -6,6 +6,7 @@
 
 A file of turns has one JSON string a line. A turn is held out by a hash of its words alone.
 """
+
 import json
 import random
 import tempfile

@@ -1,4 +1,5 @@
 """What several test modules start from: a text, a base for it, rows that the base wrote."""
+
 from pathlib import Path
 
 import pytest

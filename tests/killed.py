@@ -3,6 +3,7 @@
 Each attempt is a forked child, so that a death costs no start of an interpreter. DIRECTORY/whole is a run that nobody kills, and
 DIRECTORY/run-0, run-1, ... are those that reached their end in spite of all. Prints {way to die: deaths} as JSON.
 """
+
 import json
 import os
 import random

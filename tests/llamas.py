@@ -1,4 +1,5 @@
 """Tiny checkpoints of the Llama family, as transformers writes them. Its own classes are imported where they are used: not everyone has them."""
+
 import json
 from pathlib import Path
 
@@ -52,7 +53,9 @@ def write_checkpoint(directory: Path, kind: str, made_with: dict, dtype=torch.fl
 
     config = transformers.AutoConfig.for_model(kind, **made_with)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(fill({name: t for name, t in model.state_dict().items() if not (name == "lm_head.weight" and made_with["tie_word_embeddings"])}), strict=False)
+    model.load_state_dict(
+        fill({name: t for name, t in model.state_dict().items() if not (name == "lm_head.weight" and made_with["tie_word_embeddings"])}), strict=False
+    )
     model.to(dtype).save_pretrained(directory, max_shard_size=shard_size)
 
 

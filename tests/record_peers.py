@@ -1,8 +1,9 @@
 """Writes tests/peers.json: what transformers' own classes say of a few tiny checkpoints, so that the default tests guard without them.
 
-    pip install -r tests/requirements-peers.txt
-    python tests/record_peers.py
+pip install -r tests/requirements-peers.txt
+python tests/record_peers.py
 """
+
 import json
 import sys
 import tempfile

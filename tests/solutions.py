@@ -3,36 +3,37 @@
 WRONG: set -> {name: (file, {text of the reference: what stands there instead}, words of the message that must name the mistake)}
 RIGHT: set -> {name: {function: another body}}
 """
+
 NOT_PLAIN = "not the one that plain decoding gives"
 MEAN = "over the targets that carry loss and only those"
 FORMULA = "the threshold is not min(epsilon, delta * exp(-H))"
-WIDTHS_CHECK = '''    if not widths or any(width < 1 for width in widths):
+WIDTHS_CHECK = """    if not widths or any(width < 1 for width in widths):
         raise ValueError(f"widths {list(widths)}: at least one, and each at least 1")
-'''
-PREFIX_CHECK = '''        if path[:-1] not in index:
+"""
+PREFIX_CHECK = """        if path[:-1] not in index:
             raise ValueError(f"path {list(path)}: its prefix {list(path[:-1])} is missing")
-'''
-ROOT_CHECK = '''        if not path:
+"""
+ROOT_CHECK = """        if not path:
             raise ValueError("path []: the root is implied and must not be listed")
-'''
-GUESSES_CHECK = '''    if n_nodes < 2 or len(counts) < 2:
+"""
+GUESSES_CHECK = """    if n_nodes < 2 or len(counts) < 2:
         raise ValueError(f"n_nodes = {n_nodes}, {len(counts)} prefixes: a calibrated tree needs at least one node below the root")
-'''
+"""
 RANKED = "return sorted((path for path in counts if path), key=lambda path: (-counts[path], len(path), path))"
-MARGINALS = '''heads = Counter()
+MARGINALS = """heads = Counter()
     for path in counts:
         if path:
             heads[len(path), path[-1]] += counts[path]
     worth = {path: math.prod(heads[d, rank] / counts[()] for d, rank in enumerate(path, start=1)) for path in counts}
-    return sorted((path for path in counts if path), key=lambda path: (-worth[path], len(path), path))'''
+    return sorted((path for path in counts if path), key=lambda path: (-worth[path], len(path), path))"""
 EYE = 'torch.eye(len(self), dtype=torch.bool, device="cpu")'
 INHERIT = "mask[node] |= mask[parent]"
 DRAWS = "draws = base_probs.argmax(-1) if sampling.temperature == 0 else draw(base_probs, noise)"
 PASSES = "passes = [token == draws[parent] for token, parent in zip(tokens, tree.parents)]"
-REDRAW = '''passes = [
+REDRAW = """passes = [
             token == (draw(base_probs[parent : parent + 1], torch.empty_like(base_probs[:1]).exponential_()).item() if sampling.temperature else draws[parent])
             for token, parent in zip(tokens, (0, *tree.parents[1:]))
-        ]'''
+        ]"""
 CARRIES = "carries = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask[:, ahead : ahead + n]"
 COUNT = "(carries.sum() if count is None else count).clamp(min=1)"
 KEEP = "self.data[..., start : start + len(rows), :] = self.data.index_select(4, index)"

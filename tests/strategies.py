@@ -1,4 +1,5 @@
 """What the tests draw from: small trees, small GPTs in float64, heads of every quality, and oracles written without the code under test."""
+
 import json
 import math
 from functools import cache

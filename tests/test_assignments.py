@@ -2,6 +2,7 @@
 
 `pytest -m course` grades all wrong and right solutions of all sets; the default run grades a few of set 1.
 """
+
 import ast
 import json
 import os
@@ -64,7 +65,13 @@ def test_every_blanked_function_is_found_and_none_twice():
         build.find(ast.parse(reference("tree.py")), "Tree.grow")
 
 
-COMMONPLACE = {"return counts", "return Tree(tuple(parents), tuple(ranks))", "for node in range(1, len(tree)):", "if sampling.typical:", "if not paths:"}  # these stand in the tests as well, and tell nothing
+COMMONPLACE = {
+    "return counts",
+    "return Tree(tuple(parents), tuple(ranks))",
+    "for node in range(1, len(tree)):",
+    "if sampling.typical:",
+    "if not paths:",
+}  # these stand in the tests as well, and tell nothing
 
 
 @EACH_SET
@@ -199,7 +206,7 @@ CHEATS = {
     "kills": "os.kill(os.getppid(), 9)",
     "prints points": "print(json.dumps({'score': 20, 'tests': [{'score': 20, 'max_score': 20}]}), flush=True)",
     "patches pytest": "import _pytest.python, torch\n_pytest.python.Function.runtest = lambda self: None\ntorch.equal = lambda *a: True\n",
-    "equals everything": '''
+    "equals everything": """
 class Yes(tuple):
     dtype = torch.bool
     def __eq__(self, other): return True
@@ -208,9 +215,9 @@ class Yes(tuple):
     def __getitem__(self, i): return self
 for name in ("depths", "paths", "mask"):
     setattr(Tree, name, property(lambda self: Yes()))
-''',
+""",
     "raises Skipped": "import _pytest.outcomes\nTree.mask = Tree.depths = Tree.paths = property(lambda self: (_ for _ in ()).throw(_pytest.outcomes.Skipped('x')))",
-    "reads the reference": '''
+    "reads the reference": """
 for line in glob.glob("/proc/[0-9]*/cmdline"):
     for word in open(line).read().split("\\0"):
         if word.endswith(("grade.py", "sandbox.py")):
@@ -219,8 +226,8 @@ for line in glob.glob("/proc/[0-9]*/cmdline"):
                     exec(open(path).read(), globals())
                 except OSError:
                     pass
-''',
-    "writes results": '''
+""",
+    "writes results": """
 for line in glob.glob("/proc/[0-9]*/cmdline"):
     words = open(line).read().split("\\0")
     for word in words:
@@ -229,8 +236,8 @@ for line in glob.glob("/proc/[0-9]*/cmdline"):
                 open(word, "w").write('{"score": 20, "tests": []}')
             except OSError:
                 pass
-''',
-    "answers unasked": '''
+""",
+    "answers unasked": """
 import struct
 text = json.dumps({"kind": "return", "value": None, "state": [], "storages": []}).encode()
 for descriptor in range(3, 64):
@@ -238,7 +245,7 @@ for descriptor in range(3, 64):
         socket.socket(fileno=os.dup(descriptor)).sendall(struct.pack("<II", len(text), 0) + text)
     except OSError:
         pass
-''',
+""",
 }
 
 

@@ -1,4 +1,5 @@
 """Laws of the measurements: their arithmetic against hand and brute force, and the command line as a user meets it."""
+
 import itertools
 import json
 import math

@@ -1,4 +1,5 @@
 """Laws of stopping: a run that is killed at any moment goes on to the very end it would have had, and what it cannot go on from it names."""
+
 import errno
 import json
 import os
@@ -73,7 +74,9 @@ def stopped(go, config, step: int) -> None:
         go(config)
 
 
-@pytest.mark.parametrize("what, steps, save_every", [("base", [3], 1), ("medusa1", [2, 3], 1), ("medusa2", [1, 2, 3, 4], 1), ("medusa2", [3], 2), ("lora", [4], 3)])
+@pytest.mark.parametrize(
+    "what, steps, save_every", [("base", [3], 1), ("medusa1", [2, 3], 1), ("medusa2", [1, 2, 3, 4], 1), ("medusa2", [3], 2), ("lora", [4], 3)]
+)
 def test_a_run_that_is_stopped_goes_on_as_if_nothing_had_been(what, steps, save_every, base, text, shards, tmp_path, monkeypatch):
     """From its last checkpoint: no step before it is taken again."""
     go, config = a_run(what, base, text, shards, tmp_path / "whole", save_every=save_every)

@@ -1,4 +1,5 @@
 """Laws of the text: the tokenizer loses nothing, no document stands on both sides of the split, and packed tokens are the documents."""
+
 import sysconfig
 from functools import cache
 from pathlib import Path

@@ -1,4 +1,5 @@
 """Laws of checkpoints that others made: the family's spellings mean what they mean there, shards add up, chat turns are the template's."""
+
 import importlib
 import json
 from dataclasses import replace
@@ -173,7 +174,9 @@ def test_a_model_opens_in_the_dtype_asked_for_and_shares_nothing_with_its_file(t
     base = write_base(tmp_path)
     before = (base / "model.safetensors").read_bytes()
     model = GPT.from_pretrained(base, torch.bfloat16)
-    assert {t.dtype for t in [*model.parameters(), *model.buffers()]} == {torch.bfloat16} and not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
+    assert {t.dtype for t in [*model.parameters(), *model.buffers()]} == {torch.bfloat16} and not any(
+        t.is_meta for t in [*model.parameters(), *model.buffers()]
+    )
     assert all(p.requires_grad for p in model.parameters())
     with torch.no_grad():
         for p in GPT.from_pretrained(base).parameters():
@@ -195,7 +198,9 @@ def test_a_tokenizer_json_without_the_package_names_the_file_to_install(tmp_path
 
 
 def test_special_tokens_may_be_texts_or_objects(tmp_path):
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": None, "add_bos_token": True}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": None, "add_bos_token": True})
+    )
     assert tokenizer_module.special_tokens(tmp_path) == {"bos_token": "<s>", "eos_token": "</s>"}
 
 

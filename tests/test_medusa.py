@@ -1,4 +1,5 @@
 """Laws of Medusa: the heads and their loss, the three rules of acceptance, and that a tree changes the speed of a text, never the text."""
+
 import json
 import math
 from collections import defaultdict
@@ -303,7 +304,9 @@ def test_check_fit_refuses_heads_of_another_model_and_trees_beyond_the_heads():
 @laws
 @given(
     st.lists(st.integers(-300, 300).map(lambda hundredths: hundredths / 100) | st.sampled_from((0.0, 1.0)), min_size=2, max_size=6),
-    st.floats(0.05, 4), st.integers(0, 7), st.sampled_from((0.1, 0.3, 0.55, 0.9, 0.99, 1.0)),
+    st.floats(0.05, 4),
+    st.integers(0, 7),
+    st.sampled_from((0.1, 0.3, 0.55, 0.9, 0.99, 1.0)),
 )
 def test_base_distribution_equals_its_definition(logits, temperature, top_k, top_p):
     """Ties included: of equally likely tokens the lower comes first."""
@@ -316,9 +319,18 @@ def test_base_distribution_equals_its_definition(logits, temperature, top_k, top
 @pytest.mark.parametrize(
     "top_k, top_p, expected",
     [
-        (0, 1.0, [0.5, 0.25, 0.25]), (1, 1.0, [1, 0, 0]), (2, 1.0, [2 / 3, 1 / 3, 0]), (3, 1.0, [0.5, 0.25, 0.25]), (9, 1.0, [0.5, 0.25, 0.25]),
-        (0, 1e-9, [1, 0, 0]), (0, 0.5, [1, 0, 0]), (0, 0.51, [2 / 3, 1 / 3, 0]), (0, 0.75, [2 / 3, 1 / 3, 0]), (0, 0.76, [0.5, 0.25, 0.25]),
-        (2, 0.6, [1, 0, 0]), (2, 0.7, [2 / 3, 1 / 3, 0]),  # top-p works on what top-k has left
+        (0, 1.0, [0.5, 0.25, 0.25]),
+        (1, 1.0, [1, 0, 0]),
+        (2, 1.0, [2 / 3, 1 / 3, 0]),
+        (3, 1.0, [0.5, 0.25, 0.25]),
+        (9, 1.0, [0.5, 0.25, 0.25]),
+        (0, 1e-9, [1, 0, 0]),
+        (0, 0.5, [1, 0, 0]),
+        (0, 0.51, [2 / 3, 1 / 3, 0]),
+        (0, 0.75, [2 / 3, 1 / 3, 0]),
+        (0, 0.76, [0.5, 0.25, 0.25]),
+        (2, 0.6, [1, 0, 0]),
+        (2, 0.7, [2 / 3, 1 / 3, 0]),  # top-p works on what top-k has left
     ],
 )
 def test_top_k_keeps_the_likeliest_then_top_p_the_fewest_that_hold_its_mass(top_k, top_p, expected):
@@ -336,8 +348,17 @@ def test_temperature_zero_is_the_limit_of_small_temperatures():
 @pytest.mark.parametrize(
     "values",
     [
-        {"temperature": -0.1}, {"temperature": math.inf}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1},
-        {"top_p": math.nan}, {"epsilon": 0.0}, {"epsilon": -1.0}, {"epsilon": 1.5}, {"epsilon": math.nan},
+        {"temperature": -0.1},
+        {"temperature": math.inf},
+        {"temperature": math.nan},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_p": math.nan},
+        {"epsilon": 0.0},
+        {"epsilon": -1.0},
+        {"epsilon": 1.5},
+        {"epsilon": math.nan},
     ],
 )
 def test_bad_sampling_values_are_refused_by_name(values):
@@ -592,7 +613,7 @@ def test_greedy_and_lossless_acceptance_follow_the_draws_of_the_nodes(case, temp
     probs = [distribution(row, temperature) for row in logits.tolist()]
     draws = [drawn(row, variates) for row, variates in zip(probs, noise)]
     path = [0]
-    while (node := [i for i in range(len(tree)) if tree.parents[i] == path[-1] and tokens[i] == draws[path[-1]]]):
+    while node := [i for i in range(len(tree)) if tree.parents[i] == path[-1] and tokens[i] == draws[path[-1]]]:
         path += node
     ours, emitted = accept(tree, tokens, logits, sampling, noise)
     accepted(ours, path, emitted, tree, tokens)
@@ -653,9 +674,7 @@ def test_the_next_root_of_typical_acceptance_is_drawn():
 def test_a_seed_repeats_its_text_and_another_draws_another(typical):
     model = random_gpt(4, vocab_size=6, context=32)
     heads = random_heads(model, 2, 1)
-    texts = [
-        flat(medusa_generate(model, heads, cartesian_tree((2, 2)), [1], 24, Sampling(1.0, typical=typical), rng(seed))) for seed in (0, 0, 1, 2)
-    ]
+    texts = [flat(medusa_generate(model, heads, cartesian_tree((2, 2)), [1], 24, Sampling(1.0, typical=typical), rng(seed))) for seed in (0, 0, 1, 2)]
     assert texts[0] == texts[1]
     assert len({tuple(text) for text in texts}) == 3
 
@@ -676,7 +695,9 @@ def test_new_heads_are_exactly_the_lm_head(private, layers):
     heads = MedusaHeads(MedusaConfig(6, 5, 3, layers, not private), lm_head).double()
     logits = heads(hidden, lm_head)
     assert logits.shape == (3, 2, 4, 5), SHAPE
-    assert torch.equal(logits, lm_head(hidden).expand(3, 2, 4, 5)), "a new head is not exactly the LM head: it is W2 (h + SiLU(W1 h + b1)), W1 and b1 zero at first"
+    assert torch.equal(logits, lm_head(hidden).expand(3, 2, 4, 5)), (
+        "a new head is not exactly the LM head: it is W2 (h + SiLU(W1 h + b1)), W1 and b1 zero at first"
+    )
     assert torch.equal(heads(hidden[0, 0], lm_head), logits[:, 0, 0]), "one hidden state alone gives other logits than among others"
 
 
@@ -828,10 +849,7 @@ def loss_by_hand(logits, tokens, mask, decay):
     means = []
     K, B, T, _ = logits.shape
     for k in range(1, K + 1):
-        terms = [
-            -F.log_softmax(logits[k - 1, b, t], -1)[tokens[b, t + k + 1]]
-            for b in range(B) for t in range(T) if t + k + 1 < T and mask[b, t + k + 1]
-        ]
+        terms = [-F.log_softmax(logits[k - 1, b, t], -1)[tokens[b, t + k + 1]] for b in range(B) for t in range(T) if t + k + 1 < T and mask[b, t + k + 1]]
         means.append(sum(terms) / len(terms) if terms else torch.zeros((), dtype=logits.dtype))
     return sum(decay**k * mean for k, mean in enumerate(means, start=1)), means
 
@@ -892,7 +910,9 @@ def test_heads_without_targets_add_nothing(length):
     tokens = torch.zeros(2, length, dtype=torch.long)
     for mask in (None, torch.zeros(2, length, dtype=torch.bool)):
         loss, means = medusa_loss(logits, tokens, mask)
-        assert (means > 0).tolist() == [mask is None and k + 2 <= length for k in (1, 2, 3)], "head k has a target only if k + 2 tokens are there; else it adds 0"
+        assert (means > 0).tolist() == [mask is None and k + 2 <= length for k in (1, 2, 3)], (
+            "head k has a target only if k + 2 tokens are there; else it adds 0"
+        )
         assert torch.isfinite(loss), "without targets the loss is not finite: a mean over nothing"
         assert torch.isfinite(torch.autograd.grad(loss, logits)[0]).all(), "without targets the gradient is not finite: a mean over nothing"
 
@@ -947,8 +967,15 @@ def test_heads_on_disk_are_a_vllm_medusa_speculator(layers, private, tmp_path):
     shapes = {name: tuple(weight.shape) for name, weight in load_file(tmp_path / "model.safetensors").items()}
     assert shapes == {name: (6,) if name.endswith("bias") else (5, 6) if "lm_heads" in name else (6, 6) for name in names}
     assert json.loads((tmp_path / "config.json").read_text()) == {
-        "architectures": ["MedusaModel"], "model_type": "medusa", "num_heads": 3, "num_hidden_layers": layers, "hidden_size": 6,
-        "vocab_size": 5, "truncated_vocab_size": 5, "medusa_fc_bias": True, "original_lm_head": not private,
+        "architectures": ["MedusaModel"],
+        "model_type": "medusa",
+        "num_heads": 3,
+        "num_hidden_layers": layers,
+        "hidden_size": 6,
+        "vocab_size": 5,
+        "truncated_vocab_size": 5,
+        "medusa_fc_bias": True,
+        "original_lm_head": not private,
     }
     assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
 

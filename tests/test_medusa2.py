@@ -1,4 +1,5 @@
 """Laws of a training step, whole or in parts, and of Medusa-2: what moves, what stays, and what teaches."""
+
 import copy
 import json
 import math

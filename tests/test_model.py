@@ -1,4 +1,5 @@
 """Laws of the GPT: it computes the Llama formulas from the tensors on disk, a cache changes nothing, and files come back as they were."""
+
 import json
 import math
 from dataclasses import asdict, replace
@@ -268,10 +269,26 @@ def test_a_saved_model_is_a_llama_directory_and_comes_back_bit_for_bit(tied, dty
     config, first, second = replace(SMALL, tie_word_embeddings=tied, bos_token_id=None), tmp_path / "a" / "base", tmp_path / "b"
     make_gpt(config, dtype=torch.float32).save_pretrained(first, dtype)
     assert json.loads((first / "config.json").read_text()) == {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-        "vocab_size": 5, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "head_dim": 4, "max_position_embeddings": 16, "rms_norm_eps": 1e-5, "rope_theta": 700.0, "tie_word_embeddings": tied,
-        "bos_token_id": None, "eos_token_id": 2, "rope_scaling": None, "dtype": str(dtype).removeprefix("torch."),
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "vocab_size": 5,
+        "hidden_size": 16,
+        "intermediate_size": 12,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "max_position_embeddings": 16,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 700.0,
+        "tie_word_embeddings": tied,
+        "bos_token_id": None,
+        "eos_token_id": 2,
+        "rope_scaling": None,
+        "dtype": str(dtype).removeprefix("torch."),
     }
     disk = load_file(first / "model.safetensors")
     assert {name: tuple(weight.shape) for name, weight in disk.items()} == llama_shapes(config) and {w.dtype for w in disk.values()} == {dtype}

@@ -1,4 +1,5 @@
 """Laws against transformers, the implementation that others compare with: pip install -r tests/requirements-peers.txt; pytest -m peers"""
+
 import json
 from functools import cache
 from pathlib import Path
@@ -34,7 +35,13 @@ def table(theirs, context: int) -> torch.Tensor:
 
 
 @settings(laws, max_examples=60)
-@given(checkpoints(), st.integers(1, 3), st.sampled_from((torch.float64, torch.float32, torch.bfloat16, torch.float16)), st.sampled_from(("5GB", "1KB")), st.integers(0, 99))
+@given(
+    checkpoints(),
+    st.integers(1, 3),
+    st.sampled_from((torch.float64, torch.float32, torch.bfloat16, torch.float16)),
+    st.sampled_from(("5GB", "1KB")),
+    st.integers(0, 99),
+)
 def test_logits_and_greedy_text_are_those_of_transformers(tmp_path_factory, checkpoint, B, stored, shard_size, seed):
     directory = tmp_path_factory.mktemp("checkpoint")
     write_checkpoint(directory, *checkpoint, stored, shard_size)
@@ -121,7 +128,25 @@ def smollm2() -> Path:
     return folder / "smollm2"
 
 
-pieces = st.sampled_from((*SPECIAL, "<|im_start|>", "<|im_end|>", " ", "  ", "\n", "\t", "2024", "'s", "self.", "\u2581", "e\u0301", "\ufeff", "\u4f60", "\U0001f469\u200d\U0001f680"))
+pieces = st.sampled_from(
+    (
+        *SPECIAL,
+        "<|im_start|>",
+        "<|im_end|>",
+        " ",
+        "  ",
+        "\n",
+        "\t",
+        "2024",
+        "'s",
+        "self.",
+        "\u2581",
+        "e\u0301",
+        "\ufeff",
+        "\u4f60",
+        "\U0001f469\u200d\U0001f680",
+    )
+)
 strings = st.text() | st.lists(pieces | st.text(max_size=4), max_size=12).map("".join)
 KINDS = pytest.mark.parametrize("kind", ["byte level", "byte fallback", "smollm2"])
 

@@ -1,4 +1,5 @@
 """The README says what is so: its names, lines, commands, drawings and figures are looked up, run or measured."""
+
 import ast
 import json
 import re
@@ -72,7 +73,11 @@ def test_a_command_has_flags_and_values_that_its_script_takes(command):
 
 def test_every_flag_is_one_of_a_script():
     sources = "".join(path.read_text(encoding="utf-8") for folder in (".", "data", "bench", "assignments") for path in (ROOT / folder).glob("*.py"))
-    flags = {"--" + name.replace("_", "-") for config in (SampleConfig, *MODES.values(), *(c for _, c in SUBCOMMANDS.values())) for name in config.__dataclass_fields__}
+    flags = {
+        "--" + name.replace("_", "-")
+        for config in (SampleConfig, *MODES.values(), *(c for _, c in SUBCOMMANDS.values()))
+        for name in config.__dataclass_fields__
+    }
     flags |= {"--mode", "--help"} | {"--no-" + flag[2:] for flag in flags} | set(re.findall(r'"(--[\w-]+)"', sources))
     of_others = {"--nproc-per-node"}
     unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - flags - of_others

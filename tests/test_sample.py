@@ -1,4 +1,5 @@
 """Laws of sampling's own part: the streamed text is the text, the tree is the one that pays, the summary is honest, contradictions are refused."""
+
 import io
 import itertools
 import json
@@ -220,9 +221,7 @@ def test_a_step_cost_is_the_median_of_steps_behind_the_first(monkeypatch):
 
     monkeypatch.setattr(sample, "time", clock)
     monkeypatch.setattr(sample, "plain_generate", lambda model, prompt, n, sampling, _: steps([50, 90, 2, 9, 4, 3], sampling))
-    monkeypatch.setattr(
-        sample, "medusa_generate", lambda model, heads, tree, prompt, n, sampling, _: steps([70, 80, 1, 5, 6, 8 * len(tree)], sampling)
-    )
+    monkeypatch.setattr(sample, "medusa_generate", lambda model, heads, tree, prompt, n, sampling, _: steps([70, 80, 1, 5, 6, 8 * len(tree)], sampling))
     costs = sample.step_costs(*small(), lambda n: cartesian_tree([n - 1]), [1], Sampling(0.7, 5), steps=5)
     assert samplings == {Sampling(0.7, 5)}
     assert costs == {1: 3.5} | {n: 5.5 for n in sample.SIZES}

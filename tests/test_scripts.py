@@ -1,4 +1,5 @@
 """Laws of the scripts as a user meets them: each mode hands over to the next, --help tells all, a mistake costs one line and nothing on disk."""
+
 import json
 import os
 import re
@@ -22,7 +23,20 @@ from strategies import log_of
 
 ROOT = Path(__file__).parent.parent
 FAST = ["--device", "cpu", "--precision", "float32"]
-SHAPE = ["--vocab-size", "300", "--hidden-size", "16", "--intermediate-size", "24", "--num-hidden-layers", "1", "--num-attention-heads", "2", "--num-key-value-heads", "1"]
+SHAPE = [
+    "--vocab-size",
+    "300",
+    "--hidden-size",
+    "16",
+    "--intermediate-size",
+    "24",
+    "--num-hidden-layers",
+    "1",
+    "--num-attention-heads",
+    "2",
+    "--num-key-value-heads",
+    "1",
+]
 ROWS = ["--shards", "1", "--rows", "6", "--prompt-tokens", "6", "--new-tokens", "18"]
 FIT = ["--steps", "4", "--batch", "2", "--warmup", "1"]
 
@@ -81,7 +95,10 @@ def test_mode_base_writes_a_base_and_says_how_good_and_how_large_it_is(made):
 def test_mode_distill_writes_its_shards_and_names_the_next_command(made):
     work, said = made
     assert {file.name for file in (work / "distilled").iterdir()} == {
-        "train-00000.safetensors", "validation-0.0.safetensors", "validation-0.7.safetensors", "validation-1.0.safetensors"
+        "train-00000.safetensors",
+        "validation-0.0.safetensors",
+        "validation-0.7.safetensors",
+        "validation-1.0.safetensors",
     }
     assert said["distill"] == f"next: python train.py --mode medusa1 --base {work}/base --distilled {work}/distilled\n"
 
@@ -168,9 +185,7 @@ def test_sampling_with_what_was_trained_shows_the_text_and_an_honest_summary(mad
 
 
 @pytest.mark.parametrize("tree", ["auto", "4", "3x2x1", "2", "tree.json"])
-@pytest.mark.parametrize(
-    "flags", [[], ["--temperature", "0.9", "--top-p", "0.9", "--seed", "4"], ["--temperature", "1", "--accept", "typical"]], ids=str
-)
+@pytest.mark.parametrize("flags", [[], ["--temperature", "0.9", "--top-p", "0.9", "--seed", "4"], ["--temperature", "1", "--accept", "typical"]], ids=str)
 def test_every_tree_and_rule_runs_to_its_summary(call, made, tree, flags, tmp_path):
     work, _ = made
     (tmp_path / "tree.json").write_text("[[1], [0], [1, 2]]")
@@ -330,11 +345,11 @@ def test_sample_refuses_bad_flags(refused, made, flags, says):
         ("[[0], [-1]]", "path [-1]"),
         ("[[0], []]", "path []"),
         ("[]", "no paths"),
-        ("{\"0\": 1}", "no JSON list"),
+        ('{"0": 1}', "no JSON list"),
         ("[0, 1]", "rank paths"),
         ("[[0.0]]", "rank paths"),
         ("[[true]]", "rank paths"),
-        ("[[0], \"ab\"]", "rank paths"),
+        ('[[0], "ab"]', "rank paths"),
         ("[[300]]", "guess 300"),
         ("[[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]]", "4 deep"),
         ("[[0]", "cannot be read as JSON"),
@@ -374,7 +389,7 @@ def test_sample_refuses_a_tokenizer_of_another_model(refused, copy):
     refused("2048 pieces", "sample.py", *flags)
 
 
-GARBAGE = {"nothing": b"", "garbage": b"\x80\x04garbage \xff", "half": b"{\"model_type\": ", "list": b"[1, 2]", "empty object": b"{}"}
+GARBAGE = {"nothing": b"", "garbage": b"\x80\x04garbage \xff", "half": b'{"model_type": ', "list": b"[1, 2]", "empty object": b"{}"}
 FILES = ["base/config.json", "base/model.safetensors", "base/tokenizer.model"]
 FILES += ["heads/config.json", "heads/model.safetensors", "heads/calibration.json"]
 

@@ -1,4 +1,5 @@
 """Laws of the trace: it changes nothing, its records are what was decoded, and no text can break out of its page."""
+
 import json
 import math
 import os
@@ -238,7 +239,13 @@ def test_any_data_stands_in_the_page_as_it_is_and_cannot_break_out_of_it(content
 
 
 @settings(laws, max_examples=25)
-@given(st.lists(st.lists(st.integers(0, VOCABULARY + 3), min_size=1, max_size=4) | odd_text.map(lambda text: small_tokenizer().encode(text)[:6] or [3]), min_size=1, max_size=4))
+@given(
+    st.lists(
+        st.lists(st.integers(0, VOCABULARY + 3), min_size=1, max_size=4) | odd_text.map(lambda text: small_tokenizer().encode(text)[:6] or [3]),
+        min_size=1,
+        max_size=4,
+    )
+)
 def test_any_token_comes_through_the_page(steps):
     trace = fake(steps, "x")
     content = json.loads(Outline(page(trace.content())).data)

@@ -2,6 +2,7 @@
 
 Needs Chromium and its driver (Debian: apt-get install chromium chromium-driver) and bench/requirements-browser.txt.
 """
+
 import json
 import shutil
 import sys
@@ -62,7 +63,11 @@ def written(folder, *argv):
 @pytest.fixture(scope="module", params=["greedy", "64 nodes", "typical"])
 def file(request, tmp_path_factory):
     """128 tokens of the shipped base and heads."""
-    flags = {"greedy": ["--tree", "8"], "64 nodes": ["--tree", "64", "--temperature", "0.7"], "typical": ["--tree", "24", "--temperature", "1", "--accept", "typical"]}
+    flags = {
+        "greedy": ["--tree", "8"],
+        "64 nodes": ["--tree", "64", "--temperature", "0.7"],
+        "typical": ["--tree", "24", "--temperature", "1", "--accept", "typical"],
+    }
     return written(tmp_path_factory.mktemp("page"), "--max-new-tokens", "128", *flags[request.param])
 
 

@@ -1,4 +1,5 @@
 """Laws of training: the base never moves, head k learns token t+k+1, distilled text is the base's own, and a stopped run goes on."""
+
 import json
 import math
 import shutil
@@ -138,17 +139,37 @@ def test_without_a_mode_heads_are_trained(command):
 
 
 BAD_USAGE = [
-    (["--nonsense"], "--nonsense"), (["--mode", "nonsense"], "--mode"), (["--steps", "many"], "--steps"), (["--steps", "1.5"], "--steps"),
-    (["--lr", "fast"], "--lr"), (["--lr", "0"], "--lr"), (["--clip", "-1"], "--clip"), (["--lr", "nan"], "--lr"), (["--data", "both"], "--data"),
-    (["--precision", "float16"], "--precision"), (["--text"], "--text"), (["--original-lm-head=maybe"], "--original-lm-head"), (["stray"], "stray"),
-    (["--mode", "distill", "--steps", "3"], "--steps"), (["--mode", "base", "--shards", "3"], "--shards"),
-    (["--mode", "distill", "--top-p", "0"], "top_p"), (["--mode", "distill", "--temperature", "-1"], "temperature"),
-    (["--mode", "distill", "--rows", "0"], "rows"), (["--num-heads", "0"], "num_heads"),
-    (["--steps", "0"], "steps"), (["--batch", "-3"], "batch"), (["--warmup", "0"], "warmup"), (["--save-every", "0"], "save_every"),
-    (["--accumulate", "0"], "accumulate"), (["--lora"], "--lora"),
-    (["--mode", "medusa2", "--lr-ratio", "0"], "--lr-ratio"), (["--mode", "medusa2", "--lr-ratio", "nan"], "--lr-ratio"),
-    (["--mode", "medusa2", "--lambda-0", "-0.1"], "--lambda-0"), (["--mode", "medusa2", "--heads-steps", "-1"], "--heads-steps"),
-    (["--mode", "medusa2", "--base-loss", "mse"], "--base-loss"), (["--mode", "medusa1", "--context", "9"], "--context"),
+    (["--nonsense"], "--nonsense"),
+    (["--mode", "nonsense"], "--mode"),
+    (["--steps", "many"], "--steps"),
+    (["--steps", "1.5"], "--steps"),
+    (["--lr", "fast"], "--lr"),
+    (["--lr", "0"], "--lr"),
+    (["--clip", "-1"], "--clip"),
+    (["--lr", "nan"], "--lr"),
+    (["--data", "both"], "--data"),
+    (["--precision", "float16"], "--precision"),
+    (["--text"], "--text"),
+    (["--original-lm-head=maybe"], "--original-lm-head"),
+    (["stray"], "stray"),
+    (["--mode", "distill", "--steps", "3"], "--steps"),
+    (["--mode", "base", "--shards", "3"], "--shards"),
+    (["--mode", "distill", "--top-p", "0"], "top_p"),
+    (["--mode", "distill", "--temperature", "-1"], "temperature"),
+    (["--mode", "distill", "--rows", "0"], "rows"),
+    (["--num-heads", "0"], "num_heads"),
+    (["--steps", "0"], "steps"),
+    (["--batch", "-3"], "batch"),
+    (["--warmup", "0"], "warmup"),
+    (["--save-every", "0"], "save_every"),
+    (["--accumulate", "0"], "accumulate"),
+    (["--lora"], "--lora"),
+    (["--mode", "medusa2", "--lr-ratio", "0"], "--lr-ratio"),
+    (["--mode", "medusa2", "--lr-ratio", "nan"], "--lr-ratio"),
+    (["--mode", "medusa2", "--lambda-0", "-0.1"], "--lambda-0"),
+    (["--mode", "medusa2", "--heads-steps", "-1"], "--heads-steps"),
+    (["--mode", "medusa2", "--base-loss", "mse"], "--base-loss"),
+    (["--mode", "medusa1", "--context", "9"], "--context"),
 ]
 
 
@@ -329,7 +350,13 @@ def add(gradients: dict, module: nn.Module) -> None:
 
 @settings(laws, max_examples=40)
 @given(
-    st.integers(1, 3), st.integers(1, 2), st.booleans(), st.integers(1, 6), st.floats(0.01, 20), st.floats(0, 0.5), st.floats(1e-3, 0.1),
+    st.integers(1, 3),
+    st.integers(1, 2),
+    st.booleans(),
+    st.integers(1, 6),
+    st.floats(0.01, 20),
+    st.floats(0, 0.5),
+    st.floats(1e-3, 0.1),
     st.integers(0, 999),
 )
 def test_fit_is_adamw_with_gradients_clipped_part_by_part_and_decay_of_matrices_alone(tmp_path_factory, K, J, shared, steps, clip, decay, lr, seed):

@@ -1,4 +1,5 @@
 """Laws of the candidate tree, against brute force."""
+
 import math
 import random
 import re
@@ -155,12 +156,7 @@ def every_tree(n_nodes: int, n_ranks: int, max_depth: int) -> set[frozenset]:
     """All prefix-closed sets of n_nodes paths, the root included."""
     found = {frozenset([()])}
     for _ in range(n_nodes - 1):
-        found = {
-            tree | {path + (rank,)}
-            for tree in found
-            for path in tree if len(path) < max_depth
-            for rank in range(n_ranks) if path + (rank,) not in tree
-        }
+        found = {tree | {path + (rank,)} for tree in found for path in tree if len(path) < max_depth for rank in range(n_ranks) if path + (rank,) not in tree}
     return found
 
 

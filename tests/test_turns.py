@@ -1,4 +1,5 @@
 """Laws of a chat model's own text: its answers to user turns, each side's turns on that side alone, whatever the length of a prompt."""
+
 import json
 import re
 from collections import Counter
