@@ -82,7 +82,7 @@ class MedusaHeads(nn.Module):
         write_json(directory / "config.json", constants | asdict(self.config))
 
     @classmethod
-    def from_pretrained(cls, directory, dtype: torch.dtype = torch.float32, device="cpu") -> "MedusaHeads":
+    def from_pretrained(cls, directory, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> "MedusaHeads":
         """Open such a directory. Raises ValueError, naming file and field or tensor, when something is missing or does not fit."""
         path, weights = Path(directory) / "config.json", Path(directory) / "model.safetensors"
         raw = read_json(path)
@@ -101,7 +101,7 @@ class MedusaHeads(nn.Module):
         return heads.to(device=device, dtype=dtype).eval()
 
     @classmethod
-    def from_official(cls, path, dtype: torch.dtype = torch.float32, device="cpu") -> "MedusaHeads":
+    def from_official(cls, path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> "MedusaHeads":
         """Open heads of the paper's own repository, medusa_lm_head.safetensors or .pt; raises ValueError, naming file and tensor, for what is none.
 
         There head k (from 0) is a list of J residual layers, "{k}.{j}.linear.weight" and ".bias", and a private LM head, "{k}.{J}.weight".
@@ -338,7 +338,7 @@ def generate(
         else:
             token = draw(base_distribution(logits, sampling), noise.at((0,)))[None]  # (1, 1)
             noise.advance(1)
-        yield [emitted := token.item()]
+        yield [emitted := int(token.item())]
         if emitted in ends:
             return
 

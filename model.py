@@ -80,7 +80,7 @@ class KVCache:
     Rows [0, length) are valid. `GPT.forward` writes its T rows behind them and moves `length`.
     """
 
-    def __init__(self, config: ModelConfig, batch: int, capacity: int, dtype=torch.float32, device="cpu"):
+    def __init__(self, config: ModelConfig, batch: int, capacity: int, dtype=torch.float32, device: torch.device | str = "cpu"):
         shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads, capacity, config.head_size)
         self.data = torch.zeros(shape, dtype=dtype, device=device)
         self.layers = [tuple(layer) for layer in self.data]  # per layer (keys, values), each a view (B, nkv, capacity, hs)
@@ -272,7 +272,7 @@ class GPT(nn.Module):
         write_safetensors(directory / "model.safetensors", state)
 
     @classmethod
-    def from_pretrained(cls, directory, dtype: torch.dtype = torch.float32, device="cpu") -> "GPT":
+    def from_pretrained(cls, directory, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> "GPT":
         """Open a Hugging Face directory of the Llama family. Raises ValueError, naming file and field, for what this model cannot honour."""
         directory = Path(directory)
         config = read_config(directory / "config.json")

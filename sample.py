@@ -25,18 +25,7 @@ from data.machine import pick_device
 from data.printer import Printer
 from data.tokenizer import SHIPPED_BASE, load_base
 from data.trace import Trace, check_page
-from medusa import (
-    ROOT,
-    MedusaHeads,
-    NoiseAhead,
-    Sampling,
-    accept,
-    base_distribution,
-    check_fit,
-    generate as plain_generate,
-    medusa_generate,
-    text_limit,
-)
+from medusa import ROOT, MedusaHeads, NoiseAhead, Sampling, accept, base_distribution, check_fit, generate as plain_generate, medusa_generate, text_limit
 from model import GPT, Compiled, check_sizes, read_json
 from tree import Tree, calibrated_tree, cartesian_tree, choose_size, expected_tokens, tree_from_paths
 
@@ -139,7 +128,7 @@ def pick_tree(
 ) -> tuple[Tree, str]:
     """The tree that --tree names, and why it has its size."""
     if choice.endswith(".json"):
-        paths = read_json(choice, list)
+        paths = read_json(Path(choice), list)
         if not all(isinstance(path, list) and all(type(rank) is int for rank in path) for path in paths):
             raise ValueError(f"--tree {choice}: must be a JSON list of rank paths such as [[0], [1], [0, 0]]")
         return tree_from_paths(paths), f"from {choice}"
@@ -233,7 +222,7 @@ def compare(ours: Run, plain: Run, difference: str, tree: Tree, why: str) -> str
 
 
 def main() -> None:
-    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__)
     add_options(parser, SampleConfig)
     config = SampleConfig(**vars(parser.parse_args()))
     sampling, text = sampling_of(config), read_prompt(config)

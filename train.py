@@ -43,6 +43,7 @@ from model import GPT, Linear, ModelConfig, check_sizes, write_atomically, write
 
 @dataclass(frozen=True)
 class Fit(Common):
+    out: str = option("out", "directory to write")
     steps: int = option(1200, "optimiser steps")
     batch: int = option(2, "rows in a batch, over all processes")
     accumulate: int = option(1, "parts into which a process splits its rows, one after the other, to save memory")

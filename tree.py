@@ -52,7 +52,7 @@ class Tree:
     @cached_property
     def paths(self) -> tuple[Path, ...]:
         """paths[i]: the ranks from the root to node i."""
-        paths = [()]
+        paths: list[Path] = [()]
         for parent, rank in zip(self.parents[1:], self.ranks[1:]):
             paths.append(paths[parent] + (rank,))
         return tuple(paths)
@@ -103,7 +103,7 @@ def tree_from_paths(paths: Iterable[Sequence[int]]) -> Tree:
     paths = [tuple(path) for path in paths]
     if not paths:
         raise ValueError("no paths: a tree needs at least one node below the root")
-    index = {(): 0}
+    index: dict[Path, int] = {(): 0}
     parents, ranks = [-1], [-1]
     for path in sorted(paths, key=lambda path: (len(path), path)):
         if not path:
@@ -165,7 +165,8 @@ def best_first_tree(log_probs: Tensor, n_nodes: int) -> Tree:
     if n_nodes < 2:
         raise ValueError(f"n_nodes = {n_nodes}: a best-first tree needs at least one node below the root")
     ranked = log_probs.topk(min(n_nodes - 1, log_probs.shape[-1])).values.tolist()  # K x guesses, the likeliest first
-    paths, heap = [], [(-ranked[0][0], 1, (0,), 0.0)]  # minus a path's log-probability, its length, itself, minus that of its parent
+    heap: list[tuple[float, int, Path, float]] = [(-ranked[0][0], 1, (0,), 0.0)]  # minus a path's log-probability, its length, itself, minus that of its parent
+    paths = []
     while heap and len(paths) < n_nodes - 1:
         worth, depth, path, parent = heapq.heappop(heap)
         paths.append(path)

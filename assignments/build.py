@@ -145,7 +145,7 @@ def build(number: int, out: Path) -> Path:
 
 
 def main() -> None:
-    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("set", nargs="?", type=int, choices=sorted(SETS), help="1 to 7; all unless given")
     parser.add_argument("--out", required=True, type=Path, help="directory to write set1, set2 ... into")
     arguments = parser.parse_args()

@@ -27,7 +27,7 @@ SUBCOMMANDS = {
 
 
 def main() -> None:
-    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__)
     chooser = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND", help=", ".join(SUBCOMMANDS))
     for name, (_, config) in SUBCOMMANDS.items():
         add_options(chooser.add_parser(name, description=config.__doc__), config)

@@ -361,7 +361,7 @@ def verdict(code: int | None, said: str, before: dict, work: Path) -> str:
 
 
 def main() -> None:
-    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__)
     add_options(parser, FuzzConfig)
     config = FuzzConfig(**vars(parser.parse_args()))
     torch.set_num_threads(1)

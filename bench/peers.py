@@ -37,7 +37,7 @@ class Config:
 
 
 def main() -> None:
-    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__)
     add_options(parser, Config)
     config = Config(**vars(parser.parse_args()))
     transformers = optional("transformers", "bench/peers.py", "tests/requirements-peers.txt")

@@ -70,7 +70,7 @@ def accepted_by_position(steps: list[list[int]], K: int) -> list[int]:
 
 
 def main() -> None:
-    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__)
     add_options(parser, Config)
     config = Config(**vars(parser.parse_args()))
     check_out(config.out)

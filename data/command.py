@@ -5,11 +5,12 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 
-def option(default, help: str, **more):
+def option(default, help: str, **more) -> Any:
     """A field of a config dataclass that becomes a flag of the command line."""
     metadata = {"help": help} | more
     return field(default_factory=lambda: list(default), metadata=metadata) if isinstance(default, list) else field(default=default, metadata=metadata)
@@ -18,8 +19,9 @@ def option(default, help: str, **more):
 class OneLineParser(argparse.ArgumentParser):
     """Errors in one line, exit code 2; flags are spelled out."""
 
-    def __init__(self, **more):
-        super().__init__(allow_abbrev=False, **more)
+    def __init__(self, description: str | None = None, **more):
+        """description: a docstring, of which the first line is shown."""
+        super().__init__(description=(description or "").partition("\n")[0], allow_abbrev=False, **more)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -27,7 +29,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def add_options(parser: argparse.ArgumentParser, config: type) -> None:
     for f in fields(config):
-        default = f.default if f.default is not MISSING else f.default_factory()
+        default = getattr(config(), f.name)
         flag, more = "--" + f.name.replace("_", "-"), {key: value for key, value in f.metadata.items() if key != "help"}
         if isinstance(default, bool):
             more["action"] = argparse.BooleanOptionalAction

@@ -102,7 +102,7 @@ def packed(texts: list[str], tokenizer: Tokenizer) -> Tensor:
     return torch.from_numpy(pack(texts, tokenizer).astype("int32"))
 
 
-def seeded(*numbers: int, device="cpu") -> torch.Generator:
+def seeded(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator of its own for every purpose and step."""
     return torch.Generator(device).manual_seed(int(digest_of(*numbers), 16) >> 1)
 

@@ -114,7 +114,7 @@ def convert(path: Path, out: Path, dtype: torch.dtype) -> None:
 
 
 def main() -> None:
-    parser = OneLineParser(prog="data.smollm2", description=__doc__.splitlines()[0])
+    parser = OneLineParser(prog="data.smollm2", description=__doc__)
     add_options(parser, Config)
     config = Config(**vars(parser.parse_args()))
     out = Path(config.out) if config.out else cache_directory() / "smollm2-135m-instruct"

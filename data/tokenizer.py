@@ -108,7 +108,7 @@ def load_tokenizer(directory) -> Tokenizer | JsonTokenizer:
     return JsonTokenizer(Path(directory)) if (Path(directory) / FILES[0]).exists() else Tokenizer.load(directory)
 
 
-def load_base(directory, dtype: torch.dtype = torch.float32, device="cpu") -> tuple[Tokenizer, GPT]:
+def load_base(directory, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> tuple[Tokenizer, GPT]:
     """A base directory's tokenizer and model; raises ValueError if they do not belong together."""
     tokenizer, model = load_tokenizer(directory), GPT.from_pretrained(directory, dtype, device)
     if tokenizer.vocab_size > model.config.vocab_size:

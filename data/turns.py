@@ -96,7 +96,7 @@ def corpus_turns() -> list[str]:
 
 
 def main() -> None:
-    parser = OneLineParser(prog="data.turns", description=__doc__.splitlines()[0])
+    parser = OneLineParser(prog="data.turns", description=__doc__)
     add_options(parser, Config)
     config = Config(**vars(parser.parse_args()))
     out = Path(config.out)

@@ -14,18 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import medusa
-from medusa import (
-    MedusaConfig,
-    MedusaHeads,
-    Sampling,
-    accept,
-    base_distribution,
-    check_fit,
-    generate,
-    medusa_generate,
-    medusa_loss,
-    typical_threshold,
-)
+from medusa import MedusaConfig, MedusaHeads, Sampling, accept, base_distribution, check_fit, generate, medusa_generate, medusa_loss, typical_threshold
 from model import Compiled
 from strategies import (
     CheatingHeads,
