@@ -283,7 +283,7 @@ def accept(tree: Tree, tokens: Tensor, logits: Tensor, sampling: Sampling, noise
         draws = logits.argmax(-1)  # (N,)
     else:
         base_probs = base_distribution(logits, sampling)  # (N, V)
-        draws = base_probs.argmax(-1) if sampling.temperature == 0 else draw(base_probs, noise)
+        draws = base_probs.argmax(-1) if sampling.temperature == 0 else draw(base_probs, noise)  # pyright: ignore[reportArgumentType]
     if sampling.typical:
         parents = torch.tensor(tree.parents, device=tokens.device)
         guess_probs = base_probs[parents, tokens]  # (N,); the root's own is never looked at
@@ -303,7 +303,7 @@ def accept(tree: Tree, tokens: Tensor, logits: Tensor, sampling: Sampling, noise
     while node >= 0:
         path.insert(0, node)
         node = tree.parents[node]
-    return path, [tokens[node] for node in path[1:]] + [draws[last]]
+    return path, [tokens[node] for node in path[1:]] + [draws[last]]  # pyright: ignore[reportReturnType]
 
 
 # ---- decoding ----
@@ -336,7 +336,7 @@ def generate(
         if sampling.temperature == 0:
             token = logits.argmax(-1, keepdim=True)  # (1, 1)
         else:
-            token = draw(base_distribution(logits, sampling), noise.at((0,)))[None]  # (1, 1)
+            token = draw(base_distribution(logits, sampling), noise.at((0,)))[None]  # (1, 1)  # pyright: ignore[reportArgumentType]
             noise.advance(1)
         yield [emitted := int(token.item())]
         if emitted in ends:
@@ -379,12 +379,12 @@ def favour(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Tensor:
 
 def propose(heads: MedusaHeads, lm_head: nn.Linear, hidden: Tensor, root: int, plan: Plan, sampling: Sampling, noise: NoiseAhead) -> Tensor:
     """The tokens at the nodes of the tree, (N,): the root, and below it the first guesses of the heads at `hidden` (D,)."""
-    root = torch.tensor([root], device=hidden.device)
+    root_token = torch.tensor([root], device=hidden.device)
     if len(plan.tree) == 1:
-        return root
+        return root_token
     logits = heads(hidden, lm_head)  # (K, V)
     guesses = favour(logits, sampling, noise.at(range(len(logits)))).topk(plan.n_guesses).indices  # (K, guesses)
-    return torch.cat((root, guesses.flatten()))[plan.index]
+    return torch.cat((root_token, guesses.flatten()))[plan.index]
 
 
 @torch.inference_mode()

@@ -15,6 +15,7 @@ import os
 import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,12 +46,13 @@ class ModelConfig:
 
     def __post_init__(self):
         check_sizes(self, [f.name for f in fields(self) if f.type is int or f.name == "head_dim" and self.head_dim is not None])
-        scaling = self.rope_scaling or {}
-        numbers = {name: getattr(self, name) for name in ("rms_norm_eps", "rope_theta")}
-        for name, value in (numbers | {name: scaling.get(name) for name in ROPE_SCALING.get(scaling.get("rope_type"), ())}).items():
+        scaling: dict = self.rope_scaling or {}
+        numbers: dict[str, Any] = {name: getattr(self, name) for name in ("rms_norm_eps", "rope_theta")}
+        numbers |= {name: scaling.get(name) for name in ROPE_SCALING.get(scaling.get("rope_type", ""), ())}
+        for name, value in numbers.items():
             if type(value) not in (int, float) or not 0 < value < math.inf:
                 raise ValueError(f"{name} = {value!r}: must be a number above 0")
-        if scaling.get("low_freq_factor", 0) >= scaling.get("high_freq_factor", math.inf):
+        if scaling.get("rope_type") == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
             raise ValueError(f"high_freq_factor = {scaling['high_freq_factor']}: must be above low_freq_factor = {scaling['low_freq_factor']}")
         if type(self.bos_token_id) is not int and self.bos_token_id is not None:
             raise ValueError(f"bos_token_id = {self.bos_token_id!r}: must be one token id, or null")
@@ -205,16 +207,19 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """tokens (B, T) -> hidden states after the final norm (B, T, D); `lm_head` makes logits (..., V) of them."""
 
+    rotary: Tensor
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        blocks = [Block(config) for _ in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("rotary", rotary_table(config), persistent=False)
         self.apply(self._init_weights)
-        for block in self.layers:  # the residual stream sums 2L branches: keep its variance at 1 (GPT-2)
+        for block in blocks:  # the residual stream sums 2L branches: keep its variance at 1 (GPT-2)
             for branch in (block.self_attn.o_proj, block.mlp.down_proj):
                 nn.init.normal_(branch.weight, std=0.02 / (2 * config.num_hidden_layers) ** 0.5)
         if config.tie_word_embeddings:
@@ -299,8 +304,8 @@ class Compiled:
 
     def __init__(self, model: GPT, sizes: set[int]):
         self.model, self.sizes = model, sizes
-        more = {"mode": "reduce-overhead"} if model.lm_head.weight.device.type == "cuda" else {}
-        self.trunk = torch.compile(model.trunk, fullgraph=True, dynamic=False, **more)
+        mode = "reduce-overhead" if model.lm_head.weight.device.type == "cuda" else None
+        self.trunk = torch.compile(model.trunk, fullgraph=True, dynamic=False, mode=mode)
 
     def __getattr__(self, name: str):
         return getattr(self.model, name)
@@ -314,11 +319,11 @@ class Compiled:
     def __call__(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """As GPT.forward, for masks (T, S+T) of floats."""
         T, start = tokens.shape[1], cache.length if cache is not None else 0
-        if T not in self.sizes or start == 0 or (mask is None and T > 1):
+        if cache is None or T not in self.sizes or start == 0 or (mask is None and T > 1):
             return self.model(tokens, positions, mask, cache)
         rows = torch.arange(start, start + T, device=tokens.device)
-        mask = self.rotary.new_zeros(T, start + T) if mask is None else mask
-        mask = F.pad(mask, (0, cache.capacity - start - T), value=-math.inf)  # (T, capacity)
+        seen = self.rotary.new_zeros(T, start + T) if mask is None else mask
+        mask = F.pad(seen, (0, cache.capacity - start - T), value=-math.inf)  # (T, capacity)
         hidden = self.trunk(tokens, self.rotary[rows if positions is None else positions], mask, cache.layers, rows)
         cache.length = start + T
         return hidden
@@ -390,7 +395,7 @@ REFUSED = {  # what else these fields may say is not built here
 def read_config(path: Path) -> ModelConfig:
     """config.json -> ModelConfig. A setting that changes the computation in a way not built here is refused by name."""
     raw = read_json(path)
-    defaults = {"tie_word_embeddings": False, "rope_theta": 10000.0, "head_dim": None, "model_type": "llama"}
+    defaults: dict[str, Any] = {"tie_word_embeddings": False, "rope_theta": 10000.0, "head_dim": None, "model_type": "llama"}
     raw = defaults | {"num_key_value_heads": raw.get("num_attention_heads")} | raw
     raw |= read_rope(raw, path)
     for name, allowed in REFUSED.items():
@@ -400,8 +405,9 @@ def read_config(path: Path) -> ModelConfig:
     raw = ({"bos_token_id": None, "eos_token_id": None} if qwen else {}) | raw
     if missing := [f.name for f in fields(ModelConfig) if f.name not in raw]:
         raise ValueError(f"{path}: {missing[0]} is missing")
+    settings: dict[str, Any] = {f.name: raw[f.name] for f in fields(ModelConfig)} | {"model_type": "qwen2" if qwen else "llama"}
     try:
-        config = ModelConfig(**{f.name: raw[f.name] for f in fields(ModelConfig)} | {"model_type": "qwen2" if qwen else "llama"})
+        config = ModelConfig(**settings)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if config.head_dim == config.hidden_size / config.num_attention_heads:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -97,7 +98,7 @@ def read_prompt(config: SampleConfig) -> str:
 
 
 def step_costs(
-    model: GPT | Compiled,
+    model: GPT,
     heads: MedusaHeads,
     tree_of: Callable[[int], Tree],
     prompt: list[int],
@@ -124,7 +125,7 @@ def step_costs(
 
 
 def pick_tree(
-    choice: str, model: GPT | Compiled, heads: MedusaHeads, heads_directory, sampling: Sampling, prompt: list[int], sizes: Iterable[int] = SIZES
+    choice: str, model: GPT, heads: MedusaHeads, heads_directory, sampling: Sampling, prompt: list[int], sizes: Iterable[int] = SIZES
 ) -> tuple[Tree, str]:
     """The tree that --tree names, and why it has its size."""
     if choice.endswith(".json"):
@@ -202,7 +203,7 @@ def gap_at(model: GPT, prompt: list[int], ours: list[int], plain: list[int], at:
     logits = model.lm_head(model(torch.tensor([prompt + plain[:at]], device=device))[0, -1])  # (V,)
     if sampling.temperature == 0:
         return abs(logits[ours[at]] - logits[plain[at]]).item()
-    noise = NoiseAhead(model.lm_head.weight, sampling, torch.Generator(device).manual_seed(seed)).at((at,))[0]  # (V,)
+    noise = NoiseAhead(model.lm_head.weight, sampling, torch.Generator(device).manual_seed(seed)).at((at,))[0]  # (V,)  # pyright: ignore[reportOptionalSubscript]
     scores = (base_distribution(logits, sampling) / noise).log()
     return abs(scores[ours[at]] - scores[plain[at]]).item()
 
@@ -259,13 +260,13 @@ def main() -> None:
         return
     heads = MedusaHeads.from_pretrained(directory, dtype, device)
     check_fit(model, heads, ROOT)
+    sizes = {1, *COMPILED_SIZES}
     if config.compile:
-        model = Compiled(model, {1, *COMPILED_SIZES})
+        model = cast(GPT, Compiled(model, sizes))  # decoding asks for nothing that it has not
         heads.compile(fullgraph=True, dynamic=False)
     tree, why = pick_tree(config.tree, model, heads, directory, sampling, prompt, COMPILED_SIZES if config.compile else SIZES)
     check_fit(model, heads, tree)
-    if config.compile:
-        model.sizes.add(len(tree))
+    sizes.add(len(tree))
     if config.trace:
         trace = Trace(tokenizer, heads, prompt, model.config.ends)
     ours = stream(decode(medusa_generate, heads, tree, accept=trace.accept if trace else accept))

@@ -36,7 +36,7 @@ from data.machine import autocast, check_kind, check_out, is_first, pick_device,
 from data.packages import optional
 from data.perplexity import bits_per_byte, perplexity
 from data.shards import base_digest, digest_of, read_shards
-from data.tokenizer import SHIPPED_BASE, Tokenizer, copy_tokenizer, disk_dtype, load_base, train_tokenizer
+from data.tokenizer import SHIPPED_BASE, AnyTokenizer, copy_tokenizer, disk_dtype, load_base, train_tokenizer
 from medusa import DECAY, ROOT, MedusaConfig, MedusaHeads, Sampling, check_fit, cross_entropy_ahead, distillation_loss, medusa_loss
 from model import GPT, Linear, ModelConfig, check_sizes, write_atomically, write_json
 
@@ -266,7 +266,8 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = now[group["part"]]
         pieces = list(zip(tokens.tensor_split(processes * config.accumulate), mask.tensor_split(processes * config.accumulate)))
-        figures = torch.stack([step_on_rows(step, *(rows.to(device) for rows in piece), counts) for piece in pieces[process::processes]]).sum(0)
+        mine = [step_on_rows(step, rows.to(device), carries.to(device), counts) for rows, carries in pieces[process::processes]]
+        figures = torch.stack(mine).sum(0)
         gradients = [p.grad for parameters in parts.values() for p in parameters.values() if p.grad is not None]
         sum_over_processes([figures, *gradients])
         norms = {part: nn.utils.clip_grad_norm_(parameters.values(), config.clip).item() for part, parameters in parts.items()}
@@ -343,7 +344,7 @@ def train_base(config: BaseConfig) -> None:
 # ---- medusa1 and medusa2 ----
 
 
-def rows_to_train(config: Medusa1Config, shards: Path, tokenizer: Tokenizer, vocab_size: int) -> tuple[Callable[[int], tuple[Tensor, Tensor]], str]:
+def rows_to_train(config: Medusa1Config, shards: Path, tokenizer: AnyTokenizer, vocab_size: int) -> tuple[Callable[[int], tuple[Tensor, Tensor]], str]:
     """A function from the step alone to tokens (B, T) and mask (B, T), and the name of the text behind it."""
     if config.data == "corpus":
         corpus = packed(documents(False, config.text), tokenizer)
@@ -375,7 +376,7 @@ def heads_to_train(config: Medusa1Config, model: GPT, device: torch.device) -> M
 def schedule(config: Medusa1Config, step: int) -> tuple[tuple[float, float], dict[str, float]]:
     """The weights of the base's and the heads' losses, and the learning rates. Medusa-1, and Medusa-2's first stage: heads alone."""
     alone = config.heads_steps if isinstance(config, Medusa2Config) else config.steps
-    if step < alone:
+    if step < alone or not isinstance(config, Medusa2Config):
         return (0.0, 1.0), {"base": 0.0, "heads": learning_rate(step, config.lr, config.warmup, alone)}
     step -= alone
     rate = learning_rate(step, config.lr, config.warmup, config.steps)
@@ -502,11 +503,11 @@ def main() -> None:
         backend = "nccl" if torch.cuda.is_available() and config.device in ("auto", "cuda") else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))  # the others wait while the first distils
     try:
-        if mode == "base":
+        if isinstance(config, BaseConfig):
             train_base(config)
-        elif mode == "distill":
+        elif isinstance(config, DistillConfig):
             print(f"next: python train.py --mode medusa1 --base {config.base} --distilled {distill(config)}")
-        else:
+        elif isinstance(config, Medusa1Config):
             train_medusa(config)
     finally:
         if dist.is_initialized():

@@ -14,7 +14,7 @@ from data.corpus import documents, packed, windows
 from data.machine import check_out
 from data.packages import optional
 from data.shards import base_digest
-from data.tokenizer import SHIPPED_BASE, Tokenizer, load_base
+from data.tokenizer import SHIPPED_BASE, AnyTokenizer, load_base
 from medusa import ROOT, MedusaHeads, check_fit
 from model import GPT, check_sizes, read_json, write_atomically, write_json
 
@@ -44,7 +44,7 @@ class Decoding(Bench):
 need = partial(optional, user="bench/bench.py", requirements="bench/requirements.txt")
 
 
-def load(config: Bench) -> tuple[Tokenizer, GPT, MedusaHeads]:
+def load(config: Bench) -> tuple[AnyTokenizer, GPT, MedusaHeads]:
     """The model never ends a text, so that all texts are equally long."""
     tokenizer, model = load_base(config.base)
     heads = MedusaHeads.from_pretrained(config.heads)
@@ -53,7 +53,7 @@ def load(config: Bench) -> tuple[Tokenizer, GPT, MedusaHeads]:
     return tokenizer, model, heads
 
 
-def held_out_prompts(tokenizer: Tokenizer, n: int, length: int) -> list[list[int]]:
+def held_out_prompts(tokenizer: AnyTokenizer, n: int, length: int) -> list[list[int]]:
     """Windows of text that nothing here was trained on."""
     return windows(packed(documents(True), tokenizer), n, length, torch.Generator().manual_seed(0)).tolist()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data.corpus import is_validation
 from data.packages import optional
-from data.tokenizer import JsonTokenizer, Tokenizer, special_tokens
+from data.tokenizer import AnyTokenizer, JsonTokenizer, special_tokens
 from model import read_json
 
 
@@ -25,7 +25,7 @@ def read_template(directory) -> str:
     return template
 
 
-def chat_prompt(directory, tokenizer: Tokenizer | JsonTokenizer, turns: list[dict[str, str]]) -> list[int]:
+def chat_prompt(directory, tokenizer: AnyTokenizer, turns: list[dict[str, str]]) -> list[int]:
     """The tokens of turns {"role", "content"}, and of the opening of the model's answer."""
     text = chat_text(directory, turns)
     if not isinstance(tokenizer, JsonTokenizer):
@@ -50,7 +50,7 @@ def chat_text(directory, turns: list[dict[str, str]]) -> str:
         raise ValueError(f"the chat template of {directory} fails: {type(error).__name__}: {error}") from None
 
 
-def turn_prompts(paths: list[str], directory, tokenizer: JsonTokenizer, most: int) -> dict[str, list[list[int]]]:
+def turn_prompts(paths: list[str], directory, tokenizer: AnyTokenizer, most: int) -> dict[str, list[list[int]]]:
     """The prompts of both sides, of at most `most` tokens each: files of user turns, a JSON string a line, split by a hash of the turn."""
     if not paths:
         raise ValueError("--chat needs --text: a file of user turns; python -m data.turns writes one")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data.shards import digest_of
-from data.tokenizer import Tokenizer
+from data.tokenizer import AnyTokenizer
 from model import write_atomically
 
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -77,7 +77,7 @@ def documents(validation: bool, text: list[str] | None = None) -> list[str]:
     return found
 
 
-def pack(documents: list[str], tokenizer: Tokenizer) -> np.ndarray:
+def pack(documents: list[str], tokenizer: AnyTokenizer) -> np.ndarray:
     """All documents, each as <s> ... </s>, in one token array (tokens,) of uint16 or uint32; made once, then cached."""
     digest = hashlib.sha256(tokenizer.model)
     for text in documents:
@@ -98,7 +98,7 @@ def pack(documents: list[str], tokenizer: Tokenizer) -> np.ndarray:
     return tokens
 
 
-def packed(texts: list[str], tokenizer: Tokenizer) -> Tensor:
+def packed(texts: list[str], tokenizer: AnyTokenizer) -> Tensor:
     return torch.from_numpy(pack(texts, tokenizer).astype("int32"))
 
 

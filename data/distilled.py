@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -96,7 +97,7 @@ def distill(config: DistillConfig) -> Path:
             f"{model.config.max_position_embeddings}: use --mode distill with smaller ones, then --mode medusa1 with --distilled"
         )
     if config.chat:
-        sides = turn_prompts(config.text, config.base, tokenizer, config.prompt_tokens)
+        sides: dict[str, Any] = turn_prompts(config.text, config.base, tokenizer, config.prompt_tokens)
     else:
         sides = {name: packed(documents(name == "validation", config.text), tokenizer) for name in ("validation", "train")}
     settings = distill_digest(config, *sides.values())

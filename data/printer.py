@@ -3,7 +3,7 @@
 import os
 import sys
 
-from data.tokenizer import JsonTokenizer, Tokenizer
+from data.tokenizer import AnyTokenizer
 
 
 class Printer:
@@ -11,7 +11,7 @@ class Printer:
 
     COLOURS = (32, 36, 34, 35, 33, 31)  # depth 1, 2, ...: green, cyan, blue, magenta, yellow, red
 
-    def __init__(self, tokenizer: Tokenizer | JsonTokenizer, prompt: list[int]):
+    def __init__(self, tokenizer: AnyTokenizer, prompt: list[int]):
         self.tokenizer = tokenizer
         self.coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         self.before, self.pending = prompt[-1:], []  # decoded as a whole: many tokenizers drop a space in front of the first token

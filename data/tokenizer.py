@@ -100,15 +100,16 @@ def special_tokens(directory) -> dict[str, str]:
     return {name: token for name, token in tokens.items() if name.endswith("_token") and isinstance(token, str)}
 
 
+AnyTokenizer = Tokenizer | JsonTokenizer
 FILES = "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"
 
 
-def load_tokenizer(directory) -> Tokenizer | JsonTokenizer:
+def load_tokenizer(directory) -> AnyTokenizer:
     """tokenizer.json goes before tokenizer.model where both are there, as in transformers."""
     return JsonTokenizer(Path(directory)) if (Path(directory) / FILES[0]).exists() else Tokenizer.load(directory)
 
 
-def load_base(directory, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> tuple[Tokenizer, GPT]:
+def load_base(directory, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> tuple[AnyTokenizer, GPT]:
     """A base directory's tokenizer and model; raises ValueError if they do not belong together."""
     tokenizer, model = load_tokenizer(directory), GPT.from_pretrained(directory, dtype, device)
     if tokenizer.vocab_size > model.config.vocab_size:

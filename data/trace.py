@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from data.tokenizer import Tokenizer
+from data.tokenizer import AnyTokenizer
 from medusa import ROOT, MedusaHeads, Sampling, accept, base_distribution, tempered, typical_threshold
 from model import write_atomically
 from tree import Tree
@@ -41,7 +41,7 @@ class Trace:
     ends: the tokens that end a text, which are no text themselves.
     """
 
-    def __init__(self, tokenizer: Tokenizer, heads: MedusaHeads, prompt: list[int], ends: tuple[int, ...]):
+    def __init__(self, tokenizer: AnyTokenizer, heads: MedusaHeads, prompt: list[int], ends: tuple[int, ...]):
         self.tokenizer, self.ends = tokenizer, ends
         self.before = prompt[-1:]  # decoded along: many tokenizers drop a space in front of the first token
         self.past = len(prompt) - 1  # rows in the cache before the step; the root is not among them
@@ -131,7 +131,7 @@ def verdicts(tree: Tree, path: list[int], passes: Callable[[int, int], bool]) ->
     return found
 
 
-def split_text(tokenizer: Tokenizer, before: list[int], tokens: list[int]) -> list[str]:
+def split_text(tokenizer: AnyTokenizer, before: list[int], tokens: list[int]) -> list[str]:
     """The text behind `before`, in the parts that the tokens add; a character of several tokens comes with the last of them."""
     start = len(tokenizer.decode(before))
     whole = [tokenizer.decode(before + tokens[:n])[start:] for n in range(len(tokens) + 1)]
