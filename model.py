@@ -438,8 +438,8 @@ def read_rope(raw: dict, path: Path) -> dict:
 
 def check_sizes(config, names: list[str]) -> None:
     for name in names:
-        if type(value := getattr(config, name)) is not int or value < 1:
-            raise ValueError(f"{name} = {value!r}: must be a whole number above 0")
+        if type(value := getattr(config, name)) is not int or not 1 <= value < 1 << 31:
+            raise ValueError(f"{name} = {value!r}: must be a whole number above 0, and below 2^31")
 
 
 def read_json(path: Path, kind: type = dict):
