@@ -5,13 +5,14 @@ import random
 import re
 from collections import Counter
 from fractions import Fraction
+from itertools import product
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
 from strategies import built_trees, laws, rank_data, trees
-from tree import Tree, calibrated_tree, cartesian_tree, choose_size, expected_tokens, prefix_counts, replay, tree_from_paths
+from tree import Tree, best_first_tree, calibrated_tree, cartesian_tree, choose_size, expected_tokens, prefix_counts, replay, tree_from_paths
 
 
 def climb(tree: Tree, node: int) -> list[int]:
@@ -245,6 +246,50 @@ def test_prefix_counts_equal_brute_force(rows):
 def test_expected_tokens_is_the_mean_of_what_each_position_would_have_emitted(rows, tree):
     promised, earned = expected_tokens(tree, prefix_counts(rows)), 1 + hits(tree.paths, rows) / len(rows)
     assert promised == pytest.approx(earned), "tokens per step: the next root, and each node's chance to be accepted"
+
+
+def every_path(K: int, V: int) -> list[tuple[int, ...]]:
+    return [path for depth in range(1, K + 1) for path in product(range(V), repeat=depth)]
+
+
+def worth(path, probs) -> Fraction:
+    """The product of a path's probabilities, each row of probs in order from the likeliest."""
+    return math.prod(sorted(row, reverse=True)[rank] for row, rank in zip(probs, path))
+
+
+@st.composite
+def head_probabilities(draw, max_heads=3, max_tokens=3):
+    """K rows of V probabilities; few values, so that many are equal, and some 0. Powers of 2: logarithms in base 2 add up without rounding."""
+    K, V = draw(st.integers(1, max_heads)), draw(st.integers(1, max_tokens))
+    powers = st.sampled_from([Fraction(0), Fraction(1, 8), Fraction(1, 4), Fraction(1, 2), Fraction(1)])
+    return draw(st.lists(st.lists(powers, min_size=V, max_size=V), min_size=K, max_size=K))
+
+
+def logs(probs) -> torch.Tensor:
+    return torch.tensor([[float(p) for p in row] for row in probs], dtype=torch.float64).log2()
+
+
+@settings(laws, max_examples=30)
+@given(head_probabilities(), st.integers(2, 5))
+def test_a_best_first_tree_is_the_best_of_all_trees_of_its_size(probs, n_nodes):
+    K, V = len(probs), len(probs[0])
+    tree = best_first_tree(logs(probs), n_nodes)
+    assert len(tree) == min(n_nodes, 1 + len(every_path(K, V)))
+    assert all(path[:-1] in tree.paths for path in tree.paths[1:])
+    best = max(sum(worth(path, probs) for path in paths if path) for paths in every_tree(len(tree), V, K))
+    assert sum(worth(path, probs) for path in tree.paths[1:]) == best
+
+
+@laws
+@given(head_probabilities(), st.integers(2, 12))
+def test_a_best_first_tree_breaks_ties_to_the_shorter_then_to_the_lower_ranks(probs, n_nodes):
+    order = sorted(every_path(len(probs), len(probs[0])), key=lambda path: (-worth(path, probs), len(path), path))
+    assert set(best_first_tree(logs(probs), n_nodes).paths[1:]) == set(order[: n_nodes - 1])
+
+
+def test_a_best_first_tree_without_guesses_is_refused():
+    with pytest.raises(ValueError, match="n_nodes = 1"):
+        best_first_tree(torch.zeros(2, 3), 1)
 
 
 halves = st.integers(1, 6).map(lambda n: Fraction(n, 2))

@@ -1,0 +1,168 @@
+"""Would the tests notice? Faults are put into the code one at a time, and its tests run: python bench/mutants.py tree.py --sample 200
+
+Faults are those of cosmic-ray's operators (numbers, comparisons, arithmetic, conditions, loops, decorators), without those that change
+annotations alone. Each runs in a child of its own, in a copy of the repository, until the first test fails. Results are added to
+bench/results/mutants.json after every module; survivors stand there with the line that nobody missed. Needs bench/requirements-mutants.txt.
+"""
+
+import ast
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import hypothesis  # noqa: F401  imported here once, not in every child
+import pytest
+import torch
+import torch._dynamo  # noqa: F401
+from tqdm import tqdm
+
+from bench.figures import machine
+from data.command import OneLineParser, run
+from data.packages import optional
+from model import read_json, write_json
+
+TESTS = {  # the tests that know a module, those that fail soonest first
+    "tree.py": ["test_tree.py"],
+    "model.py": ["test_model.py", "test_llamas.py", "test_medusa.py"],
+    "medusa.py": ["test_medusa.py", "test_train.py"],
+    "train.py": ["test_medusa2.py", "test_train.py", "test_checkpoint.py"],
+    "data/checkpoint.py": ["test_checkpoint.py"],
+}
+PAIRS = """Add_Sub Sub_Add Mul_Div Div_Mul FloorDiv_Mul Mod_Mul Pow_Mul BitOr_BitAnd BitAnd_BitOr LShift_RShift RShift_LShift
+Eq_NotEq NotEq_Eq Lt_LtE Lt_Gt LtE_Lt LtE_Gt Gt_GtE Gt_Lt GtE_Gt GtE_Lt Is_IsNot IsNot_Is In_NotIn NotIn_In Delete_Not Delete_USub Delete_Invert""".split()
+PLAIN = """AddNot ReplaceTrueWithFalse ReplaceFalseWithTrue ReplaceAndWithOr ReplaceOrWithAnd ReplaceBreakWithContinue ReplaceContinueWithBreak
+NumberReplacer RemoveDecorator ZeroIterationForLoop""".split()
+SECONDS = 600  # a mutant that runs longer has made something endless
+EQUIVALENT = {  # (module, line with the fault): why no test can tell
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mutant:
+    line: int
+    before: str
+    after: str
+    code: str
+
+
+class Bare(ast.NodeTransformer):
+    """Code without annotations and docstrings."""
+
+    def visit_AnnAssign(self, node):
+        return ast.Assign([node.target], node.value or ast.Constant(None))
+
+    def visit_arg(self, node):
+        return ast.arg(node.arg)
+
+    def visit_FunctionDef(self, node):
+        node.returns = None
+        return self.generic_visit(node)
+
+
+def bare(code: str) -> str:
+    return ast.dump(Bare().visit(ast.parse(code)))
+
+
+def mutants(code: str) -> list[Mutant]:
+    """All faults of the chosen operators that change what runs."""
+    plugins, mutating = (optional(f"cosmic_ray.{name}", "bench/mutants.py", "bench/requirements-mutants.txt") for name in ("plugins", "mutating"))
+    chosen = [name for name in plugins.operator_names() if name.rpartition("/")[2] in PLAIN or name.partition("Operator_")[2] in PAIRS]
+    found, seen = [], {bare(code)}
+    for name in chosen:
+        operator, occurrence = plugins.get_operator(name)(), 0
+        while (mutated := mutating.mutate_code(code, operator, occurrence)) is not None:
+            occurrence += 1
+            if (key := bare(mutated)) not in seen:
+                seen.add(key)
+                pairs = zip(code.splitlines(), mutated.splitlines())
+                line, before, after = next((i, *pair) for i, pair in enumerate(pairs, start=1) if pair[0] != pair[1])
+                found.append(Mutant(line, before.strip(), after.strip(), mutated))
+    return found
+
+
+def survives(mutant: Mutant, module: str, copy: Path) -> bool:
+    """Do all tests pass with this fault?"""
+    path = copy / module
+    whole = path.read_bytes()
+    path.write_text(mutant.code, encoding="utf-8")
+    pid = os.fork()
+    if pid == 0:
+        os.setpgid(0, 0)
+        for number in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        os.chdir(copy)
+        sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+        for name in [name for name, loaded in sys.modules.items() if str(ROOT) in str(getattr(loaded, "__file__", ""))]:
+            del sys.modules[name]
+        sys.dont_write_bytecode = True
+        sys.argv = ["pytest"]
+        os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in TESTS[module])]))
+    until, status = time.monotonic() + SECONDS, None
+    while time.monotonic() < until and status is None:
+        done, code = os.waitpid(pid, os.WNOHANG)
+        status = code if done else None
+        time.sleep(0.02)
+    if status is None:
+        os.killpg(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    path.write_bytes(whole)
+    return status == 0
+
+
+def copy_of_the_repository(folder: str) -> Path:
+    copy = Path(folder) / "copy"
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    for name in names:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+def measure(module: str, sample: int) -> dict:
+    every = mutants((ROOT / module).read_text(encoding="utf-8"))
+    chosen = random.Random(0).sample(every, min(sample, len(every)))
+    with tempfile.TemporaryDirectory() as folder:
+        copy = copy_of_the_repository(folder)
+        if not survives(Mutant(0, "", "", (copy / module).read_text(encoding="utf-8")), module, copy):
+            raise ValueError(f"{module}: its tests fail without any fault")
+        survivors = []
+        for mutant in tqdm(chosen, desc=module, unit="mutant"):
+            if survives(mutant, module, copy):
+                survivors.append(mutant)
+                tqdm.write(f"{module}:{mutant.line}\n  - {mutant.before}\n  + {mutant.after}")
+    equivalent = [mutant for mutant in survivors if (module, mutant.after) in EQUIVALENT]
+    killed, counted = len(chosen) - len(survivors), len(chosen) - len(equivalent)
+    shown = [{"line": m.line, "before": m.before, "after": m.after, "equivalent": EQUIVALENT.get((module, m.after), "")} for m in survivors]
+    return {"mutants": len(every), "tried": len(chosen), "killed": killed, "share killed": killed / max(counted, 1), "survivors": shown}
+
+
+def main() -> None:
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument("modules", nargs="*", choices=[*TESTS, []], help="modules to put faults in; default: all")
+    parser.add_argument("--sample", type=int, default=100_000, help="faults to try in each, drawn at random; default: all")
+    parser.add_argument("--out", default=str(ROOT / "bench/results/mutants.json"), help="file of the results")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    out = Path(arguments.out)
+    for module in arguments.modules or TESTS:
+        result = measure(module, arguments.sample)
+        content = read_json(out) if out.exists() else {}
+        about = {"machine": machine(), "date": date.today().isoformat(), "command": f"python bench/mutants.py {module} --sample {result['tried']}"}
+        write_json(out, content | {module: about | result})
+        print(json.dumps({module: {name: value for name, value in result.items() if name != "survivors"}}))
+
+
+if __name__ == "__main__":
+    run(main)
