@@ -84,7 +84,11 @@ def mutants(code: str) -> list[Mutant]:
         operator, occurrence = plugins.get_operator(name)(), 0
         while (mutated := mutating.mutate_code(code, operator, occurrence)) is not None:
             occurrence += 1
-            if (key := bare(mutated)) not in seen:
+            try:
+                key = bare(mutated)
+            except SyntaxError:  # no program
+                continue
+            if key not in seen:
                 seen.add(key)
                 pairs = zip(code.splitlines(), mutated.splitlines())
                 line, before, after = next((i, *pair) for i, pair in enumerate(pairs, start=1) if pair[0] != pair[1])
