@@ -106,7 +106,7 @@ class Medusa1Config(Fit):
             raise ValueError(f"--context {self.context}: a token needs another to guess")
         if not 0 < self.decay < math.inf:
             raise ValueError(f"--decay {self.decay}: must be above 0")
-        if Path(self.base).resolve() in (Path(self.out).resolve(), Path(self.out).resolve() / "base"):
+        if Path(self.base).resolve() == (Path(self.out) / ("base" if isinstance(self, Medusa2Config) else "")).resolve():
             raise ValueError(f"--out {self.out} would overwrite its own --base: name another directory")
         if self.data == "distilled" and self.context != Fit.context:
             raise ValueError("--context belongs to --data corpus: distilled rows are as long as they were written")

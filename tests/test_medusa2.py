@@ -21,7 +21,7 @@ from data.tokenizer import load_base
 from medusa import MedusaHeads, Sampling, cross_entropy_ahead, distillation_loss, generate, medusa_loss
 from model import GPT, read_safetensors
 from strategies import contents, laws, log_of, random_gpt, random_heads, rate, rng, training
-from train import Medusa2Config, add_adapters, backpropagate, merge_adapters, train_medusa, trained_base
+from train import Medusa1Config, Medusa2Config, add_adapters, backpropagate, merge_adapters, train_medusa, trained_base
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -399,3 +399,10 @@ def test_rows_are_continued_behind_their_prompts_by_the_model_itself():
 def test_settings_that_contradict_each_other_are_refused(more, says):
     with pytest.raises(ValueError, match=says):
         Medusa2Config(**more)
+
+
+def test_a_mode_may_not_write_over_its_own_base_and_nowhere_else_is_refused():
+    for config, out in ((Medusa1Config, "a"), (Medusa2Config, "a/..")):
+        with pytest.raises(ValueError, match="overwrite its own --base"):
+            config(base="a" if config is Medusa1Config else "base", out=out)
+    Medusa1Config(base="a/base", out="a"), Medusa2Config(base="a", out="a")
