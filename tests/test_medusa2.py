@@ -401,8 +401,8 @@ def test_settings_that_contradict_each_other_are_refused(more, says):
         Medusa2Config(**more)
 
 
-def test_a_mode_may_not_write_over_its_own_base_and_nowhere_else_is_refused():
-    for config, out in ((Medusa1Config, "a"), (Medusa2Config, "a/..")):
-        with pytest.raises(ValueError, match="overwrite its own --base"):
-            config(base="a" if config is Medusa1Config else "base", out=out)
-    Medusa1Config(base="a/base", out="a"), Medusa2Config(base="a", out="a")
+def test_a_mode_is_refused_over_its_own_base_and_nowhere_else():
+    with pytest.raises(ValueError, match="overwrite its own --base"):
+        Medusa1Config(base="a", out="a")
+    Medusa1Config(base="a/base", out="a")
+    Medusa2Config(base="a", out="a")
