@@ -46,6 +46,9 @@ PLAIN = """AddNot ReplaceTrueWithFalse ReplaceFalseWithTrue ReplaceAndWithOr Rep
 NumberReplacer RemoveDecorator ZeroIterationForLoop""".split()
 SECONDS = 600  # a mutant that runs longer has made something endless
 EQUIVALENT = {  # (module, line with the fault): why no test can tell
+    ("tree.py", "ranked = log_probs.topk(min(n_nodes + 1, log_probs.shape[-1])).values.tolist()  # K x guesses, the likeliest first"):
+        "two guesses more of each head than a tree of this size can hold",
+    ("tree.py", "if (rank := path[-1] + 1) < len(ranked[ -1]):"): "every head has equally many guesses",
 }  # fmt: skip
 
 

@@ -69,12 +69,12 @@ def test_the_mask_hides_the_sibling_branch():
 @pytest.mark.parametrize(
     "parents, ranks, says",
     [
-        ((), (), "at least the root"),
-        ((-1, 0), (-1,), "as many parents as ranks"),
-        ((0,), (-1,), "node 0"),
-        ((-1,), (0,), "node 0"),
+        ((), (), "at least the root: got 0 and 0"),
+        ((-1, 0), (-1,), "as many parents as ranks, .* got 2 and 1"),
+        ((0, 7), (-1, 5), "node 0 .* got 0 and -1"),
+        ((-1, 7), (0, 5), "node 0 .* got -1 and 0"),
         ((-1, 1), (-1, 0), "node 1"),
-        ((-1, 2, 0), (-1, 0, 0), "node 1"),
+        ((-1, 2, 0), (-1, 0, 0), "node 1: its parent 2 "),
         ((-1, -1), (-1, 0), "node 1"),
         ((-1, 0, -2), (-1, 0, 0), "node 2"),
         ((-1, 0), (-1, -1), r"path \[-1\]"),
@@ -151,6 +151,10 @@ def test_tree_from_paths_takes_any_order_and_round_trips(tree, shuffler):
 )
 def test_tree_from_paths_names_the_path_it_refuses(paths, says):
     refused_in_words(lambda: tree_from_paths(paths), says, f"paths {paths}")
+
+
+def test_a_missing_prefix_is_named_too():
+    refused_in_words(lambda: tree_from_paths([[0], [0, 3, 1]]), "its prefix [0, 3] is missing", "path [0, 3, 1]")
 
 
 def every_tree(n_nodes: int, n_ranks: int, max_depth: int) -> set[frozenset]:
