@@ -53,7 +53,7 @@ WRONG = {
         "depth from one": ("tree.py", {"tuple(len(path) for path in self.paths)": "tuple(len(path) + 1 for path in self.paths)"}, "the root is at depth 0"),
         "path upwards": ("tree.py", {"paths[parent] + (rank,)": "(rank,) + paths[parent]"}, "not the ranks from the root down"),
         "path of indices": ("tree.py", {"paths[parent] + (rank,)": "paths[parent] + (len(paths),)"}, "not the ranks from the root down"),
-        "root's rank in the path": ("tree.py", {"        paths = [()]\n": "        paths = [(-1,)]\n"}, "its path is empty"),
+        "root's rank in the path": ("tree.py", {"        paths: list[Path] = [()]\n": "        paths: list[Path] = [(-1,)]\n"}, "its path is empty"),
     },
     2: {
         "one guess too many": ("tree.py", {"for rank in range(width)]": "for rank in range(width + 1)]"}, "a rank at depth d is not below widths[d-1]"),
