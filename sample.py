@@ -124,6 +124,14 @@ def step_costs(
     return {size: statistics.median(measured) for size, measured in times.items()}
 
 
+def named(choice: str, build: Callable[..., Tree], *what) -> Tree:
+    """build(*what); what it refuses is of the flag --tree."""
+    try:
+        return build(*what)
+    except ValueError as error:
+        raise ValueError(f"--tree {choice}: {error}") from None
+
+
 def pick_tree(
     choice: str, model: GPT, heads: MedusaHeads, heads_directory, sampling: Sampling, prompt: list[int], sizes: Iterable[int] = SIZES
 ) -> tuple[Tree, str]:
@@ -132,19 +140,19 @@ def pick_tree(
         paths = read_json(Path(choice), list)
         if not all(isinstance(path, list) and all(type(rank) is int for rank in path) for path in paths):
             raise ValueError(f"--tree {choice}: must be a JSON list of rank paths such as [[0], [1], [0, 0]]")
-        return tree_from_paths(paths), f"from {choice}"
+        return named(choice, tree_from_paths, paths), f"from {choice}"
     if "x" in choice and all(width.isdecimal() for width in choice.split("x")):
         widths = [int(width) for width in choice.split("x")]
         if math.prod(widths) > MAX_LEAVES:
             raise ValueError(f"--tree {choice}: {math.prod(widths)} paths are more than {MAX_LEAVES}: give smaller widths")
-        return cartesian_tree(widths), f"Cartesian, widths {choice}"
+        return named(choice, cartesian_tree, widths), f"Cartesian, widths {choice}"
     if choice != "auto" and not choice.isdecimal():
         raise ValueError(f"--tree {choice}: neither auto, nor a number of nodes, nor widths such as 4x2x1, nor a .json file")
     counts, nearest = read_calibration(heads_directory, sampling.temperature)
     calibrated = f"calibrated at temperature {nearest}"
     tree_of = cache(partial(calibrated_tree, counts))
     if choice != "auto":
-        tree = tree_of(int(choice))
+        tree = named(choice, tree_of, int(choice))
         return tree, f"{calibrated}, {'size as asked for' if len(tree) == int(choice) else 'as large as the calibration goes'}"
     costs = step_costs(model, heads, tree_of, prompt, sampling, sizes)
     gains = {size: expected_tokens(tree_of(size), counts) * costs[1] / cost for size, cost in costs.items() if size > 1}
@@ -256,7 +264,7 @@ def main() -> None:
         if config.trace:
             raise ValueError(f"--trace shows Medusa heads at work, and {directory} does not exist: name some with --heads")
         plain = stream(decode(plain_generate))
-        print(f"\n{plain.tokens_per_second:.0f} tokens/s, plain: no --heads; train.py --mode medusa1 --base {config.base} --out {directory} trains them")
+        print(f"\n{plain.tokens_per_second:.0f} tokens/s, plain: no --heads; python train.py --mode medusa1 --base {config.base} --out {directory} trains them")
         return
     heads = MedusaHeads.from_pretrained(directory, dtype, device)
     check_fit(model, heads, ROOT)

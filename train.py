@@ -392,7 +392,7 @@ def train_medusa(config: Medusa1Config) -> None:
     tokenizer, model = load_base(config.base, device=device)
     model.requires_grad_(False)
     text = packed(documents(True, config.text), tokenizer)
-    before = perplexity(model, text) if is_first() else None
+    before = perplexity(model, text) if is_first() and joint else None
     shards = distilled_rows(config)
     rows_of_step, text_digest = rows_to_train(config, shards, tokenizer, model.config.vocab_size)
     heads = heads_to_train(config, model, device)
@@ -423,11 +423,17 @@ def train_medusa(config: Medusa1Config) -> None:
         model.save_pretrained(base, disk_dtype(config.base))
         model = load_base(base, device=device)[1]
         held_out = {t: continued(model, *rows, Sampling(float(t)), config.seed) for t, rows in held_out.items()}
+    say("the heads are trained; calibrating on held-out rows, and measuring the base's perplexity")
     calibration = calibrate(model, heads.eval(), held_out)
     heads.save_pretrained(out)
     write_json(Path(out) / "calibration.json", calibration)
     finish(config)
-    say(f"perplexity of the base on held-out text: {before:.3f}" + (f" before, {perplexity(model, text):.3f} after" if joint else ""))
+    after = perplexity(model, text)
+    say(
+        f"perplexity of the base on held-out text: {after:.3f}, frozen"
+        if before is None
+        else f"perplexity of the base on held-out text: {before:.3f} before, {after:.3f} after"
+    )
     report(base, out, calibration)
 
 
@@ -506,7 +512,8 @@ def main() -> None:
         if isinstance(config, BaseConfig):
             train_base(config)
         elif isinstance(config, DistillConfig):
-            print(f"next: python train.py --mode medusa1 --base {config.base} --distilled {distill(config)}")
+            out = "" if config.base == SHIPPED_BASE else f" --out {Path(config.base) / 'heads'}"  # where sample.py looks for them
+            print(f"next: python train.py --mode medusa1 --base {config.base} --distilled {distill(config)}{out}")
         elif isinstance(config, Medusa1Config):
             train_medusa(config)
     finally:

@@ -22,6 +22,7 @@ import data.calibration
 import train
 from bench.figures import machine, replace_between
 from data.calibration import head_ranks
+from data.command import OneLineParser
 from data.corpus import documents, packed
 from data.perplexity import perplexity
 from data.tokenizer import Tokenizer
@@ -98,17 +99,20 @@ def table(results: dict) -> str:
 
 
 def main() -> None:
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument("prefix", nargs="?", default="", help="measure the trainings whose name begins with this, of those that are missing; default: all")
+    prefix = parser.parse_args().prefix
+    if not any(name.startswith(prefix) for name in VARIANTS):
+        parser.error(f"no training begins with {prefix!r}: there are {', '.join(VARIANTS)}")
     path = ROOT / "bench/ablations.json"
     content = read_json(path) if path.exists() else {"results": {}}
     for name in VARIANTS:
-        if not name.startswith(sys.argv[1] if len(sys.argv) > 1 else "") or name in content["results"]:
+        if not name.startswith(prefix) or name in content["results"]:
             continue
         runs = [measure(name, seed) for seed in (SEEDS[:1] if "steps" in VARIANTS[name] else SEEDS)]
         content["results"][name] = runs
         content |= {"command": "python bench/ablations.py", "machine": machine(), "date": date.today().isoformat(), "steps": STEPS, "seeds": SEEDS}
         write_json(path, content)
-    if not content["results"]:
-        raise SystemExit(f"no variant begins with {sys.argv[1]}: there are {', '.join(VARIANTS)}")
     about = f"{STEPS} steps each and seeds {', '.join(map(str, SEEDS))}, where no other number is named (there seed 0). "
     about += f"Measured by `bench/ablations.py` on {content['machine']}; {content['date']}."
     replace_between("<!-- ablations -->", "<!-- end of ablations -->", table(content["results"]) + "\n\n" + about)

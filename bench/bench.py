@@ -28,7 +28,7 @@ SUBCOMMANDS = {
 
 def main() -> None:
     parser = OneLineParser(description=__doc__)
-    chooser = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND", help=", ".join(SUBCOMMANDS))
+    chooser = parser.add_subparsers(dest="subcommand", required=True, metavar="|".join(SUBCOMMANDS))
     for name, (_, config) in SUBCOMMANDS.items():
         add_options(chooser.add_parser(name, description=config.__doc__), config)
     arguments = vars(parser.parse_args())

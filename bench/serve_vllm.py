@@ -49,16 +49,21 @@ def write_served(base, heads, out) -> None:
     write_json(Path(out) / "config.json", read_json(Path(heads) / "config.json"))
 
 
-def run_vllm(config: Config, prompts: list[list[int]], K: int) -> tuple[list[list[int]], dict]:
-    """vLLM's greedy texts, and its counters: {name: value, or one for each position of a draft}."""
+def import_vllm():
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
     try:
-        from vllm import LLM, SamplingParams
+        import vllm
+
+        return vllm
     except ImportError as error:
         raise ValueError(f"vllm cannot be imported: {error}; pip install -r bench/requirements-vllm.txt, in an environment of its own") from None
+
+
+def run_vllm(vllm, config: Config, prompts: list[list[int]], K: int) -> tuple[list[list[int]], dict]:
+    """vLLM's greedy texts, and its counters: {name: value, or one for each position of a draft}."""
     speculation = {"method": "medusa", "model": config.out, "num_speculative_tokens": K}
-    llm = LLM(config.base, skip_tokenizer_init=True, dtype="float32", speculative_config=speculation, disable_log_stats=False, max_num_seqs=1)
-    asked = SamplingParams(temperature=0, max_tokens=config.new_tokens, detokenize=False)
+    llm = vllm.LLM(config.base, skip_tokenizer_init=True, dtype="float32", speculative_config=speculation, disable_log_stats=False, max_num_seqs=1)
+    asked = vllm.SamplingParams(temperature=0, max_tokens=config.new_tokens, detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], asked)
     counters = {metric.name: getattr(metric, "values", getattr(metric, "value", None)) for metric in llm.get_metrics() if "spec_decode" in metric.name}
     return [list(output.outputs[0].token_ids) for output in outputs], counters
@@ -74,6 +79,7 @@ def main() -> None:
     add_options(parser, Config)
     config = Config(**vars(parser.parse_args()))
     check_out(config.out)
+    vllm = import_vllm()
     write_served(config.base, config.heads, config.out)
     tokenizer, model = load_base(config.base)
     heads = MedusaHeads.from_pretrained(config.heads)
@@ -82,7 +88,7 @@ def main() -> None:
     ours = [[token for step in generate(model, prompt, config.new_tokens) for token in step] for prompt in prompts]
     chain = cartesian_tree([1] * K)
     steps = [emitted for prompt in prompts for emitted in list(medusa_generate(model, heads, chain, prompt, config.new_tokens))[1:]]
-    theirs, counters = run_vllm(config, prompts, K)
+    theirs, counters = run_vllm(vllm, config, prompts, K)
     for number, (a, b) in enumerate(zip(ours, theirs)):
         if (at := first_difference(a, b)) is not None:
             apart = gap_at(model, prompts[number], b, a, at, Sampling(), 0) if at < min(len(a), len(b)) else float("nan")

@@ -111,7 +111,7 @@ def load_tokenizer(directory) -> AnyTokenizer:
 
 def load_base(directory, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> tuple[AnyTokenizer, GPT]:
     """A base directory's tokenizer and model; raises ValueError if they do not belong together."""
-    tokenizer, model = load_tokenizer(directory), GPT.from_pretrained(directory, dtype, device)
+    model, tokenizer = GPT.from_pretrained(directory, dtype, device), load_tokenizer(directory)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"{directory}: the tokenizer has {tokenizer.vocab_size} pieces, the model {model.config.vocab_size}: not of one base")
     if min(tokenizer.bos, tokenizer.eos) < 0:

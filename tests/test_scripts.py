@@ -100,7 +100,7 @@ def test_mode_distill_writes_its_shards_and_names_the_next_command(made):
         "validation-0.7.safetensors",
         "validation-1.0.safetensors",
     }
-    assert said["distill"] == f"next: python train.py --mode medusa1 --base {work}/base --distilled {work}/distilled\n"
+    assert said["distill"] == f"next: python train.py --mode medusa1 --base {work}/base --distilled {work}/distilled --out {work}/base/heads\n"
 
 
 def test_mode_medusa1_writes_heads_and_says_what_each_head_reached(made):
