@@ -49,6 +49,9 @@ EQUIVALENT = {  # (module, line with the fault): why no test can tell
     ("tree.py", "ranked = log_probs.topk(min(n_nodes + 1, log_probs.shape[-1])).values.tolist()  # K x guesses, the likeliest first"):
         "two guesses more of each head than a tree of this size can hold",
     ("tree.py", "if (rank := path[-1] + 1) < len(ranked[ -1]):"): "every head has equally many guesses",
+    ("medusa.py", "return (probs / noise).argmax(1)"): "of (n, V) the last dimension is the second",
+    ("medusa.py", 'parts |= {f"blocks.{k}.layers.{j}.bias": self.bias.detach()[j, k, -1] for k in range(K) for j in range(J)}'):
+        "of a dimension of one the last entry is the first",
 }  # fmt: skip
 
 
