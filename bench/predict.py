@@ -70,9 +70,9 @@ def hold_against(predicted: dict[int, dict[str, float]], ways: dict[str, dict]) 
 def compare_rule(config: PredictConfig, rule: str, steps: dict, decoded: dict) -> dict:
     """steps: {context: {N: a step}} of cost.json; decoded: this rule's section of decode.json. c(N) is taken at the nearest context."""
     context = min(steps, key=lambda measured: abs(int(measured) - decoded["context"]))
-    seconds = {int(n): row["step"] for n, row in steps[context].items()}
+    costs = {int(n): row["step cost"] for n, row in steps[context].items()}
     counts, _ = read_calibration(config.heads, RULES[rule].temperature)
-    predicted = predictions(counts, seconds[1], {n: seconds[n] for n in SIZES if f"calibrated-{n}" in decoded["ways"]})
+    predicted = predictions(counts, costs[1], {n: costs[n] for n in SIZES if f"calibrated-{n}" in decoded["ways"]})
     rows = hold_against(predicted, decoded["ways"])
     chosen, best = str(best_size(predicted)), max(rows, key=lambda n: rows[n]["measured"]["speed-up"])
     lost = 1 - rows[chosen]["measured"]["speed-up"] / rows[best]["measured"]["speed-up"]

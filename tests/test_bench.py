@@ -193,6 +193,13 @@ def test_what_is_measured_is_the_work_over_its_fastest_time(monkeypatch):
     assert product.shape == (8, 8) and (product == 8).all() and total == 1024 and copied.numel() == 1024 and (copied == 1).all()
 
 
+def test_a_step_cost_compares_with_the_plain_steps_of_its_own_round():
+    """One round in three met a machine four times as slow."""
+    plain, tree = ([[{"step": seconds * slow}] * 2 for slow in (1, 4, 1)] for seconds in (2.0, 3.0))
+    assert cost.step_cost(tree, plain) == 1.5
+    assert cost.step_cost(tree[1:], plain[:2]) == pytest.approx((3 * 4 / 2 + 3 / 8) / 2)
+
+
 # ---- what is timed ----
 
 
@@ -484,8 +491,8 @@ def test_every_subcommand_measures_and_predict_reads_what_they_wrote(small, call
             assert row["step"] > row["backbone"] > 0 and (row["heads"] > 0) == (size != "1")
     assert found["cost"]["growth"]["tokens"] == 24 and found["cost"]["growth"]["prefill"].keys() == {"4", "8", "40"}
     here = found["predict"]["here"]["rules"]["greedy"]
-    seconds = {n: row["step"] for n, row in found["cost"]["greedy"]["steps"][here["context"]].items()}
-    assert here["context"] == "8" and here["sizes"]["4"]["predicted"]["speed-up"] == pytest.approx((9 + 5 + 3 + 2) / 9 * seconds["1"] / seconds["4"])
+    costs = {n: row["step cost"] for n, row in found["cost"]["greedy"]["steps"][here["context"]].items()}
+    assert here["context"] == "8" and here["sizes"]["4"]["predicted"]["speed-up"] == pytest.approx((9 + 5 + 3 + 2) / 9 / costs["4"])
     assert here["sizes"]["4"]["measured"]["speed-up"] == found["decode"]["greedy"]["ways"]["calibrated-4"]["ratio"]
     device = found["predict"]["device"]["temperatures"]["0.0"]
     assert device["best"] == 6 and device["as far as the table goes"] and 1 < device["sizes"]["6"]["step cost"] < 1.1
