@@ -104,10 +104,13 @@ def step_costs(
     prompt: list[int],
     sampling: Sampling,
     sizes: Iterable[int] = SIZES,
-    rounds: int = 3,
+    rounds: int = 5,
     steps: int = 5,
 ) -> dict[int, float]:
-    """{N: median seconds of a whole step over N nodes}, N = 1 being plain decoding; all sizes in turn, so that a drift hits all alike."""
+    """{N: seconds of a whole step over N nodes}, N = 1 being plain decoding.
+
+    All sizes in turn, and each compared with the plain steps of its own round: a slow minute of the machine hits both.
+    """
     times = {1: []} | {len(tree_of(size)): [] for size in sizes}
     prompt = prompt[: max(model.config.max_position_embeddings - 8 * steps, 1)]
     config, model.config = model.config, replace(model.config, eos_token_id=None)  # a text that ends at once would leave nothing to time
@@ -116,12 +119,14 @@ def step_costs(
             for size in times:
                 arguments = (prompt, 8 * steps, sampling, torch.Generator(model.lm_head.weight.device).manual_seed(0))
                 sequence = plain_generate(model, *arguments) if size == 1 else medusa_generate(model, heads, tree_of(size), *arguments)
-                times[size] += timed_run(islice(sequence, steps + 1)).times[1:]  # the first step of a tree lays out its plan
+                times[size].append(timed_run(islice(sequence, steps + 1)).times[1:])  # the first step of a tree lays out its plan
     finally:
         model.config = config
-    if not all(times.values()):
+    if not all(found for of_size in times.values() for found in of_size):
         raise ValueError(f"the context of {config.max_position_embeddings} tokens is too short to time trees in: name one with --tree")
-    return {size: statistics.median(measured) for size, measured in times.items()}
+    medians = {size: [statistics.median(found) for found in of_size] for size, of_size in times.items()}
+    plain = statistics.median(medians[1])
+    return {size: plain * statistics.median(a / b for a, b in zip(of_size, medians[1])) for size, of_size in medians.items()}
 
 
 def named(choice: str, build: Callable[..., Tree], *what) -> Tree:

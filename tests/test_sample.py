@@ -224,7 +224,22 @@ def test_a_step_cost_is_the_median_of_steps_behind_the_first(monkeypatch):
     monkeypatch.setattr(sample, "medusa_generate", lambda model, heads, tree, prompt, n, sampling, _: steps([70, 80, 1, 5, 6, 8 * len(tree)], sampling))
     costs = sample.step_costs(*small(), lambda n: cartesian_tree([n - 1]), [1], Sampling(0.7, 5), steps=5)
     assert samplings == {Sampling(0.7, 5)}
-    assert costs == {1: 3.5} | {n: 5.5 for n in sample.SIZES}
+    assert costs == pytest.approx({1: 3.5} | {n: 5.5 for n in sample.SIZES})
+
+
+def test_a_slow_minute_of_the_machine_changes_no_step_cost(monkeypatch):
+    """It begins in the middle of the second of three rounds, so that the larger sizes meet it twice and plain decoding once."""
+    clock, turn = Clock(), iter(range(3 * (1 + len(sample.SIZES))))
+
+    def steps(seconds):
+        slow = 4 if next(turn) > 1.5 * (1 + len(sample.SIZES)) else 1
+        return clock.steps([[0]] * 4, [slow * seconds] * 4)
+
+    monkeypatch.setattr(sample, "time", clock)
+    monkeypatch.setattr(sample, "plain_generate", lambda *_: steps(2.0))
+    monkeypatch.setattr(sample, "medusa_generate", lambda *_: steps(3.0))
+    costs = sample.step_costs(*small(), lambda n: cartesian_tree([n - 1]), [1], Sampling(), rounds=3)
+    assert costs == pytest.approx({1: 2.0} | {n: 3.0 for n in sample.SIZES})
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3])
