@@ -207,7 +207,7 @@ def texts(chance: random.Random) -> bytes:
 
 
 def flags_of(config: type, chance: random.Random) -> list[str]:
-    """A few flags with values of any kind; what could take long has another flag behind it that makes it short."""
+    """A few flags with values of any kind."""
     argv = []
     for f in chance.sample(fields(config), chance.randint(1, 3)):
         flag = "--" + f.name.replace("_", "-")
