@@ -119,7 +119,7 @@ def step_costs(
             for size in times:
                 arguments = (prompt, 8 * steps, sampling, torch.Generator(model.lm_head.weight.device).manual_seed(0))
                 sequence = plain_generate(model, *arguments) if size == 1 else medusa_generate(model, heads, tree_of(size), *arguments)
-                times[size].append(timed_run(islice(sequence, steps + 1)).times[1:])  # the first step of a tree lays out its plan
+                times[size].append(timed_run(islice(sequence, steps + 2)).times[1:])  # the first step of a tree lays out its plan
     finally:
         model.config = config
     if not all(found for of_size in times.values() for found in of_size):

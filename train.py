@@ -513,7 +513,8 @@ def main() -> None:
             train_base(config)
         elif isinstance(config, DistillConfig):
             out = "" if config.base == SHIPPED_BASE else f" --out {Path(config.base) / 'heads'}"  # where sample.py looks for them
-            print(f"next: python train.py --mode medusa1 --base {config.base} --distilled {distill(config)}{out}")
+            if is_first():  # several processes would write the same rows
+                print(f"next: python train.py --mode medusa1 --base {config.base} --distilled {distill(config)}{out}")
         elif isinstance(config, Medusa1Config):
             train_medusa(config)
     finally:

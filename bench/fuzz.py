@@ -48,6 +48,7 @@ NUMBERS = "0 1 2 3 -1 0.5 1e-9 1e9 1e400 nan inf -inf 4x2x1 0x0 x 1x 99999x99999
 ]
 WORDS = ["", " ", "nowhere", "nowhere/at/all", "/", ".", "/dev/null", "a\nb", "\udcff", "\u202e\u0000", "-", "--", "'", "x" * 5000, "greedy", "typical", "lossless", "cpu", "cuda", "meta",
          "mps", "float16", "float64", "kl", "corpus", "distilled", "tree.json"]  # fmt: skip
+WRITABLE = [word for word in WORDS if not word.startswith("/")]  # for what is written: nothing outside of the case
 JUNK = [
     None,
     True,
@@ -211,7 +212,9 @@ def flags_of(config: type, chance: random.Random) -> list[str]:
     argv = []
     for f in chance.sample(fields(config), chance.randint(1, 3)):
         flag = "--" + f.name.replace("_", "-")
-        argv += [flag] if f.type == "bool" or f.type is bool else [flag, chance.choice(chance.choice((NUMBERS, WORDS)))]
+        argv += (
+            [flag] if f.type == "bool" or f.type is bool else [flag, chance.choice(WRITABLE if f.name in ("out", "trace") else chance.choice((NUMBERS, WORDS)))]
+        )
     return [*argv, *([chance.choice(("--no", "-x", "extra", "--tre", "--"))] if chance.random() < 0.1 else [])]
 
 
@@ -367,13 +370,13 @@ def main() -> None:
     torch.set_num_threads(1)
     counts, faults = defaultdict(Counter), []
     with tempfile.TemporaryDirectory() as folder:
-        inputs = Path(folder) / "inputs"
-        inputs.mkdir()
-        os.environ["XDG_CACHE_HOME"] = str(inputs / "cache")
-        make_inputs_apart(inputs)
+        inputs, work = Path(folder) / "inputs", Path(folder) / "work"
+        work.mkdir()
+        os.environ["XDG_CACHE_HOME"] = str(work / "cache")
+        make_inputs_apart(work)  # under the paths that a stopped run remembers
+        work.rename(inputs)
         numbers = [config.only] if config.only >= 0 else range(config.cases)
         for number in tqdm(numbers, unit="case"):
-            work = Path(folder) / "work"
             shutil.copytree(inputs, work)
             kind, case = draw_case(work, random.Random(f"{config.seed} {number}"))
             before = contents(work)

@@ -114,7 +114,9 @@ def survives(mutant: Mutant, module: str, copy: Path) -> bool:
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
         os.chdir(copy)
         sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
-        for name in [name for name, loaded in sys.modules.items() if str(ROOT) in str(getattr(loaded, "__file__", ""))]:
+        for name in [
+            name for name, loaded in sys.modules.items() if str(ROOT) in (file := str(getattr(loaded, "__file__", ""))) and "site-packages" not in file
+        ]:
             del sys.modules[name]
         sys.dont_write_bytecode = True
         sys.argv = ["pytest"]

@@ -79,7 +79,7 @@ def continued(model: GPT, tokens: Tensor, carries: Tensor, sampling: Sampling, s
 
 
 def turns_of_shard(prompts: list[list[int]], i: int, rows: int, shards: int) -> list[list[int]]:
-    """The prompts of shard i, each taken as often as the others; near in length, so that they are continued from the start."""
+    """The prompts of shard i, each taken as often as the others, give or take one; near in length, so that they are continued from the start."""
     places = sorted(range(shards * rows), key=lambda place: len(prompts[place % len(prompts)]))
     return [prompts[place % len(prompts)] for place in places[i * rows : (i + 1) * rows]]
 
@@ -104,7 +104,7 @@ def distill(config: DistillConfig) -> Path:
     made = f"{base_digest(config.base)} {settings}"
     directory = Path(config.out) if config.out else cache_directory() / f"distilled-{settings}"
     shards = [("validation", 0, t) for t in CALIBRATION_TEMPERATURES] + [("train", i, config.temperature) for i in range(config.shards)]
-    for number, (side, i, temperature) in enumerate(tqdm(shards, desc="distilling", unit="shard")):
+    for number, (side, i, temperature) in enumerate(tqdm(shards, desc="distilling", unit="shard", disable=not is_first())):
         path = directory / (f"train-{i:05d}.safetensors" if side == "train" else f"validation-{temperature}.safetensors")
         if path.exists() and metadata_of(path).get("base") != made:
             raise ValueError(f"{path} was written by another base, from other text or with other settings: remove {directory}, or give another --out")
