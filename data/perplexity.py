@@ -34,4 +34,5 @@ def bits_per_byte(model: GPT, tokens: Tensor, n_bytes: int) -> float:
 def perplexity(model: GPT, tokens: Tensor) -> float:
     """On the beginning of a packed text."""
     tokens = tokens[:PERPLEXITY_TOKENS]
-    return float(torch.tensor(cross_entropy(model, tokens) / (len(tokens) - 1), dtype=torch.float64).exp())  # inf, where math.exp raises
+    nats = cross_entropy(model, tokens) / (len(tokens) - 1)
+    return math.exp(nats) if nats < 700 else math.inf  # beyond, a float has no room
