@@ -2,7 +2,7 @@
 
     python bench/bench.py decode                                       every way to decode, on the same prompts
     python bench/bench.py decode --only greedy --prompts 50            one section of it, over more prompts
-    python bench/bench.py cost && python bench/bench.py predict        predict needs cost.json and decode.json
+    python bench/bench.py cost && python bench/bench.py predict        predict reads cost.json and decode.json
 
 Every subcommand writes bench/results/NAME.json, .md and .png after each of its sections. Started again it measures what is missing
 there; a file that other settings, another machine or other weights gave is not touched. Needs bench/requirements.txt.

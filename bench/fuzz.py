@@ -14,11 +14,11 @@ import re
 import shutil
 import sys
 import tempfile
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import sample
 import train
+from bench.child import in_a_child
 from bench.figures import machine
 from data.command import OneLineParser, add_options, option, run
 from data.shards import digest_of
@@ -91,7 +92,7 @@ class Case:
     argv: list[str]
 
 
-def make_inputs(work: Path) -> None:
+def make_inputs(work: Path) -> int:
     """A small base, its rows and heads, and a training run that was stopped, by the project's own commands."""
     text = work / "text.txt"
     text.write_text("".join(f"def f{n}(x):\n    return x + {n % 7}  # \u20ac\n\n" for n in range(4000)), encoding="utf-8")
@@ -104,12 +105,10 @@ def make_inputs(work: Path) -> None:
     ):
         sys.argv = ["train.py", "--mode", mode, *common, *more, "--out", str(work / out)]
         train.main()
-    stopped = train.report
-    train.report = lambda *_: None
     train.finish = lambda config: None  # the checkpoint stays
     sys.argv = ["train.py", "--mode", "medusa1", *common, *base, *rows, *FIT, "--num-heads", "3", "--out", str(work / "run")]
     train.main()
-    train.report = stopped
+    return 0
 
 
 # ---- what is spoilt, and who meets it ----
@@ -218,105 +217,84 @@ def flags_of(config: type, chance: random.Random) -> list[str]:
     return [*argv, *([chance.choice(("--no", "-x", "extra", "--tre", "--"))] if chance.random() < 0.1 else [])]
 
 
-def draw_case(work: Path, chance: random.Random) -> tuple[str, Case]:
-    """Spoils something in `work`; returns what, and who is to meet it."""
-    kind = chance.choice(
-        (
-            "flags",
-            "flags",
-            "config.json",
-            "config.json",
-            "safetensors",
-            "safetensors",
-            "calibration",
-            "tokenizer",
-            "text",
-            "rows",
-            "checkpoint",
-            "pickle",
-            "tree file",
-        )
-    )
-    modes = ("distill", "medusa1", "medusa2")
-    if kind == "flags":
-        if chance.random() < 0.5:
-            return "flags of sample.py", sampling(work, *flags_of(sample.SampleConfig, chance))
-        mode = chance.choice(list(train.MODES))
-        return "flags of train.py", training(work, mode, *flags_of(train.MODES[mode], chance))
-    if kind == "text":
-        (work / "text.txt").write_bytes(texts(chance))
-        return kind, chance.choice((training(work, chance.choice(("base", *modes))), sampling(work, "--prompt-file", f"{work}/text.txt")))
-    if kind == "rows":
-        chance.choice((spoil_bytes, spoil_header))(chance.choice(sorted((work / "rows").iterdir())), chance)
-        return kind, training(work, chance.choice(("medusa1", "medusa2")))
-    if kind == "checkpoint":
-        chance.choice((spoil_bytes, spoil_header))(work / "run" / "checkpoint.safetensors", chance)
-        return kind, training(work, "medusa1", "--num-heads", "3", "--precision", "float32", "--resume", "--out", f"{work}/run")
-    if kind == "pickle":
-        path = work / "medusa_lm_head.pt"
-        torch.save(
-            {
-                f"{k}.{part}": Payload(work / "ran") if chance.random() < 0.3 else torch.zeros(16, 16)
-                for k in range(2)
-                for part in ("0.linear.weight", "0.linear.bias", "1.weight")
-            },
-            path,
-        )
-        if chance.random() < 0.3:
-            path.write_bytes(pickle.dumps(Payload(work / "ran")))
-        elif chance.random() < 0.5:
-            spoil_bytes(path, chance)
-        return kind, Case(lambda: MedusaHeads.from_official(path), ["official"])
-    if kind == "tree file":
-        junk = json.dumps([chance.choice(([0], [1], [0, 0], [], [-1], [1 << 70], ["x"], 0, None, [0.0], [[0]], [0] * 99)) for _ in range(chance.randint(0, 4))])
-        (work / "tree.json").write_text(junk if chance.random() < 0.8 else "[" * 100_000)
-        return kind, sampling(work, "--tree", f"{work}/tree.json")
-    if kind == "calibration":
-        spoil_json(work / "heads" / "calibration.json", chance)
-        return kind, sampling(work)
-    side = work / chance.choice(("base", "base", "heads"))
-    if kind == "config.json":
-        spoil_json(side / "config.json", chance)
-    elif kind == "safetensors":
-        chance.choice((spoil_bytes, spoil_header))(side / "model.safetensors", chance)
-    else:
-        spoil_bytes(work / "base" / "tokenizer.model", chance)
-    return kind, chance.choice((sampling(work), training(work, chance.choice(modes))))
+def spoil_flags(work: Path, chance: random.Random) -> Case:
+    if chance.random() < 0.5:
+        return sampling(work, *flags_of(sample.SampleConfig, chance))
+    mode = chance.choice(list(train.MODES))
+    return training(work, mode, *flags_of(train.MODES[mode], chance))
+
+
+def spoil_text(work: Path, chance: random.Random) -> Case:
+    (work / "text.txt").write_bytes(texts(chance))
+    return chance.choice((training(work, chance.choice(list(train.MODES))), sampling(work, "--prompt-file", f"{work}/text.txt")))
+
+
+def spoil_rows(work: Path, chance: random.Random) -> Case:
+    chance.choice((spoil_bytes, spoil_header))(chance.choice(sorted((work / "rows").iterdir())), chance)
+    return training(work, chance.choice(("medusa1", "medusa2")))
+
+
+def spoil_checkpoint(work: Path, chance: random.Random) -> Case:
+    chance.choice((spoil_bytes, spoil_header))(work / "run" / "checkpoint.safetensors", chance)
+    return training(work, "medusa1", "--num-heads", "3", "--precision", "float32", "--resume", "--out", f"{work}/run")
+
+
+def spoil_pickle(work: Path, chance: random.Random) -> Case:
+    """Official heads; some run code, if they are believed."""
+    path, payload = work / "medusa_lm_head.pt", Payload(work / "ran")
+    names = [f"{k}.{part}" for k in range(2) for part in ("0.linear.weight", "0.linear.bias", "1.weight")]
+    torch.save({name: payload if chance.random() < 0.3 else torch.zeros(16, 16) for name in names}, path)
+    if chance.random() < 0.3:
+        path.write_bytes(pickle.dumps(payload))
+    elif chance.random() < 0.5:
+        spoil_bytes(path, chance)
+    return Case(lambda: MedusaHeads.from_official(path), ["official"])
+
+
+def spoil_tree(work: Path, chance: random.Random) -> Case:
+    paths = ([0], [1], [0, 0], [], [-1], [1 << 70], ["x"], 0, None, [0.0], [[0]], [0] * 99)
+    junk = json.dumps(chance.choices(paths, k=chance.randint(0, 4)))
+    (work / "tree.json").write_text(junk if chance.random() < 0.8 else "[" * 100_000)
+    return sampling(work, "--tree", f"{work}/tree.json")
+
+
+def spoil_calibration(work: Path, chance: random.Random) -> Case:
+    spoil_json(work / "heads" / "calibration.json", chance)
+    return sampling(work)
+
+
+def spoil_config(work: Path, chance: random.Random) -> Case:
+    spoil_json(work / chance.choice(("base", "base", "heads")) / "config.json", chance)
+    return whoever_opens(work, chance)
+
+
+def spoil_weights(work: Path, chance: random.Random) -> Case:
+    chance.choice((spoil_bytes, spoil_header))(work / chance.choice(("base", "base", "heads")) / "model.safetensors", chance)
+    return whoever_opens(work, chance)
+
+
+def spoil_tokenizer(work: Path, chance: random.Random) -> Case:
+    spoil_bytes(work / "base" / "tokenizer.model", chance)
+    return whoever_opens(work, chance)
+
+
+def whoever_opens(work: Path, chance: random.Random) -> Case:
+    return chance.choice((sampling(work), training(work, chance.choice(("distill", "medusa1", "medusa2")))))
+
+
+KINDS = [spoil_flags, spoil_flags, spoil_config, spoil_config, spoil_weights, spoil_weights, spoil_calibration, spoil_tokenizer, spoil_text]
+KINDS += [spoil_rows, spoil_checkpoint, spoil_pickle, spoil_tree]  # those that stand twice have more to be spoilt
 
 
 # ---- the run of a case, and the verdict ----
 
 
-def child(case: Case, work: Path) -> tuple[int | None, str]:
-    """Exit code, None for a hang, and what was printed as an error."""
-    said = work / ".said"
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            for number, name in ((0, os.devnull), (1, os.devnull), (2, str(said))):
-                os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
-            sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1)
-            os.chdir(work)
-            os.environ["XDG_CACHE_HOME"] = str(work / "cache")
-            sys.argv = case.argv
-            run(case.main)
-            code = 0
-        except SystemExit as leaving:
-            code = leaving.code or 0
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        sys.stderr.flush()
-        os._exit(code)
-    until = time.monotonic() + SECONDS
-    while time.monotonic() < until:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status), said.read_text(encoding="utf-8", errors="replace")
-        time.sleep(0.005)
-    os.kill(pid, 9)
-    os.waitpid(pid, 0)
-    return None, said.read_text(encoding="utf-8", errors="replace")
+def meet(case: Case, work: Path) -> int:
+    os.chdir(work)
+    os.environ["XDG_CACHE_HOME"] = str(work / "cache")
+    sys.argv = case.argv
+    run(case.main)
+    return 0
 
 
 def left_over(work: Path) -> list[str]:
@@ -373,14 +351,18 @@ def main() -> None:
         inputs, work = Path(folder) / "inputs", Path(folder) / "work"
         work.mkdir()
         os.environ["XDG_CACHE_HOME"] = str(work / "cache")
-        make_inputs_apart(work)  # under the paths that a stopped run remembers
+        if in_a_child(partial(make_inputs, work), 10 * SECONDS, "/dev/stderr") != 0:  # under the paths that a stopped run remembers
+            raise ValueError("the inputs could not be made")
         work.rename(inputs)
         numbers = [config.only] if config.only >= 0 else range(config.cases)
         for number in tqdm(numbers, unit="case"):
             shutil.copytree(inputs, work)
-            kind, case = draw_case(work, random.Random(f"{config.seed} {number}"))
+            chance = random.Random(f"{config.seed} {number}")
+            spoil = chance.choice(KINDS)
+            kind, case = spoil.__name__.removeprefix("spoil_"), spoil(work, chance)
             before = contents(work)
-            code, said = child(case, work)
+            code = in_a_child(partial(meet, case, work), SECONDS, str(work / ".said"))
+            said = (work / ".said").read_text(encoding="utf-8", errors="replace")
             fault = verdict(code, said, before, work)
             counts[kind][{0: "works", 2: "refused"}.get(code, "fault") if not fault else "fault"] += 1
             if fault or config.only >= 0:
@@ -394,20 +376,6 @@ def main() -> None:
         about = {"command": command, "machine": machine(), "date": date.today().isoformat()}
         write_json(Path(config.out) / "fuzz.json", about | {"cases": {kind: dict(counts[kind]) for kind in sorted(counts)}, "faults": faults})
         print(f"{config.cases} cases, {len(faults)} faults: {Path(config.out) / 'fuzz.json'}")
-
-
-def make_inputs_apart(work: Path) -> None:
-    """In a child, which changes train.py's functions for itself alone."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            make_inputs(work)
-            os._exit(0)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-            os._exit(1)
-    if os.waitpid(pid, 0)[1]:
-        raise ValueError("the inputs could not be made")
 
 
 if __name__ == "__main__":

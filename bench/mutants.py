@@ -10,13 +10,12 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +27,7 @@ import torch
 import torch._dynamo  # noqa: F401
 from tqdm import tqdm
 
+from bench.child import in_a_child
 from bench.figures import machine
 from data.command import OneLineParser, run
 from data.packages import optional
@@ -102,35 +102,27 @@ def mutants(code: str) -> list[Mutant]:
     return found
 
 
+def passes(tests: list[str], copy: Path) -> int:
+    """Run the tests on the modules of the copy, not on those that this process has imported."""
+    os.chdir(copy)
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+    files = {name: str(getattr(module, "__file__", "")) for name, module in sys.modules.items()}
+    for name, file in files.items():
+        if str(ROOT) in file and "site-packages" not in file:
+            del sys.modules[name]
+    sys.dont_write_bytecode = True
+    sys.argv = ["pytest"]
+    return pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in tests)])
+
+
 def survives(mutant: Mutant, module: str, copy: Path) -> bool:
     """Do all tests pass with this fault?"""
     path = copy / module
     whole = path.read_bytes()
     path.write_text(mutant.code, encoding="utf-8")
-    pid = os.fork()
-    if pid == 0:
-        os.setpgid(0, 0)
-        for number in (1, 2):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
-        os.chdir(copy)
-        sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
-        for name in [
-            name for name, loaded in sys.modules.items() if str(ROOT) in (file := str(getattr(loaded, "__file__", ""))) and "site-packages" not in file
-        ]:
-            del sys.modules[name]
-        sys.dont_write_bytecode = True
-        sys.argv = ["pytest"]
-        os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in TESTS[module])]))
-    until, status = time.monotonic() + SECONDS, None
-    while time.monotonic() < until and status is None:
-        done, code = os.waitpid(pid, os.WNOHANG)
-        status = code if done else None
-        time.sleep(0.02)
-    if status is None:
-        os.killpg(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+    code = in_a_child(partial(passes, TESTS[module], copy), SECONDS)
     path.write_bytes(whole)
-    return status == 0
+    return code == 0
 
 
 def copy_of_the_repository(folder: str) -> Path:

@@ -26,8 +26,10 @@ SHOWN = (2, 4, 8, 16, 32, 64, 128, 256)
 
 @dataclass(frozen=True)
 class PredictConfig(Bench):
-    """Sections: here (this machine, from cost.json and decode.json in --out), device (any other, by its bandwidth and FLOP rate)."""
+    """Sections: here (this machine, from what cost and decode measured), device (any other, by its bandwidth and FLOP rate)."""
 
+    cost: str = option("bench/results/cost.json", "what bench.py cost measured here")
+    decode: str = option("bench/results/decode.json", "what bench.py decode measured here")
     bandwidth: float = option(3.35, "of the device's memory, in TB/s; the default is an H100's data sheet")
     flops: float = option(990.0, "TFLOP/s of its dense matmuls; the default is an H100's in bfloat16")
     width: int = option(2, "bytes of a weight")
@@ -80,14 +82,14 @@ def compare_rule(config: PredictConfig, rule: str, steps: dict, decoded: dict) -
 
 
 def predict_here(config: PredictConfig) -> dict:
-    costs, decoded = (read_results(f"{config.out}/{name}.json", name) for name in ("cost", "decode"))
+    costs, decoded = (read_results(getattr(config, name), name) for name in ("cost", "decode"))
     try:
         both = [name for name in RULES if name in costs and any(way.startswith("calibrated") for way in decoded.get(name, {"ways": ()})["ways"])]
         rules = {rule: compare_rule(config, rule, costs[rule]["steps"], decoded[rule]) for rule in both}
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{config.out}: cost.json or decode.json is not as bench.py writes it: {error!r}; measure it anew") from None
+        raise ValueError(f"{config.cost} or {config.decode} is not as bench.py writes it: {error!r}; measure it anew") from None
     if not rules:
-        raise ValueError(f"{config.out}: cost.json and decode.json have no rule in common, with calibrated trees: measure greedy with both")
+        raise ValueError(f"{config.cost} and {config.decode} have no rule in common, with calibrated trees: measure greedy with both")
     return {"rules": rules}
 
 

@@ -390,7 +390,7 @@ def undrawn(monkeypatch):
         ("rounds = 0", ["decode", "--rounds", "0"]),
         ("prompts = 0", ["typical", "--prompts", "0"]),
         ("--bandwidth and --flops must be above 0", ["predict", "--bandwidth", "0"]),
-        ("cost.json does not exist: python bench/bench.py cost writes it", ["predict"]),
+        ("cost.json does not exist: python bench/bench.py cost writes it", ["predict", "--cost", "nowhere/cost.json"]),
         ("invalid choice: 'guess'", ["guess"]),
         ("nowhere", ["typical", "--base", "nowhere"]),
     ],
@@ -402,9 +402,10 @@ def test_a_mistake_costs_one_line_and_nothing_else(refused, undrawn, says, argv,
 def test_results_that_are_none_are_refused_by_name(refused, undrawn, tmp_path):
     for name in ("cost", "decode"):
         (tmp_path / f"{name}.json").write_text(json.dumps({"results": {"greedy": {"ways": {"calibrated-4": {}}}}}))
-    refused("cost.json or decode.json is not as bench.py writes it", "predict", "--out", tmp_path)
+    flags = ["predict", "--out", tmp_path / "out", "--cost", tmp_path / "cost.json", "--decode", tmp_path / "decode.json"]
+    refused("decode.json is not as bench.py writes it", *flags)
     (tmp_path / "cost.json").write_text('{"results": []}')
-    refused("cost.json holds no results of python bench/bench.py cost", "predict", "--out", tmp_path)
+    refused("cost.json holds no results of python bench/bench.py cost", *flags)
 
 
 def test_a_run_that_was_stopped_measures_what_is_missing(undrawn, tmp_path, capsys):
@@ -470,7 +471,7 @@ def test_every_subcommand_measures_and_predict_reads_what_they_wrote(small, call
         "decode": [*DECODING, "--rounds", "2", "--ways", *OURS],
         "typical": DECODING,
         "cost": ["--rounds", "2", "--steps", "2", "--nodes", "3"],
-        "predict": ["--context", "64"],
+        "predict": ["--context", "64", "--cost", tmp_path / "out/cost.json", "--decode", tmp_path / "out/decode.json"],
         "endurance": ["--tokens", "160", "--prompt-tokens", "6", "--new-tokens", "8", "--nodes", "3", "--checks", "2"],
     }
     found = {}
