@@ -17,6 +17,7 @@ from hypothesis import given, settings, strategies as st
 import medusa
 import train
 from bench import bench, cost, decode, endurance, predict, results, roofline, training, typical
+from bench.child import in_a_child
 from bench.dynamic import dynamic_generate
 from medusa import MedusaConfig, Sampling, generate, medusa_generate
 from model import GPT, ModelConfig
@@ -198,6 +199,18 @@ def test_a_step_cost_compares_with_the_plain_steps_of_its_own_round():
     plain, tree = ([[{"step": seconds * slow}] * 2 for slow in (1, 4, 1)] for seconds in (2.0, 3.0))
     assert cost.step_cost(tree, plain) == 1.5
     assert cost.step_cost(tree[1:], plain[:2]) == pytest.approx((3 * 4 / 2 + 3 / 8) / 2)
+
+
+@pytest.mark.parametrize(
+    "work, code, says", [("return 3", 3, ""), ("sys.exit(2)", 2, ""), ("raise ValueError('mine')", 1, "ValueError: mine"), ("time.sleep(60)", None, "")]
+)
+def test_a_child_says_how_it_ended_and_is_killed_in_time(work, code, says, tmp_path):
+    """And what it prints stays with it."""
+    scope = {"sys": sys, "time": cost.time}
+    exec(f"def work():\n    print('noise')\n    {work}", scope)
+    assert in_a_child(scope["work"], 0.5 if code is None else 30, str(tmp_path / "errors")) == code
+    said = (tmp_path / "errors").read_text()
+    assert says in said if says else said == ""
 
 
 # ---- what is timed ----
