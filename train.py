@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
@@ -183,51 +184,46 @@ def backpropagate(
     Returns (2K + 1,): the losses of base and heads, and the share of targets that each head's first guess met.
 
     K x V logits of all positions would fill the memory. So the hidden states are cut off from the base, the loss is taken
-    chunk by chunk and backpropagated to them, and from there through the base once.
+    chunk by chunk and backpropagated to them, and from there through the base once. Positions without a target are left out.
     """
     weight_base, weight_heads = weights
     K, V = heads.config.num_heads, heads.config.vocab_size
+    ahead, carries = (F.pad(rows, (0, K)).unfold(1, K + 2, 1) for rows in (tokens, mask))  # (B, T - 1, K + 2): a position's token and those to come
+    places = carries[..., 1:].any(-1)  # (B, T - 1)
+    places[0, 0] |= ~places.any()  # one at least, so that there is a gradient
+    ahead, carries = ahead[places], carries[places]  # (n, K + 2), n positions in all
     with torch.set_grad_enabled(weight_base > 0):
-        hidden = model(tokens[:, :-1])  # (B, T - 1, D)
+        hidden = model(tokens[:, :-1])[places]  # (n, D)
     cut = hidden.detach().requires_grad_(weight_base > 0)
     figures = torch.zeros(2 * K + 1, device=tokens.device)
-    chunk = max(CHUNK_LOGITS // (len(tokens) * (K + 2) * V), 1)
     if teacher and weight_base > 0:
         with torch.no_grad():
-            goal, goal_head = teacher[0](tokens[:, :-1]), teacher[1]  # (B, T - 1, D)
-    for start in range(0, cut.shape[1], chunk):
-        part = cut[:, start : start + chunk]  # (B, n, D)
-        ahead, carries = (rows[:, start : start + chunk + K + 1] for rows in (tokens, mask))
+            goal, goal_head = teacher[0](tokens[:, :-1])[places], teacher[1]  # (n, D)
+    chunk = max(CHUNK_LOGITS // ((K + 2) * V), 1)
+    for start in range(0, len(cut), chunk):
+        part = slice(start, start + chunk)
         loss = torch.zeros((), device=tokens.device)
         if weight_base > 0:
-            logits = model.lm_head(part)  # (B, n, V)
+            logits = model.lm_head(cut[part])  # (chunk, V)
             if teacher:
                 with torch.no_grad():
-                    goal_logits = goal_head(goal[:, start : start + chunk])
-                loss = distillation_loss(logits, goal_logits, carries[:, 1 : part.shape[1] + 1], counts[0])
+                    goal_logits = goal_head(goal[part])
+                loss = distillation_loss(logits, goal_logits, carries[part, 1], counts[0])
             else:
-                loss = cross_entropy_ahead(logits, ahead, carries, 1, counts[0])
+                loss = cross_entropy_ahead(logits[:, None], ahead[part], carries[part], 1, counts[0])
             figures[0] += loss.detach()
             loss = weight_base * loss
         if weight_heads > 0:
-            guesses = heads(part, model.lm_head)  # (K, B, n, V)
-            medusa, per_head = medusa_loss(guesses, ahead, carries, decay, counts[1:])
-            figures[1:] += torch.cat((per_head.detach(), hits(guesses.detach(), ahead, carries) / counts[1:].clamp(min=1)))
+            guesses = heads(cut[part], model.lm_head)  # (K, chunk, V)
+            medusa, per_head = medusa_loss(guesses[:, :, None], ahead[part], carries[part], decay, counts[1:])
+            hits = ((guesses.argmax(-1).mT == ahead[part, 2:]) & carries[part, 2:]).sum(0)  # (K,)
+            figures[1:] += torch.cat((per_head.detach(), hits / counts[1:].clamp(min=1)))
             loss = loss + weight_heads * medusa
         if loss.requires_grad:
             loss.backward()
     if weight_base > 0:
         hidden.backward(cut.grad)
     return figures
-
-
-def hits(guesses: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """(K,): how many of the targets that carry loss are the first guess in guesses (K, B, n, V)."""
-    met = []
-    for ahead, guess in enumerate(guesses.argmax(-1), start=2):  # (B, n)
-        n = max(min(guess.shape[1], tokens.shape[1] - ahead), 0)
-        met.append(((guess[:, :n] == tokens[:, ahead : ahead + n]) & mask[:, ahead : ahead + n]).sum())
-    return torch.stack(met)
 
 
 def fit(

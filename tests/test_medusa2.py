@@ -175,14 +175,16 @@ def test_a_step_in_chunks_and_parts_has_the_gradient_of_the_whole_loss_written_o
     torch.testing.assert_close(gradients_of(model, heads), expected, rtol=1e-10, atol=1e-12)
 
 
-def test_the_logits_of_a_chunk_are_no_more_than_the_limit(monkeypatch):
+@pytest.mark.parametrize("first, expected", [(0, [12, 12, 12, 9]), (11, [12, 9])], ids=["all tokens carry loss", "the last five do"])
+def test_a_chunk_is_no_larger_than_the_limit_and_holds_only_positions_with_a_target(monkeypatch, first, expected):
     model = random_gpt(0)
     heads, tokens = random_heads(model, 2, 0), torch.zeros(3, 16, dtype=torch.long)
     sizes = []
-    monkeypatch.setattr(train, "medusa_loss", lambda logits, *rest: (sizes.append(logits.numel()), medusa_loss(logits, *rest))[1])
-    monkeypatch.setattr(train, "CHUNK_LOGITS", 4 * 3 * (2 + 2) * 5)
-    backpropagate(model, heads, tokens, tokens == 0, torch.tensor([45, 42, 39]), (0.0, 1.0))
-    assert sizes == [120, 120, 120, 90]
+    monkeypatch.setattr(train, "medusa_loss", lambda logits, *rest: (sizes.append(logits.numel() // (2 * 5)), medusa_loss(logits, *rest))[1])
+    monkeypatch.setattr(train, "CHUNK_LOGITS", 12 * (2 + 2) * 5)
+    mask = (torch.arange(16) >= first).expand(3, 16)
+    backpropagate(model, heads, tokens, mask, torch.tensor([45, 42, 39]), (0.0, 1.0))
+    assert sizes == expected
 
 
 @pytest.mark.parametrize("lora", [False, True])
