@@ -86,8 +86,7 @@ class KVCache:
         shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads, capacity, config.head_size)
         self.data = torch.zeros(shape, dtype=dtype, device=device)
         self.layers = [tuple(layer) for layer in self.data]  # per layer (keys, values), each a view (B, nkv, capacity, hs)
-        self.capacity = capacity
-        self.length = 0
+        self.capacity, self.length = capacity, 0
 
     def keep(self, start: int, rows: list[int]) -> None:
         """Of the rows written from `start` on, keep `rows` (ascending, relative to `start`) and forget the others."""
@@ -164,7 +163,7 @@ class Attention(nn.Module):
         v = v.transpose(1, 2)  # (B, nkv, T, hs)
         if cache is not None:
             keys, values = cache
-            if isinstance(start, Tensor):  # the rows themselves: see Compiled
+            if isinstance(start, Tensor):  # the rows themselves: see data/compiled.py
                 k, v = keys.index_copy_(2, start, k), values.index_copy_(2, start, v)  # (B, nkv, capacity, hs)
             else:
                 keys[:, :, start : start + T] = k
@@ -291,42 +290,6 @@ class GPT(nn.Module):
         if config.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
         return model.eval()
-
-
-class Compiled:
-    """A GPT whose steps of so many tokens as `sizes` says go through torch.compile; others, such as a prompt's, go as they always do.
-
-    Shapes are static, so that each size is compiled once: attention runs over the whole cache, and rows that are not written yet are
-    masked. On cuda a step is one CUDA graph. All else is the model's own.
-    """
-
-    ROWS = 256  # a cache is a multiple of these long, so that texts of many lengths share a compilation
-
-    def __init__(self, model: GPT, sizes: set[int]):
-        self.model, self.sizes = model, sizes
-        mode = "reduce-overhead" if model.lm_head.weight.device.type == "cuda" else None
-        self.trunk = torch.compile(model.trunk, fullgraph=True, dynamic=False, mode=mode)
-
-    def __getattr__(self, name: str):
-        return getattr(self.model, name)
-
-    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
-        cache = self.model.new_cache(-(-capacity // self.ROWS) * self.ROWS, batch)
-        for part in (part for layer in cache.layers for part in layer):
-            torch._dynamo.mark_static_address(part, guard=False)  # a CUDA graph writes to it where it stands
-        return cache
-
-    def __call__(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """As GPT.forward, for masks (T, S+T) of floats."""
-        T, start = tokens.shape[1], cache.length if cache is not None else 0
-        if cache is None or T not in self.sizes or start == 0 or (mask is None and T > 1):
-            return self.model(tokens, positions, mask, cache)
-        rows = torch.arange(start, start + T, device=tokens.device)
-        seen = self.rotary.new_zeros(T, start + T) if mask is None else mask
-        mask = F.pad(seen, (0, cache.capacity - start - T), value=-math.inf)  # (T, capacity)
-        hidden = self.trunk(tokens, self.rotary[rows if positions is None else positions], mask, cache.layers, rows)
-        cache.length = start + T
-        return hidden
 
 
 # ---- the Llama layout on disk: the one place that knows that q, k, v and gate, up stand apart there ----

@@ -22,12 +22,14 @@ import torch
 from data.calibration import read_calibration
 from data.chat import chat_prompt
 from data.command import OneLineParser, add_options, option, run
+from data.compiled import Compiled
+from data.difference import first_difference, gap_at
 from data.machine import pick_device
 from data.printer import Printer
 from data.tokenizer import SHIPPED_BASE, load_base
 from data.trace import Trace, check_page
-from medusa import ROOT, MedusaHeads, NoiseAhead, Sampling, accept, base_distribution, check_fit, generate as plain_generate, medusa_generate, text_limit
-from model import GPT, Compiled, check_sizes, read_json
+from medusa import ROOT, MedusaHeads, Sampling, accept, check_fit, generate as plain_generate, medusa_generate, text_limit
+from model import GPT, check_sizes, read_json
 from tree import Tree, calibrated_tree, cartesian_tree, choose_size, expected_tokens, tree_from_paths
 
 DEFAULT_PROMPT = 'def quote(s):\n    """Return a quoted copy of the string."""\n    if not s:\n'
@@ -78,19 +80,14 @@ def sampling_of(config: SampleConfig) -> Sampling:
 def read_prompt(config: SampleConfig) -> str:
     if (config.prompt != DEFAULT_PROMPT) + bool(config.prompt_file) + bool(config.chat) > 1:
         raise ValueError("--prompt, --prompt-file and --chat contradict each other: leave only one of them")
-    if not config.prompt_file:
-        text = config.chat or config.prompt
-        if not text:
-            raise ValueError("--prompt is empty: give at least one character")
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError("--prompt is not UTF-8 text: check the terminal's encoding, or use --prompt-file")
-        return text
+    source = f"--prompt-file {config.prompt_file}" if config.prompt_file else "--prompt"
     try:
-        text = Path(config.prompt_file).read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompt-file {config.prompt_file} cannot be read as UTF-8 text: {error}") from None
+        data = Path(config.prompt_file).read_bytes() if config.prompt_file else (config.chat or config.prompt).encode()
+        text = data.decode("utf-8")
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"{source} cannot be read as UTF-8 text: {error}") from None
     if not text:
-        raise ValueError(f"--prompt-file {config.prompt_file} is empty: give at least one character")
+        raise ValueError(f"{source} is empty: give at least one character")
     return text
 
 
@@ -200,25 +197,6 @@ def timed_run(steps: Iterable[list[int]], show: Callable[[list[int]], None] = la
         times.append(time.perf_counter() - start)
         tokens += emitted
         show(emitted)
-
-
-def first_difference(a: list[int], b: list[int]) -> int | None:
-    """The first place at which the texts differ, None if nowhere."""
-    if a == b:
-        return None
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-
-
-@torch.inference_mode()
-def gap_at(model: GPT, prompt: list[int], ours: list[int], plain: list[int], at: int, sampling: Sampling, seed: int) -> float:
-    """How near the two were where the texts part: the difference of the two logits, or of the logarithms of their times in the race."""
-    device = model.lm_head.weight.device
-    logits = model.lm_head(model(torch.tensor([prompt + plain[:at]], device=device))[0, -1])  # (V,)
-    if sampling.temperature == 0:
-        return abs(logits[ours[at]] - logits[plain[at]]).item()
-    noise = NoiseAhead(model.lm_head.weight, sampling, torch.Generator(device).manual_seed(seed)).at((at,))[0]  # (V,)  # pyright: ignore[reportOptionalSubscript]
-    scores = (base_distribution(logits, sampling) / noise).log()
-    return abs(scores[ours[at]] - scores[plain[at]]).item()
 
 
 def compare(ours: Run, plain: Run, difference: str, tree: Tree, why: str) -> str:

@@ -24,22 +24,21 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data.calibration import calibrate, held_out_rows, report
-from data.checkpoint import checkpoint_path, remove_checkpoint, resume, save_checkpoint
+from data.checkpoint import finish, prepare, resume, save_checkpoint
 from data.command import Common, OneLineParser, add_options, option, run
 from data.corpus import documents, packed, seeded, shuffled, windows
 from data.distilled import DistillConfig, continued, distill, distilled_rows
-from data.machine import autocast, check_kind, check_out, is_first, pick_device, pick_precision, say, sum_over_processes
-from data.packages import optional
+from data.lora import add_adapters, merge_adapters, without_adapters
+from data.machine import autocast, check_kind, is_first, say, sum_over_processes
 from data.perplexity import bits_per_byte, perplexity
 from data.shards import base_digest, digest_of, read_shards
 from data.tokenizer import SHIPPED_BASE, AnyTokenizer, copy_tokenizer, disk_dtype, load_base, train_tokenizer
 from medusa import DECAY, ROOT, MedusaConfig, MedusaHeads, Sampling, check_fit, cross_entropy_ahead, distillation_loss, medusa_loss
-from model import GPT, Linear, ModelConfig, check_sizes, write_atomically, write_json
+from model import GPT, ModelConfig, check_sizes, write_atomically, write_json
 
 
 @dataclass(frozen=True)
@@ -140,23 +139,6 @@ class Medusa2Config(Medusa1Config):
 MODES: dict[str, type[Common]] = {"base": BaseConfig, "distill": DistillConfig, "medusa1": Medusa1Config, "medusa2": Medusa2Config}
 
 
-def prepare(config: Fit) -> tuple[torch.device, torch.dtype]:
-    """What can go wrong is looked at before the work."""
-    check_out(config.out)
-    processes = dist.get_world_size() if dist.is_initialized() else 1
-    if config.batch < processes * config.accumulate:
-        raise ValueError(f"--batch {config.batch} is less than {processes} processes x --accumulate {config.accumulate}")
-    path = checkpoint_path(config)
-    if config.resume and not path.exists():
-        raise ValueError(f"--resume: {path} does not exist; leave --resume out to start a run")
-    if path.exists() and not config.resume:
-        raise ValueError(f"{path} is of a run that was stopped, or goes on at this moment: take it up with --resume, remove it, or name another --out")
-    if config.plot:
-        optional("matplotlib", "--plot", "bench/requirements.txt")
-    device = pick_device(config.device)
-    return device, pick_precision(config.precision, device)
-
-
 # ---- optimisation, the same in every mode ----
 
 
@@ -188,6 +170,8 @@ def backpropagate(
     """
     weight_base, weight_heads = weights
     K, V = heads.config.num_heads, heads.config.vocab_size
+    width = max([2, *(mask.any(0).nonzero()[:, 0] + 1).tolist()])  # behind the last target nothing is learnt
+    tokens, mask = tokens[:, :width], mask[:, :width]
     ahead, carries = (F.pad(rows, (0, K)).unfold(1, K + 2, 1) for rows in (tokens, mask))  # (B, T - 1, K + 2): a position's token and those to come
     places = carries[..., 1:].any(-1)  # (B, T - 1)
     places[0, 0] |= ~places.any()  # one at least, so that there is a gradient
@@ -289,15 +273,6 @@ def is_matrix(parameter: nn.Parameter) -> bool:
     return parameter.dim() > 1 and parameter.shape[-2] > 1
 
 
-def finish(config: Fit) -> None:
-    """The run is over, its results are written."""
-    remove_checkpoint(config)
-    if config.plot:
-        from bench.plot import draw_log
-
-        draw_log(Path(config.out) / "log.jsonl")
-
-
 # ---- base ----
 
 
@@ -351,10 +326,12 @@ def rows_to_train(config: Medusa1Config, shards: Path, tokenizer: AnyTokenizer, 
 
         return windows_of_step, digest_of(corpus)
     rows, carries = read_shards(shards, "train-*.safetensors", vocab_size)
+    ends = carries.int().cumsum(1).argmax(1)  # the last target of each row
 
     def rows_of_step(step: int) -> tuple[Tensor, Tensor]:
         places = range(step * config.batch, (step + 1) * config.batch)
         chosen = torch.stack([shuffled(len(rows), config.seed, place // len(rows))[place % len(rows)] for place in places])
+        chosen = chosen[ends[chosen].argsort(stable=True)]  # by length: of a part of the batch as little as possible is padding
         return rows[chosen], carries[chosen]
 
     return rows_of_step, digest_of(rows)
@@ -366,7 +343,7 @@ def heads_to_train(config: Medusa1Config, model: GPT, device: torch.device) -> M
         check_fit(model, heads, ROOT)
         return heads
     shape = MedusaConfig(model.config.hidden_size, model.config.vocab_size, config.num_heads, config.num_hidden_layers, config.original_lm_head)
-    return MedusaHeads(shape, model.lm_head).to(device)
+    return MedusaHeads(shape, model.lm_head).to(device, torch.float32)
 
 
 def schedule(config: Medusa1Config, step: int) -> tuple[tuple[float, float], dict[str, float]]:
@@ -385,7 +362,7 @@ def train_medusa(config: Medusa1Config) -> None:
     if not joint:
         check_kind(config.out, heads=True)
     device, dtype = prepare(config)
-    tokenizer, model = load_base(config.base, device=device)
+    tokenizer, model = load_base(config.base, torch.float32 if joint else dtype, device)  # a frozen base needs no more digits than it is used with
     model.requires_grad_(False)
     text = packed(documents(True, config.text), tokenizer)
     before = perplexity(model, text) if is_first() and joint else None
@@ -420,8 +397,9 @@ def train_medusa(config: Medusa1Config) -> None:
         model = load_base(base, device=device)[1]
         held_out = {t: continued(model, *rows, Sampling(float(t)), config.seed) for t, rows in held_out.items()}
     say("the heads are trained; calibrating on held-out rows, and measuring the base's perplexity")
-    calibration = calibrate(model, heads.eval(), held_out)
-    heads.save_pretrained(out)
+    heads = heads.to(disk_dtype(base)).float().eval()  # as they will stand on disk
+    calibration = calibrate(model, heads, held_out)
+    heads.to(disk_dtype(base)).save_pretrained(out)
     write_json(Path(out) / "calibration.json", calibration)
     finish(config)
     after = perplexity(model, text)
@@ -447,49 +425,8 @@ def trained_base(config: Medusa2Config, model: GPT) -> tuple[dict[str, nn.Parame
         return dict(model.named_parameters()), frozen and (frozen, frozen.lm_head)
     adapters = add_adapters(model, config.seed)
 
-    def without_adapters(tokens: Tensor) -> Tensor:
-        for adapter in adapters.values():
-            adapter.on = False
-        try:
-            return model(tokens)
-        finally:
-            for adapter in adapters.values():
-                adapter.on = True
-
     learning = {f"{name}.{part}": p for name, adapter in adapters.items() for part, p in adapter.named_parameters()}
-    return learning, (without_adapters, model.lm_head) if soft else None
-
-
-class Adapter(nn.Module):
-    """W + alpha / r * up down, of rank r; up starts at zero, so that nothing changes at first.  ("LoRA", Hu et al., 2021)"""
-
-    RANK, ALPHA = 32, 16
-
-    def __init__(self, weight: Tensor, generator: torch.Generator):
-        super().__init__()
-        rows, columns = weight.shape
-        down = torch.randn(self.RANK, columns, generator=generator) / columns**0.5
-        self.down, self.up = nn.Parameter(down.to(weight)), nn.Parameter(weight.new_zeros(rows, self.RANK))
-        self.on = True
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.ALPHA / self.RANK * (self.up @ self.down) if self.on else weight
-
-
-def add_adapters(model: GPT, seed: int) -> dict[str, Adapter]:
-    """On all linear layers of the blocks, whose own weights stay frozen."""
-    adapters, generator = {}, seeded(seed)
-    for name, module in list(model.layers.named_modules()):
-        if isinstance(module, Linear):
-            adapters[name] = Adapter(module.weight, generator)
-            parametrize.register_parametrization(module, "weight", adapters[name])
-    return adapters
-
-
-def merge_adapters(model: GPT) -> None:
-    for module in model.modules():
-        if parametrize.is_parametrized(module):
-            parametrize.remove_parametrizations(module, "weight")
+    return learning, (partial(without_adapters, model, adapters), model.lm_head) if soft else None
 
 
 def main() -> None:

@@ -17,11 +17,15 @@ from bench.dynamic import dynamic_generate
 from bench.figures import distinct
 from bench.results import Decoding, held_out_prompts, load, markdown, measure, need
 from data.calibration import CALIBRATION_NODES, head_ranks, held_out_rows, read_calibration
+from data.chat import turn_prompts
 from data.command import option
+from data.compiled import Compiled
+from data.difference import first_difference, gap_at
 from data.distilled import distilled_rows
+from data.tokenizer import AnyTokenizer
 from medusa import MedusaHeads, Sampling, generate, medusa_generate
-from model import GPT, Compiled, check_sizes
-from sample import COMPILED_SIZES, SIZES as TIMED_SIZES, first_difference, gap_at, pick_tree, timed_run
+from model import GPT, check_sizes
+from sample import COMPILED_SIZES, SIZES as TIMED_SIZES, pick_tree, timed_run
 from train import Medusa1Config
 from tree import Tree, best_first_tree, calibrated_tree, cartesian_tree, replay, tree_from_paths
 
@@ -42,6 +46,7 @@ class DecodeConfig(Decoding):
     compile: bool = option(False, "compile the steps of all our ways with torch.compile")
     rounds: int = option(5, "times that every way decodes every prompt; speeds are medians over the rounds")
     ways: list[str] = option([], f"some of {' '.join(WAYS)}; plain is always there; default: all")
+    turns: list[str] = option([], "files of user turns: a chat model answers the last of the held-out ones, to the end of each answer")
     distilled: str = option("", "rows that the base wrote, for the product of marginals; default: as for train.py --mode medusa1")
 
     def __post_init__(self):
@@ -71,6 +76,15 @@ Way = Callable[[list[int], int], Timing]
 def ours(steps: Iterator[list[int]]) -> Timing:
     run = timed_run(steps)
     return Timing(run.tokens, len(run.tokens) - 1, len(run.times), sum(run.times))
+
+
+def prompts_of(config: DecodeConfig, tokenizer: AnyTokenizer) -> list[list[int]]:
+    if not config.turns:
+        return held_out_prompts(tokenizer, config.prompts, config.prompt_tokens)
+    held_out = turn_prompts(config.turns, config.base, tokenizer, config.prompt_tokens)["validation"]  # trees are calibrated on the first of them
+    if len(held_out) < config.prompts:
+        raise ValueError(f"--prompts {config.prompts}: only {len(held_out)} turns are held out")
+    return held_out[-config.prompts :]
 
 
 # ---- trees ----
@@ -127,10 +141,10 @@ class Clock:
         pass
 
 
-def open_peer(base: str):
-    """The same weights in transformers; it never ends a text either."""
-    peer = need("transformers").LlamaForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True).eval()
-    peer.generation_config.eos_token_id = None
+def open_peer(base: str, ends: tuple[int, ...]):
+    """The same weights in transformers; these tokens end a text there too."""
+    peer = need("transformers").AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True).eval()
+    peer.generation_config.eos_token_id = list(ends) or None
     peer.generation_config.pad_token_id = 0
     return peer
 
@@ -161,7 +175,7 @@ def ways_of(config: DecodeConfig, model: GPT, heads: MedusaHeads, sampling: Samp
         name: lambda prompt, seed, size=size: ours(dynamic_generate(model, heads, size, prompt, n, sampling, seeded(seed))) for name, size in nodes.items()
     }
     if not sampling.typical and any(way.startswith("transformers") for way in config.chosen):
-        peer = open_peer(config.base)
+        peer = open_peer(config.base, model.config.ends)
         ways["transformers"] = partial(peer_way, peer, n, sampling, None)
         ways |= {f"transformers-lookup-{count}": partial(peer_way, peer, n, sampling, count) for count in LOOKUPS}
     return {name: ways[name] for name in config.chosen if name in ways}
@@ -219,12 +233,12 @@ def sameness(model: GPT, mine: list[list[Timing]], plain: list[list[Timing]], pr
 
 def measure_rule(config: DecodeConfig, name: str) -> dict:
     sampling = RULES[name]
-    tokenizer, model, heads = load(config)
+    tokenizer, model, heads = load(config, ends=bool(config.turns))
     if config.compile:
         torch._dynamo.config.recompile_limit = len(WAYS)  # of tree sizes
         model = Compiled(model, {1, *COMPILED_SIZES})
         heads.compile(fullgraph=True, dynamic=False)
-    prompts = held_out_prompts(tokenizer, config.prompts, config.prompt_tokens)
+    prompts = prompts_of(config, tokenizer)
     trees = trees_of(config, model, heads, sampling, prompts[0])
     if config.compile:
         model.sizes |= {len(tree) for tree in trees.values()}
@@ -236,7 +250,7 @@ def measure_rule(config: DecodeConfig, name: str) -> dict:
             rows[way] |= sameness(model, mine, timings["plain"], prompts, sampling)
         if way in trees or way.startswith("dynamic"):
             rows[way]["nodes"] = len(trees[way]) if way in trees else len(trees["cost-chosen"]) if way == "dynamic-cost-chosen" else 16
-    context = config.prompt_tokens + config.new_tokens // 2  # where steps stand on average
+    context = sum(map(len, prompts)) // len(prompts) + config.new_tokens // 2  # where steps stand on average
     return {"ways": rows, "rounds": config.rounds, "prompts": config.prompts, "context": context}
 
 

@@ -27,11 +27,12 @@ import torch
 
 from data.calibration import CALIBRATION_TEMPERATURES
 from data.corpus import documents, packed, windows
+from data.difference import first_difference, gap_at
 from data.perplexity import bits_per_byte
 from data.tokenizer import Tokenizer
 from medusa import MedusaHeads, Sampling, generate, medusa_generate
 from model import GPT, read_json, write_json
-from sample import first_difference, gap_at, pick_tree, timed_run
+from sample import pick_tree, timed_run
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 50, 64, 128
 FIGURES = ROOT / "bench/figures.json"
@@ -69,7 +70,7 @@ def measure_base() -> dict:
 def distinct(texts: list[list[int]], n: int = 4) -> float:
     """Mean share of a text's n-grams that are not repeats: near 0 for a loop."""
     grams = [[tuple(text[i : i + n]) for i in range(len(text) - n + 1)] for text in texts]
-    return statistics.mean(len(set(text)) / len(text) for text in grams)
+    return statistics.mean(len(set(text)) / len(text) for text in grams if text)
 
 
 def measure_decoding(heads_directory: Path = ROOT / "data/heads", nodes: dict[str, int] | None = None) -> dict:

@@ -44,12 +44,13 @@ class Decoding(Bench):
 need = partial(optional, user="bench/bench.py", requirements="bench/requirements.txt")
 
 
-def load(config: Bench) -> tuple[AnyTokenizer, GPT, MedusaHeads]:
-    """The model never ends a text, so that all texts are equally long."""
+def load(config: Bench, ends: bool = False) -> tuple[AnyTokenizer, GPT, MedusaHeads]:
+    """Unless it is asked to, the model never ends a text, so that all texts are equally long."""
     tokenizer, model = load_base(config.base)
     heads = MedusaHeads.from_pretrained(config.heads)
     check_fit(model, heads, ROOT)
-    model.config = replace(model.config, eos_token_id=None)
+    if not ends:
+        model.config = replace(model.config, eos_token_id=None)
     return tokenizer, model, heads
 
 

@@ -19,11 +19,11 @@ import torch
 
 from data.command import OneLineParser, add_options, option, run
 from data.corpus import documents, packed, windows
+from data.difference import first_difference, gap_at
 from data.machine import check_out
 from data.tokenizer import SHIPPED_BASE, disk_dtype, load_base
 from medusa import ROOT as NO_TREE, MedusaHeads, Sampling, check_fit, generate, medusa_generate
 from model import GPT, read_json, read_safetensors, write_json, write_safetensors
-from sample import first_difference, gap_at
 from tree import cartesian_tree
 
 

@@ -3,6 +3,7 @@
 Dimension key: B rows, T tokens, K heads, V vocabulary.
 """
 
+import copy
 from collections import Counter
 from pathlib import Path
 
@@ -49,12 +50,13 @@ def head_ranks(model: GPT, heads: MedusaHeads, tokens: Tensor, carries: Tensor, 
     """
     K, n = heads.config.num_heads, tokens.shape[1] - heads.config.num_heads - 1
     ranks, generator = [], torch.Generator(tokens.device).manual_seed(0)
+    lm_head = copy.deepcopy(model.lm_head).to(heads.weight.dtype)  # the base may be in half precision, in which many logits are equal
     for row, mask in zip(tokens, carries):
-        hidden = model(row[None, :-1])[0]  # (T-1, D)
+        hidden = model(row[None, :-1])[0].to(heads.weight.dtype)  # (T-1, D)
         if sampling.temperature > 0:
-            noise = noise_of_draws(base_distribution(model.lm_head(hidden), sampling), row[1:], generator)  # (T-1, V), of tokens 1, 2, ...
+            noise = noise_of_draws(base_distribution(lm_head(hidden), sampling), row[1:], generator)  # (T-1, V), of tokens 1, 2, ...
         found = []
-        for k, logits in enumerate(heads(hidden[:n], model.lm_head), start=1):  # (n, V); at t they guess token t+k+1
+        for k, logits in enumerate(heads(hidden[:n], lm_head), start=1):  # (n, V); at t they guess token t+k+1
             scores = favour(logits, sampling, noise[k : k + n] if sampling.temperature > 0 else None)
             found.append((scores > scores.gather(1, row[k + 1 : k + 1 + n, None])).sum(-1))
         ranks.append(torch.stack(found, dim=1)[scored(mask[None], K)[0]].cpu())  # (n, K)

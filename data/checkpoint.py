@@ -1,11 +1,14 @@
-"""What a training run that was stopped needs to go on, in one file, written atomically. `config` is the run's, a Fit of train.py."""
+"""The beginning of a training run, and what one that was stopped needs to go on, in one file, written atomically. `config` is the run's, a Fit of train.py."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
+from data.machine import check_out, pick_device, pick_precision
+from data.packages import optional
 from data.shards import metadata_of
 from model import read_safetensors, write_safetensors
 
@@ -14,6 +17,23 @@ NOT_RESULT = ("out", "resume", "plot", "save_every", "device")  # settings that 
 
 def checkpoint_path(config) -> Path:
     return Path(config.out) / "checkpoint.safetensors"
+
+
+def prepare(config) -> tuple[torch.device, torch.dtype]:
+    """What can go wrong is looked at before the work: the device of the run, and the dtype of its matmuls."""
+    check_out(config.out)
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    if config.batch < processes * config.accumulate:
+        raise ValueError(f"--batch {config.batch} is less than {processes} processes x --accumulate {config.accumulate}")
+    path = checkpoint_path(config)
+    if config.resume and not path.exists():
+        raise ValueError(f"--resume: {path} does not exist; leave --resume out to start a run")
+    if path.exists() and not config.resume:
+        raise ValueError(f"{path} is of a run that was stopped, or goes on at this moment: take it up with --resume, remove it, or name another --out")
+    if config.plot:
+        optional("matplotlib", "--plot", "bench/requirements.txt")
+    device = pick_device(config.device)
+    return device, pick_precision(config.precision, device)
 
 
 def save_checkpoint(config, step: int, parts: dict, optimizer: torch.optim.Optimizer, inputs: str) -> None:
@@ -52,8 +72,12 @@ def resume(config, parts: dict, optimizer: torch.optim.Optimizer, inputs: str) -
     return finished
 
 
-def remove_checkpoint(config) -> None:
-    """And what a kill left half written."""
+def finish(config) -> None:
+    """The run is over, its results are written: the checkpoint goes, and what a kill left half written."""
     path = checkpoint_path(config)
     for path in [path, *path.parent.glob(f".{path.name}.*")]:
         path.unlink()
+    if config.plot:
+        from bench.plot import draw_log
+
+        draw_log(Path(config.out) / "log.jsonl")

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medusa import at_least_float32
 from model import GPT
 
 PERPLEXITY_TOKENS = 1 << 15
@@ -22,7 +23,7 @@ def cross_entropy(model: GPT, tokens: Tensor) -> float:
         if len(window) - 1 <= fresh:
             break
         logits = model.lm_head(model(window[None, :-1])[0, fresh:])
-        nats += F.cross_entropy(logits, window[1 + fresh :], reduction="sum").item()
+        nats += F.cross_entropy(at_least_float32(logits), window[1 + fresh :], reduction="sum").item()
     return nats
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import medusa
+from data.compiled import Compiled
 from medusa import MedusaConfig, MedusaHeads, Sampling, accept, base_distribution, check_fit, generate, medusa_generate, medusa_loss, typical_threshold
-from model import Compiled
 from strategies import (
     CheatingHeads,
     built_trees,

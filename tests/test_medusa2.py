@@ -15,13 +15,14 @@ import train
 from data.calibration import calibrate, held_out_rows
 from data.corpus import documents, packed, seeded, windows
 from data.distilled import continued
+from data.lora import add_adapters, merge_adapters
 from data.perplexity import perplexity
 from data.shards import read_shards
 from data.tokenizer import load_base
 from medusa import MedusaHeads, Sampling, cross_entropy_ahead, distillation_loss, generate, medusa_loss
 from model import GPT, read_safetensors
 from strategies import contents, laws, log_of, random_gpt, random_heads, rate, rng, training
-from train import Medusa1Config, Medusa2Config, add_adapters, backpropagate, merge_adapters, train_medusa, trained_base
+from train import Medusa1Config, Medusa2Config, backpropagate, train_medusa, trained_base
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -185,6 +186,18 @@ def test_a_chunk_is_no_larger_than_the_limit_and_holds_only_positions_with_a_tar
     mask = (torch.arange(16) >= first).expand(3, 16)
     backpropagate(model, heads, tokens, mask, torch.tensor([45, 42, 39]), (0.0, 1.0))
     assert sizes == expected
+
+
+@pytest.mark.parametrize("last, width", [(15, 15), (11, 11), (0, 1)])
+def test_behind_the_last_target_nothing_is_computed(monkeypatch, last, width):
+    model = random_gpt(0)
+    heads, tokens, widths = random_heads(model, 2, 0), torch.zeros(3, 16, dtype=torch.long), []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda tokens: (widths.append(tokens.shape[1]), forward(tokens))[1])
+    mask = torch.zeros(3, 16, dtype=torch.bool)
+    mask[1, last] = True
+    backpropagate(model, heads, tokens, mask, torch.tensor([1, 1, 1]), (1.0, 1.0))
+    assert widths == [width]
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -15,11 +15,12 @@ from hypothesis import assume, given, settings, strategies as st
 
 import sample
 from data.calibration import read_calibration
+from data.difference import first_difference, gap_at
 from data.printer import Printer
 from data.tokenizer import Tokenizer, train_tokenizer
 from medusa import Sampling
 from model import GPT, ModelConfig
-from sample import Run, SampleConfig, compare, first_difference, gap_at, pick_tree, sampling_of, timed_run
+from sample import Run, SampleConfig, compare, pick_tree, sampling_of, timed_run
 from strategies import distribution, laws, markov_gpt, next_logits, random_gpt, random_heads, rank_data, rng
 from tree import Tree, cartesian_tree, prefix_counts, tree_from_paths
 

@@ -1055,7 +1055,7 @@ def test_training_heads_leaves_the_base_bit_for_bit_and_repeats_with_its_seed(da
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
         train_medusa(training(base, text, tmp_path / name, seed=seed, **more))
     assert contents(base) == before
-    model = GPT.from_pretrained(base)
+    model = GPT.from_pretrained(base, getattr(torch, precision))
     for _, trained in used:
         state = trained.state_dict()
         assert all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
@@ -1069,6 +1069,20 @@ def test_training_heads_leaves_the_base_bit_for_bit_and_repeats_with_its_seed(da
     assert all(weight.abs().max() > 0 for weight in heads.parameters())
     held_out = {str(t): read_shards(Path(shards), f"validation-{t}.safetensors", 290) for t in CALIBRATION_TEMPERATURES}
     assert json.loads(one["calibration.json"]) == calibrate(model, heads, held_out), "the calibration is that of the heads beside it"
+
+
+def test_an_epoch_shows_every_row_once_and_a_batch_stands_by_length(base, text, shards, tmp_path):
+    rows, carries = read_shards(Path(shards), "train-*.safetensors", 290)
+    ends = [int(mask.nonzero().max()) for mask in carries]
+    rows_of_step, _ = train.rows_to_train(training(base, text, tmp_path / "out", batch=3), Path(shards), small_tokenizer(), 290)
+    seen = []
+    for step in range(2 * len(rows) // 3):
+        tokens, mask = rows_of_step(step)
+        found = [next(i for i, (row, carry) in enumerate(zip(rows, carries)) if row.equal(a) and carry.equal(b)) for a, b in zip(tokens, mask)]
+        assert [ends[i] for i in found] == sorted(ends[i] for i in found)
+        seen += found
+    first, second = seen[: len(rows)], seen[len(rows) :]
+    assert sorted(first) == sorted(second) == list(range(len(rows))) and first != second
 
 
 def block_rows(offset: int, B: int, blocks: int, seed: int):
