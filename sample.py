@@ -126,14 +126,6 @@ def step_costs(
     return {size: plain * statistics.median(a / b for a, b in zip(of_size, medians[1])) for size, of_size in medians.items()}
 
 
-def named(choice: str, build: Callable[..., Tree], *what) -> Tree:
-    """build(*what); what it refuses is of the flag --tree."""
-    try:
-        return build(*what)
-    except ValueError as error:
-        raise ValueError(f"--tree {choice}: {error}") from None
-
-
 def pick_tree(
     choice: str, model: GPT, heads: MedusaHeads, heads_directory, sampling: Sampling, prompt: list[int], sizes: Iterable[int] = SIZES
 ) -> tuple[Tree, str]:
@@ -141,20 +133,20 @@ def pick_tree(
     if choice.endswith(".json"):
         paths = read_json(Path(choice), list)
         if not all(isinstance(path, list) and all(type(rank) is int for rank in path) for path in paths):
-            raise ValueError(f"--tree {choice}: must be a JSON list of rank paths such as [[0], [1], [0, 0]]")
-        return named(choice, tree_from_paths, paths), f"from {choice}"
+            raise ValueError("must be a JSON list of rank paths such as [[0], [1], [0, 0]]")
+        return tree_from_paths(paths), f"from {choice}"
     if "x" in choice and all(width.isdecimal() for width in choice.split("x")):
         widths = [int(width) for width in choice.split("x")]
         if math.prod(widths) > MAX_LEAVES:
-            raise ValueError(f"--tree {choice}: {math.prod(widths)} paths are more than {MAX_LEAVES}: give smaller widths")
-        return named(choice, cartesian_tree, widths), f"Cartesian, widths {choice}"
+            raise ValueError(f"{math.prod(widths)} paths are more than {MAX_LEAVES}: give smaller widths")
+        return cartesian_tree(widths), f"Cartesian, widths {choice}"
     if choice != "auto" and not choice.isdecimal():
-        raise ValueError(f"--tree {choice}: neither auto, nor a number of nodes, nor widths such as 4x2x1, nor a .json file")
+        raise ValueError("neither auto, nor a number of nodes, nor widths such as 4x2x1, nor a .json file")
     counts, nearest = read_calibration(heads_directory, sampling.temperature)
     calibrated = f"calibrated at temperature {nearest}"
     tree_of = cache(partial(calibrated_tree, counts))
     if choice != "auto":
-        tree = named(choice, tree_of, int(choice))
+        tree = tree_of(int(choice))
         return tree, f"{calibrated}, {'size as asked for' if len(tree) == int(choice) else 'as large as the calibration goes'}"
     costs = step_costs(model, heads, tree_of, prompt, sampling, sizes)
     gains = {size: expected_tokens(tree_of(size), counts) * costs[1] / cost for size, cost in costs.items() if size > 1}
@@ -255,8 +247,11 @@ def main() -> None:
     if config.compile:
         model = cast(GPT, Compiled(model, sizes))  # decoding asks for nothing that it has not
         heads.compile(fullgraph=True, dynamic=False)
-    tree, why = pick_tree(config.tree, model, heads, directory, sampling, prompt, COMPILED_SIZES if config.compile else SIZES)
-    check_fit(model, heads, tree)
+    try:
+        tree, why = pick_tree(config.tree, model, heads, directory, sampling, prompt, COMPILED_SIZES if config.compile else SIZES)
+        check_fit(model, heads, tree)
+    except ValueError as error:
+        raise ValueError(f"--tree {config.tree}: {error}") from None
     sizes.add(len(tree))
     if config.trace:
         trace = Trace(tokenizer, heads, prompt, model.config.ends)

@@ -403,11 +403,7 @@ def train_medusa(config: Medusa1Config) -> None:
     write_json(Path(out) / "calibration.json", calibration)
     finish(config)
     after = perplexity(model, text)
-    say(
-        f"perplexity of the base on held-out text: {after:.3f}, frozen"
-        if before is None
-        else f"perplexity of the base on held-out text: {before:.3f} before, {after:.3f} after"
-    )
+    say(f"perplexity of the base on held-out text: {after:.3f}, " + ("frozen" if before is None else f"{before:.3f} before training"))
     report(base, out, calibration)
 
 

@@ -388,7 +388,7 @@ def test_medusa2_goes_on_from_trained_heads_and_measures_them_on_text_of_the_new
     held_out = packed(documents(True, text), tokenizer)
     before, after = (perplexity(model, held_out) for model in (old, new))
     out = capsys.readouterr().out
-    assert f"perplexity of the base on held-out text: {before:.3f} before, {after:.3f} after\n" in out
+    assert f"perplexity of the base on held-out text: {after:.3f}, {before:.3f} before training\n" in out
     assert out.endswith(f"python sample.py --base {tmp_path}/two/base --heads {tmp_path}/two/heads\n")
     assert contents(tmp_path / "two").keys() == {
         "log.jsonl", *(f"base/{name}" for name in ("config.json", "model.safetensors", "tokenizer.model")),
