@@ -264,7 +264,11 @@ def draw(probs: Tensor, noise: Tensor) -> Tensor:
 
 
 def typical_threshold(base_probs: Tensor, epsilon: float = Sampling.epsilon, delta: float | None = None) -> Tensor:
-    """min(epsilon, delta * exp(-H(base_probs))), H in nats, (..., V) -> (...); delta is sqrt(epsilon) unless given.  (paper, "Typical acceptance")"""
+    """min(epsilon, delta * exp(-H(base_probs))), H in nats, (..., V) -> (...); delta is sqrt(epsilon) unless given.  (paper, "Typical acceptance")
+
+    >>> round(typical_threshold(torch.full((8,), 1 / 8)).item(), 4)  # 0.3 / 8: the flatter the distribution, the more passes
+    0.0375
+    """
     entropy = -torch.xlogy(base_probs, base_probs).sum(-1)
     return torch.clamp((math.sqrt(epsilon) if delta is None else delta) * torch.exp(-entropy), max=epsilon)
 
@@ -278,6 +282,10 @@ def accept(tree: Tree, tokens: Tensor, logits: Tensor, sampling: Sampling, noise
       depends on its path and the noise of its position alone, so the text is the very text that plain decoding draws.
     - typical: base_probs(child) > typical_threshold at the parent. Of equally deep paths the likeliest wins.
     Returns the accepted nodes, from the root on, and the tokens they earn: the guesses on the path, then the draw of its last node.
+
+    >>> says = torch.eye(4)[[1, 2]]  # token 1 after the root, token 2 after node 1
+    >>> accept(Tree((-1, 0), (-1, 0)), torch.tensor([3, 1]), says, Sampling())
+    ([0, 1], [1, 2])
     """
     if sampling.temperature == 0 and not sampling.typical:
         draws = logits.argmax(-1)  # (N,)
@@ -344,7 +352,11 @@ def generate(
 
 
 def until_end(tokens: list[int], ends: tuple[int, ...]) -> list[int]:
-    """The tokens up to the first that ends the text, included."""
+    """The tokens up to the first that ends the text, included.
+
+    >>> until_end([5, 2, 7], ends=(2,))
+    [5, 2]
+    """
     return tokens[: next((n for n, token in enumerate(tokens, start=1) if token in ends), None)]
 
 

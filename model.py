@@ -96,8 +96,10 @@ class KVCache:
         self.length = start + len(rows)
 
     def keep_batch(self, rows: Tensor) -> None:
-        """Keep these batch entries alone; rows (kept,) long."""
-        self.data = self.data.index_select(2, rows)
+        """Keep these batch entries alone, in this order; rows (kept,) long. What stands in its place already is not copied."""
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
+        self.data[:, :, moved] = self.data[:, :, rows[moved]]
+        self.data = self.data[:, :, : len(rows)]
         self.layers = [tuple(layer) for layer in self.data]
 
 

@@ -143,7 +143,11 @@ MODES: dict[str, type[Common]] = {"base": BaseConfig, "distill": DistillConfig, 
 
 
 def learning_rate(step: int, lr: float, warmup: int, steps: int) -> float:
-    """Linear warm-up, times a cosine from 1 at the first step to 0 behind the last."""
+    """Linear warm-up, times a cosine from 1 at the first step to 0 behind the last.
+
+    >>> [round(learning_rate(step, 1.0, warmup=2, steps=4), 2) for step in range(4)]
+    [0.5, 0.85, 0.5, 0.15]
+    """
     return lr * min(1, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2
 
 

@@ -99,6 +99,9 @@ def tree_from_paths(paths: Iterable[Sequence[int]]) -> Tree:
 
     Raises ValueError, naming the path, for a missing prefix, a duplicate, a negative rank or an empty path, and for no paths at all
     (`Tree((-1,), (-1,))` is the root alone).
+
+    >>> tree_from_paths([[0], [1], [0, 0]]).parents
+    (-1, 0, 0, 1)
     """
     paths = [tuple(path) for path in paths]
     if not paths:
@@ -117,7 +120,11 @@ def tree_from_paths(paths: Iterable[Sequence[int]]) -> Tree:
 
 
 def cartesian_tree(widths: Sequence[int]) -> Tree:
-    """Every combination of the top widths[d-1] guesses of head d: sum_d prod_{i<=d} widths[i-1] nodes, and the root."""
+    """Every combination of the top widths[d-1] guesses of head d: sum_d prod_{i<=d} widths[i-1] nodes, and the root.
+
+    >>> cartesian_tree([2, 1]).paths
+    ((), (0,), (1,), (0, 0), (1, 0))
+    """
     if not widths or any(width < 1 for width in widths):
         raise ValueError(f"widths {list(widths)}: at least one, and each at least 1")
     level, paths = [()], []
@@ -148,6 +155,9 @@ def calibrated_tree(rank_paths: Iterable[Sequence[int]] | Counter, n_nodes: int)
     A node is accepted when its path is a prefix of the position's ranks, so its worth is the frequency of that prefix. Frequencies
     never grow along a path: the most frequent prefixes, ties to the shorter and then to the lower ranks, are closed under
     prefixes, and no other tree of this size has a larger sum. If fewer prefixes occur, the tree is that much smaller.
+
+    >>> calibrated_tree([(0, 0), (0, 0), (0, 2), (1, 0)], 3).paths
+    ((), (0,), (0, 0))
     """
     counts = rank_paths if isinstance(rank_paths, Counter) else prefix_counts(rank_paths)
     if n_nodes < 2 or len(counts) < 2:
@@ -188,6 +198,9 @@ def replay(texts: Iterable[Sequence[Sequence[int]]], tree: Tree) -> list[Path]:
     texts  for each text the ranks (r_1 .. r_K) of its positions, in order
     A step goes on behind the guesses that it accepted and the root that it drew, so most steps start right behind a miss, where
     guesses are worse than on average: counts over all positions promise more than decoding keeps.
+
+    >>> replay([[(0, 0), (1, 0), (0, 1), (4, 4)]], cartesian_tree([1, 1]))
+    [(0, 0), (4, 4)]
     """
     nodes, starts = set(tree.paths), []
     for positions in texts:
@@ -204,6 +217,9 @@ def choose_size(expected: Callable[[int], float], cost: dict[int, float], sizes:
     expected  N -> expected tokens per step of the best tree of N nodes
     cost      {N: time of a step over N nodes}, measured at a few N; in between it is interpolated
     sizes     the N to choose from, by default all from the smallest to the largest measured; of equals the smallest wins
+
+    >>> choose_size(lambda n: n**0.5, {1: 1.0, 4: 1.2, 16: 4.0})
+    4
     """
     if not cost or min(cost.values()) <= 0:
         raise ValueError("cost needs at least one measured size, and times above 0")

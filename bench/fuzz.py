@@ -2,8 +2,8 @@
 
 Each case spoils one input of a small base, its heads, its rows or its text, or draws flags at random, and runs a script on it in a child
 of its own. A script may do its work, or refuse with exit code 2 and one line that is no traceback. All else is a fault: another exit
-code, a traceback, more than a minute, a file that is left half written, an input that was changed, code in an input that ran.
-Writes bench/results/fuzz.json; a fault is printed with its number, and `--only N` runs that case again.
+code, a traceback, more than two minutes, a file that is left half written, an input that was changed, code in an input that ran.
+Writes bench/results/fuzz.json; a fault is printed with its number, and `--only N` runs that case again. Needs data/requirements.txt.
 """
 
 import json
@@ -34,15 +34,18 @@ import train
 from bench.child import in_a_child
 from bench.figures import machine
 from data.command import OneLineParser, add_options, option, run
+from data.packages import optional
 from data.shards import digest_of
+from data.smollm2 import CONTROL, tokenizer_json
 from medusa import MedusaHeads
 from model import check_sizes, write_json
 
-SECONDS = 60  # that a case may take
+SECONDS = 120  # that a case may take
 SMALL = """--vocab-size 300 --hidden-size 16 --intermediate-size 24 --num-hidden-layers 1 --num-attention-heads 2 --num-key-value-heads 1
 --context 64 --steps 2 --batch 2 --warmup 1""".split()
 FIT = "--steps 2 --batch 2 --warmup 1".split()
-NUMBERS = "0 1 2 3 -1 0.5 1e-9 1e9 1e400 nan inf -inf 4x2x1 0x0 x 1x 99999x99999 9223372036854775807 99999999999999999999999 1_0 ² true".split() + [
+NUMBERS = [
+    *"0 1 2 3 -1 0.5 1e-9 1e9 1e400 nan inf -inf 4x2x1 0x0 x 1x 99999x99999 9223372036854775807 99999999999999999999999 1_0 ² true".split(),
     "",
     " ",
     "\u0661",
@@ -51,26 +54,12 @@ WORDS = ["", " ", "nowhere", "nowhere/at/all", "/", ".", "/dev/null", "a\nb", "\
          "mps", "float16", "float64", "kl", "corpus", "distilled", "tree.json"]  # fmt: skip
 WRITABLE = [word for word in WORDS if not word.startswith("/")]  # for what is written: nothing outside of the case
 JUNK = [
-    None,
-    True,
-    False,
-    0,
-    -1,
-    1,
-    1 << 70,
-    0.5,
-    float("nan"),
-    float("inf"),
-    "",
-    "x",
-    "16",
-    [],
-    [1],
-    {},
-    {"rope_type": "linear"},
-    {"factor": -1},
-    {"type": "yarn"},
-]
+    None, True, False, 0, -1, 1, 1 << 70, 0.5, float("nan"), float("inf"), "", "x", "16", [], [1], {}, {"rope_type": "linear"}, {"factor": -1}, {"type": "yarn"},
+]  # fmt: skip
+TEMPLATES = [
+    "", "{{", "{{ 1 / 0 }}", "{{ messages[7].content }}", "{{ ''.__class__.__mro__ }}", "{% for n in range(10 ** 9) %}{% endfor %}", "{{ 'a' * 10 ** 13 }}",
+    "{% include 'x' %}", "{{ raise_exception('no') }}", "{{ " + "(" * 5000, "{{ strftime_now(3) }}", "\udcff", "{{ messages | tojson }}", "{{ bos_token.x.y }}",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,6 +94,13 @@ def make_inputs(work: Path) -> int:
     ):
         sys.argv = ["train.py", "--mode", mode, *common, *more, "--out", str(work / out)]
         train.main()
+    shutil.copytree(work / "base", work / "chat")
+    (work / "chat" / "tokenizer.model").unlink()
+    pieces = ["<unk>", "<s>", "</s>", *sorted(optional("tokenizers", "bench/fuzz.py").pre_tokenizers.ByteLevel.alphabet())]
+    write_json(work / "chat" / "tokenizer.json", tokenizer_json(pieces, [CONTROL] * 3 + [1] * 256, []))
+    template = "{% for turn in messages %}{{ bos_token }}{{ turn.content }}{% endfor %}"
+    write_json(work / "chat" / "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template})
+    (work / "turns.jsonl").write_text("".join(json.dumps(f"turn {n}") + "\n" for n in range(200)))
     train.finish = lambda config: None  # the checkpoint stays
     sys.argv = ["train.py", "--mode", "medusa1", *common, *base, *rows, *FIT, "--num-heads", "3", "--out", str(work / "run")]
     train.main()
@@ -190,20 +186,9 @@ class Payload:
 def texts(chance: random.Random) -> bytes:
     """A corpus that is none, or an unusual one."""
     lines = "".join(chance.choice(("\n", "\r", "\t", " ", "a", "\u20ac", "\u2581", "\u202e", "\U0001f600", "\x00", "</s>", "<0x41>")) for _ in range(3000))
-    return chance.choice(
-        (
-            b"",
-            b"\n",
-            b"\xff\xfe\x00",
-            chance.randbytes(5000),
-            b"\x00" * 5000,
-            b"x" * 50_000,
-            lines.encode(),
-            b"a b\n" * 9000,
-            "\ufeffbom\n".encode() * 4000,
-            b"\xed\xa0\x80" * 500,
-        )
-    )
+    unusual = [b"", b"\n", b"\xff\xfe\x00", chance.randbytes(5000), b"\x00" * 5000, b"x" * 50_000, lines.encode(), b"a b\n" * 9000]
+    unusual += ["\ufeffbom\n".encode() * 4000, b"\xed\xa0\x80" * 500]
+    return b"one line " * 5_500_000 if chance.random() < 0.05 else chance.choice(unusual)
 
 
 def flags_of(config: type, chance: random.Random) -> list[str]:
@@ -251,6 +236,19 @@ def spoil_pickle(work: Path, chance: random.Random) -> Case:
     return Case(lambda: MedusaHeads.from_official(path), ["official"])
 
 
+def spoil_chat(work: Path, chance: random.Random) -> Case:
+    """A chat model's tokenizer.json, its settings, its template, or the turns that it is distilled on."""
+    what = chance.choice(("tokenizer.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "turns.jsonl"))
+    if what == "chat_template.jinja":
+        (work / "chat" / what).write_text(chance.choice(TEMPLATES), errors="surrogateescape")
+    elif what == "turns.jsonl":
+        (work / what).write_bytes(texts(chance) if chance.random() < 0.5 else json.dumps(chance.choice(JUNK)).encode())
+    else:
+        (spoil_bytes if chance.random() < 0.3 else spoil_json)(work / "chat" / what, chance)
+    flags = ["--base", f"{work}/chat", "--chat"]
+    return chance.choice((sampling(work, *flags, "why?"), training(work, "distill", *flags, "--text", f"{work}/turns.jsonl", "--prompt-tokens", "40")))
+
+
 def spoil_tree(work: Path, chance: random.Random) -> Case:
     paths = ([0], [1], [0, 0], [], [-1], [1 << 70], ["x"], 0, None, [0.0], [[0]], [0] * 99)
     junk = json.dumps(chance.choices(paths, k=chance.randint(0, 4)))
@@ -282,7 +280,7 @@ def whoever_opens(work: Path, chance: random.Random) -> Case:
     return chance.choice((sampling(work), training(work, chance.choice(("distill", "medusa1", "medusa2")))))
 
 
-KINDS = [spoil_flags, spoil_flags, spoil_config, spoil_config, spoil_weights, spoil_weights, spoil_calibration, spoil_tokenizer, spoil_text]
+KINDS = [spoil_flags, spoil_flags, spoil_config, spoil_config, spoil_weights, spoil_weights, spoil_calibration, spoil_tokenizer, spoil_chat, spoil_text]
 KINDS += [spoil_rows, spoil_checkpoint, spoil_pickle, spoil_tree]  # those that stand twice have more to be spoilt
 
 
@@ -315,7 +313,7 @@ def left_over(work: Path) -> list[str]:
 def contents(work: Path) -> dict[str, str]:
     return {
         str(path): digest_of(path.read_bytes())
-        for name in ("base", "heads", "rows", "text.txt")
+        for name in ("base", "heads", "rows", "chat", "text.txt", "turns.jsonl")
         for path in sorted((work / name).rglob("*") if (work / name).is_dir() else [work / name])
         if path.is_file()
     }

@@ -46,7 +46,7 @@ def chat_text(directory, turns: list[dict[str, str]]) -> str:
     environment.globals |= {"raise_exception": objection, "strftime_now": lambda form: datetime.now().strftime(form)}
     try:
         return environment.from_string(template).render(messages=turns, add_generation_prompt=True, **special_tokens(directory))
-    except (jinja2.TemplateError, TypeError, ValueError, RecursionError, OverflowError) as error:
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError, MemoryError) as error:
         raise ValueError(f"the chat template of {directory} fails: {type(error).__name__}: {error}") from None
 
 

@@ -7,7 +7,11 @@ from model import GPT
 
 
 def first_difference(a: list[int], b: list[int]) -> int | None:
-    """The first place at which the texts differ, None if nowhere."""
+    """The first place at which the texts differ, None if nowhere.
+
+    >>> first_difference([1, 2, 3], [1, 2])
+    2
+    """
     if a == b:
         return None
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))

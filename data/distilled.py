@@ -65,8 +65,11 @@ def sample_rows(model: GPT, prompts: list[list[int]], length: int, sampling: Sam
         new = tokens[rows, position, None]  # (alive, 1)
         alive = ~(sampled & torch.isin(new[:, 0], ends))  # (alive,)
         if not alive.all():
-            rows, new = rows[alive], new[alive]
-            cache.keep_batch(alive.nonzero()[:, 0])
+            n = int(alive.sum())
+            kept = torch.arange(n, device=device)
+            kept[~alive[:n]] = n + alive[n:].nonzero()[:, 0]  # the last ones move up into the gaps: the cache is large
+            rows, new = rows[kept], new[kept]
+            cache.keep_batch(kept)
         if len(rows) == 0:
             break
     return tokens, carries

@@ -1,6 +1,8 @@
 """The README says what is so: its names, lines, commands, drawings and figures are looked up, run or measured."""
 
 import ast
+import doctest
+import importlib
 import json
 import re
 import shlex
@@ -36,6 +38,12 @@ def test_a_link_to_a_line_leads_to_the_definition(name, file, line):
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!https?:)([^)#]+)", README))))
 def test_a_link_to_a_file_leads_to_one(target):
     assert (ROOT / target).exists()
+
+
+@pytest.mark.parametrize("module", ["tree", "medusa", "train", "data.difference"])
+def test_the_examples_in_docstrings_are_so(module):
+    results = doctest.testmod(importlib.import_module(module))
+    assert results.attempted > 0 and results.failed == 0
 
 
 def commands() -> list[str]:
