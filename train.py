@@ -194,9 +194,7 @@ def backpropagate(
         if weight_base > 0:
             logits = model.lm_head(cut[part])  # (chunk, V)
             if teacher:
-                with torch.no_grad():
-                    goal_logits = goal_head(goal[part])
-                loss = distillation_loss(logits, goal_logits, carries[part, 1], counts[0])
+                loss = distillation_loss(logits, goal_head(goal[part]).detach(), carries[part, 1], counts[0])
             else:
                 loss = cross_entropy_ahead(logits[:, None], ahead[part], carries[part], 1, counts[0])
             figures[0] += loss.detach()
