@@ -57,7 +57,7 @@ JUNK = [
     None, True, False, 0, -1, 1, 1 << 70, 0.5, float("nan"), float("inf"), "", "x", "16", [], [1], {}, {"rope_type": "linear"}, {"factor": -1}, {"type": "yarn"},
 ]  # fmt: skip
 TEMPLATES = [
-    "", "{{", "{{ 1 / 0 }}", "{{ messages[7].content }}", "{{ ''.__class__.__mro__ }}", "{% for n in range(10 ** 9) %}{% endfor %}", "{{ 'a' * 10 ** 13 }}",
+    "", "{{", "{{ 1 / 0 }}", "{{ messages[7].content }}", "{{ ''.__class__.__mro__ }}", "{% for n in range(10 ** 9) %}{% endfor %}", "{{ 'a' * 10 ** 18 }}",
     "{% include 'x' %}", "{{ raise_exception('no') }}", "{{ " + "(" * 5000, "{{ strftime_now(3) }}", "\udcff", "{{ messages | tojson }}", "{{ bos_token.x.y }}",
 ]  # fmt: skip
 

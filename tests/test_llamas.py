@@ -259,6 +259,7 @@ def test_of_several_templates_the_default_is_taken_and_a_file_goes_before_them(t
     ("{% for %}", "fails"), ("{{ raise_exception('roles must alternate') }}", "roles must alternate"), ("{{ messages[0].content + 1 }}", "fails"),
     ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"), ("{{ messages.append(1) }}", "SecurityError"),
     ("{{ cycler.__init__.__globals__.os.system('touch owned') }}", "fails"), ("{{ range(999999999) | list }}", "fails"), ("{{ nothing.at.all }}", "fails"),
+    ("{{ 1 // 0 }}", "ZeroDivisionError"), ("{{ 'a' * 10 ** 18 }}", "MemoryError"),
 ], ids=str)  # fmt: skip
 def test_a_missing_broken_or_hostile_template_is_one_line_and_runs_nothing(template, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
