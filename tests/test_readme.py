@@ -40,6 +40,13 @@ def test_a_link_to_a_file_leads_to_one(target):
     assert (ROOT / target).exists()
 
 
+@pytest.mark.parametrize("file, laws", re.findall(r"^- `(tests/test_\w+\.py)`: (.*)\.$", README, re.M))
+def test_the_laws_are_tests_of_these_names_in_this_order(file, laws):
+    names = re.findall(r"^def (test_\w+)", (ROOT / file).read_text(encoding="utf-8"), re.M)
+    places = [names.index("test_" + law.replace(" ", "_")) for law in laws.split("; ")]
+    assert places == sorted(places)
+
+
 @pytest.mark.parametrize("module", ["tree", "medusa", "train", "data.difference"])
 def test_the_examples_in_docstrings_are_so(module):
     results = doctest.testmod(importlib.import_module(module))
