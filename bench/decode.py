@@ -15,14 +15,12 @@ from tqdm import tqdm
 
 from bench.dynamic import dynamic_generate
 from bench.figures import distinct
-from bench.results import Decoding, held_out_prompts, load, markdown, measure, need
+from bench.results import Decoding, held_out_prompts, held_out_turns, load, markdown, measure, need
 from data.calibration import CALIBRATION_NODES, head_ranks, held_out_rows, read_calibration
-from data.chat import turn_prompts
 from data.command import option
 from data.compiled import Compiled
 from data.difference import first_difference, gap_at
 from data.distilled import distilled_rows
-from data.tokenizer import AnyTokenizer
 from medusa import MedusaHeads, Sampling, generate, medusa_generate
 from model import GPT, check_sizes
 from sample import COMPILED_SIZES, SIZES as TIMED_SIZES, pick_tree, timed_run
@@ -76,15 +74,6 @@ Way = Callable[[list[int], int], Timing]
 def ours(steps: Iterator[list[int]]) -> Timing:
     run = timed_run(steps)
     return Timing(run.tokens, len(run.tokens) - 1, len(run.times), sum(run.times))
-
-
-def prompts_of(config: DecodeConfig, tokenizer: AnyTokenizer) -> list[list[int]]:
-    if not config.turns:
-        return held_out_prompts(tokenizer, config.prompts, config.prompt_tokens)
-    held_out = turn_prompts(config.turns, config.base, tokenizer, config.prompt_tokens)["validation"]  # trees are calibrated on the first of them
-    if len(held_out) < config.prompts:
-        raise ValueError(f"--prompts {config.prompts}: only {len(held_out)} turns are held out")
-    return held_out[-config.prompts :]
 
 
 # ---- trees ----
@@ -238,7 +227,7 @@ def measure_rule(config: DecodeConfig, name: str) -> dict:
         torch._dynamo.config.recompile_limit = len(WAYS)  # of tree sizes
         model = Compiled(model, {1, *COMPILED_SIZES})
         heads.compile(fullgraph=True, dynamic=False)
-    prompts = prompts_of(config, tokenizer)
+    prompts = held_out_turns(config, tokenizer) if config.turns else held_out_prompts(tokenizer, config.prompts, config.prompt_tokens)
     trees = trees_of(config, model, heads, sampling, prompts[0])
     if config.compile:
         model.sizes |= {len(tree) for tree in trees.values()}

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from bench.figures import machine
+from data.chat import turn_prompts
 from data.command import option
 from data.corpus import documents, packed, windows
 from data.machine import check_out
@@ -57,6 +58,14 @@ def load(config: Bench, ends: bool = False) -> tuple[AnyTokenizer, GPT, MedusaHe
 def held_out_prompts(tokenizer: AnyTokenizer, n: int, length: int) -> list[list[int]]:
     """Windows of text that nothing here was trained on."""
     return windows(packed(documents(True), tokenizer), n, length, torch.Generator().manual_seed(0)).tolist()
+
+
+def held_out_turns(config, tokenizer: AnyTokenizer) -> list[list[int]]:
+    """The last config.prompts of the user turns that nothing here was trained on; trees are calibrated on the first ones."""
+    held_out = turn_prompts(config.turns, config.base, tokenizer, config.prompt_tokens)["validation"]
+    if len(held_out) < config.prompts:
+        raise ValueError(f"--prompts {config.prompts}: only {len(held_out)} turns are held out")
+    return held_out[-config.prompts :]
 
 
 # ---- results ----

@@ -15,10 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch
-
+from bench.results import held_out_prompts, held_out_turns
 from data.command import OneLineParser, add_options, option, run
-from data.corpus import documents, packed, windows
 from data.difference import first_difference, gap_at
 from data.machine import check_out
 from data.tokenizer import SHIPPED_BASE, disk_dtype, load_base
@@ -32,6 +30,7 @@ class Config:
     base: str = option(SHIPPED_BASE, "directory of the base model")
     heads: str = option("data/heads", "directory of the heads")
     out: str = option("out/served", "directory to write, which vLLM opens")
+    turns: list[str] = option([], "files of user turns: a chat model answers held-out ones, in place of prompts of the corpus")
     prompts: int = option(20, "held-out prompts")
     prompt_tokens: int = option(64, "tokens of a prompt")
     new_tokens: int = option(96, "tokens to decode")
@@ -84,7 +83,7 @@ def main() -> None:
     tokenizer, model = load_base(config.base)
     heads = MedusaHeads.from_pretrained(config.heads)
     K = heads.config.num_heads
-    prompts = windows(packed(documents(True), tokenizer), config.prompts, config.prompt_tokens, torch.Generator().manual_seed(0)).tolist()
+    prompts = held_out_turns(config, tokenizer) if config.turns else held_out_prompts(tokenizer, config.prompts, config.prompt_tokens)
     ours = [[token for step in generate(model, prompt, config.new_tokens) for token in step] for prompt in prompts]
     chain = cartesian_tree([1] * K)
     steps = [emitted for prompt in prompts for emitted in list(medusa_generate(model, heads, chain, prompt, config.new_tokens))[1:]]

