@@ -48,18 +48,22 @@ def head_ranks(model: GPT, heads: MedusaHeads, tokens: Tensor, carries: Tensor, 
 
     Of rows that were sampled the noise is gone: another is made with which these tokens would have been drawn.
     """
-    K, n = heads.config.num_heads, tokens.shape[1] - heads.config.num_heads - 1
-    ranks, generator = [], torch.Generator(tokens.device).manual_seed(0)
+    K, ranks, generator = heads.config.num_heads, [], torch.Generator(tokens.device).manual_seed(0)
     lm_head = copy.deepcopy(model.lm_head).to(heads.weight.dtype)  # the base may be in half precision, in which many logits are equal
     for row, mask in zip(tokens, carries):
-        hidden = model(row[None, :-1])[0].to(heads.weight.dtype)  # (T-1, D)
+        places = scored(mask[None], K)[0].nonzero()[:, 0]  # (n,)
+        if len(places) == 0:
+            ranks.append(torch.empty(0, K, dtype=torch.long))
+            continue
+        a, b = int(places[0]), int(places[-1]) + 1
+        hidden = model(row[None, : b + K])[0, a:].to(heads.weight.dtype)  # (b-a+K, D), of positions a, a+1, ...
         if sampling.temperature > 0:
-            noise = noise_of_draws(base_distribution(lm_head(hidden), sampling), row[1:], generator)  # (T-1, V), of tokens 1, 2, ...
+            noise = noise_of_draws(base_distribution(lm_head(hidden), sampling), row[a + 1 : b + K + 1], generator)  # (b-a+K, V), of tokens a+1, a+2, ...
         found = []
-        for k, logits in enumerate(heads(hidden[:n], lm_head), start=1):  # (n, V); at t they guess token t+k+1
-            scores = favour(logits, sampling, noise[k : k + n] if sampling.temperature > 0 else None)
-            found.append((scores > scores.gather(1, row[k + 1 : k + 1 + n, None])).sum(-1))
-        ranks.append(torch.stack(found, dim=1)[scored(mask[None], K)[0]].cpu())  # (n, K)
+        for k, logits in enumerate(heads(hidden[: b - a], lm_head), start=1):  # (b-a, V); at t they guess token t+k+1
+            scores = favour(logits, sampling, noise[k : k + b - a] if sampling.temperature > 0 else None)
+            found.append((scores > scores.gather(1, row[a + k + 1 : b + k + 1, None])).sum(-1))
+        ranks.append(torch.stack(found, dim=1)[places - a].cpu())  # (n, K)
     return ranks
 
 
