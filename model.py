@@ -45,23 +45,7 @@ class ModelConfig:
     model_type: str = "llama"  # or qwen2: queries, keys and values have biases
 
     def __post_init__(self):
-        check_sizes(self, [f.name for f in fields(self) if f.type is int or f.name == "head_dim" and self.head_dim is not None])
-        scaling: dict = self.rope_scaling or {}
-        numbers: dict[str, Any] = {name: getattr(self, name) for name in ("rms_norm_eps", "rope_theta")}
-        numbers |= {name: scaling.get(name) for name in ROPE_SCALING.get(scaling.get("rope_type", ""), ())}
-        for name, value in numbers.items():
-            if type(value) not in (int, float) or not 0 < value < math.inf:
-                raise ValueError(f"{name} = {value!r}: must be a number above 0")
-        if scaling.get("rope_type") == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-            raise ValueError(f"high_freq_factor = {scaling['high_freq_factor']}: must be above low_freq_factor = {scaling['low_freq_factor']}")
-        if type(self.bos_token_id) is not int and self.bos_token_id is not None:
-            raise ValueError(f"bos_token_id = {self.bos_token_id!r}: must be one token id, or null")
-        if not all(type(token) is int for token in self.ends):
-            raise ValueError(f"eos_token_id = {self.eos_token_id!r}: must be a token id, a list of them, or null")
-        if self.head_size % 2 or self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} does not split into {self.num_attention_heads} heads of even size: head_dim = {self.head_dim}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads {self.num_key_value_heads}")
+        check_config(self)
 
     @property
     def head_size(self) -> int:
@@ -396,6 +380,27 @@ def read_rope(raw: dict, path: Path) -> dict:
         raise ValueError(f"{path}: {name}.rope_type = {kind!r} is not supported here, only default, {', '.join(ROPE_SCALING)}")
     scaling = None if kind == "default" else {"rope_type": kind} | {field: rope.get(field) for field in ROPE_SCALING[kind]}
     return {"rope_scaling": scaling} | {field: rope[field] for field in ("rope_theta", "partial_rotary_factor") if field in rope}
+
+
+def check_config(config: ModelConfig) -> None:
+    """Raises ValueError, naming the field, for values that no model can have."""
+    check_sizes(config, [f.name for f in fields(config) if f.type is int or f.name == "head_dim" and config.head_dim is not None])
+    scaling: dict = config.rope_scaling or {}
+    numbers: dict[str, Any] = {name: getattr(config, name) for name in ("rms_norm_eps", "rope_theta")}
+    numbers |= {name: scaling.get(name) for name in ROPE_SCALING.get(scaling.get("rope_type", ""), ())}
+    for name, value in numbers.items():
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"{name} = {value!r}: must be a number above 0")
+    if scaling.get("rope_type") == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise ValueError(f"high_freq_factor = {scaling['high_freq_factor']}: must be above low_freq_factor = {scaling['low_freq_factor']}")
+    if type(config.bos_token_id) is not int and config.bos_token_id is not None:
+        raise ValueError(f"bos_token_id = {config.bos_token_id!r}: must be one token id, or null")
+    if not all(type(token) is int for token in config.ends):
+        raise ValueError(f"eos_token_id = {config.eos_token_id!r}: must be a token id, a list of them, or null")
+    if config.head_size % 2 or config.head_dim is None and config.hidden_size % config.num_attention_heads:
+        raise ValueError(f"hidden_size {config.hidden_size} does not split into {config.num_attention_heads} heads of even size: head_dim = {config.head_dim}")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ValueError(f"num_attention_heads {config.num_attention_heads} is no multiple of num_key_value_heads {config.num_key_value_heads}")
 
 
 # ---- files: read with a clear error, written atomically ----

@@ -375,8 +375,7 @@ def train_medusa(config: Medusa1Config) -> None:
     parts, teacher = {"heads": dict(heads.named_parameters())}, None
     if joint:
         parts["base"], teacher = trained_base(config, model)
-    counted = sum(p.numel() for parameters in parts.values() for p in parameters.values())
-    say(f"{counted:,} parameters to train, {heads.config.num_heads} heads, {dtype} on {device}")
+    say(f"{sum(p.numel() for part in parts.values() for p in part.values()):,} parameters to train, {heads.config.num_heads} heads, {dtype} on {device}")
 
     def step_on_rows(step: int, tokens: Tensor, mask: Tensor, counts: Tensor) -> Tensor:
         weights, _ = schedule(config, step)
@@ -385,8 +384,8 @@ def train_medusa(config: Medusa1Config) -> None:
         with autocast(device, dtype):
             return backpropagate(model, heads, tokens, mask, counts, weights, config.decay, teacher)
 
-    steps = config.steps + (config.heads_steps if joint else 0)
     inputs = digest_of(base_digest(config.base), text_digest)
+    steps = config.steps + (config.heads_steps if joint else 0)
     fit(config, steps, rows_of_step, step_on_rows, parts, lambda step: schedule(config, step)[1], heads.config.num_heads, device, inputs)
     if not is_first():
         return
