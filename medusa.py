@@ -17,24 +17,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import GPT, check_sizes, read_json, read_pickle, read_safetensors, write_json, write_safetensors
+from model import GPT, check_sizes, linear, read_json, read_pickle, read_safetensors, write_json, write_safetensors
 from tree import Tree
 
 
 @dataclass(frozen=True)
 class MedusaConfig:
-    """K heads for one base model. original_lm_head: W2 is the base's LM head; otherwise each head has a copy of its own."""
+    """K heads for one base model. original_lm_head: W2 is the base's LM head; otherwise each head has a copy of its own.
+
+    truncated_vocab_size: the heads guess among so many tokens, whose rows of the shared LM head are all that they read; 0: all of them.
+    """
 
     hidden_size: int
     vocab_size: int
     num_heads: int = 4
     num_hidden_layers: int = 2
     original_lm_head: bool = True
+    truncated_vocab_size: int = 0
 
     def __post_init__(self):
-        check_sizes(self, ["hidden_size", "vocab_size", "num_heads", "num_hidden_layers"])
+        object.__setattr__(self, "truncated_vocab_size", self.truncated_vocab_size or self.vocab_size)
+        check_sizes(self, ["hidden_size", "vocab_size", "num_heads", "num_hidden_layers", "truncated_vocab_size"])
         if type(self.original_lm_head) is not bool:
             raise ValueError(f"original_lm_head = {self.original_lm_head!r}: must be true or false")
+        if self.truncated_vocab_size > self.vocab_size or self.truncated_vocab_size < self.vocab_size and not self.original_lm_head:
+            raise ValueError(f"truncated_vocab_size = {self.truncated_vocab_size}: at most vocab_size, {self.vocab_size}; and less only of a shared LM head")
 
 
 class MedusaHeads(nn.Module):
@@ -46,7 +53,7 @@ class MedusaHeads(nn.Module):
 
     def __init__(self, config: MedusaConfig, lm_head: nn.Linear | None = None):
         """weight (J, K, D, D), each W1 as (out, in), and bias (J, K, 1, D): zero. lm_heads (K, V, D), each W2: a copy of lm_head's matrix
-        (without one zero, to be filled from a file); None if the LM head is shared."""
+        (without one zero, to be filled from a file); None if the LM head is shared. token_map: the tokens of a truncated vocabulary, or None."""
         super().__init__()
         self.config = config
         K, J, D = config.num_heads, config.num_hidden_layers, config.hidden_size
@@ -56,28 +63,53 @@ class MedusaHeads(nn.Module):
         if not config.original_lm_head:
             start = torch.zeros(config.vocab_size, D) if lm_head is None else lm_head.weight.detach()
             self.lm_heads = nn.Parameter(start.repeat(K, 1, 1))  # (K, V, D)
+        self.register_buffer("token_map", torch.arange(config.truncated_vocab_size) if config.truncated_vocab_size < config.vocab_size else None)
+        self._rows = None, None
 
     def forward(self, hidden: Tensor, lm_head: nn.Linear) -> Tensor:
-        """hidden (..., D) -> logits (K, ..., V)."""
+        """hidden (..., D) -> logits (K, ..., V): minus infinity for tokens that a truncated vocabulary leaves out."""
+        logits = self.truncated(hidden, lm_head)
+        if self.token_map is None:
+            return logits
+        return logits.new_full((*logits.shape[:-1], self.config.vocab_size), -math.inf).index_copy(-1, self.token_map, logits)
+
+    def truncated(self, hidden: Tensor, lm_head: nn.Linear) -> Tensor:
+        """hidden (..., D) -> logits (K, ..., truncated_vocab_size), in the order of token_map."""
         K, D = self.config.num_heads, self.config.hidden_size
         x = hidden.reshape(1, -1, D).expand(K, -1, -1)  # (K, n, D), n positions in all
         for weight, bias in zip(self.weight, self.bias):
             x = x + F.silu(torch.baddbmm(bias, x, weight.mT))  # (K, n, D)
-        logits = lm_head(x) if self.lm_heads is None else torch.bmm(x, self.lm_heads.mT)  # (K, n, V)
+        logits = linear(x, self.rows(lm_head.weight)) if self.lm_heads is None else torch.bmm(x, self.lm_heads.mT)  # (K, n, V)
         return logits.view(K, *hidden.shape[:-1], -1)
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """The rows of the LM head (V, D) that are read; copied once, unless they learn."""
+        if self.token_map is None or torch.is_grad_enabled():
+            return weight if self.token_map is None else weight[self.token_map]
+        if self._rows[0] is not weight:
+            self._rows = weight, weight[self.token_map]
+        return self._rows[1]
+
+    def places(self, tokens: Tensor) -> Tensor:
+        """Where tokens stand in token_map; -1 for those that are left out."""
+        if self.token_map is None:
+            return tokens
+        places = tokens.new_full((self.config.vocab_size,), -1)
+        return places.index_copy(0, self.token_map, torch.arange(len(self.token_map), device=tokens.device))[tokens]
 
     def parts(self) -> dict[str, Tensor]:
         """Views of the parameters under the names that they have on disk."""
         K, J = self.config.num_heads, self.config.num_hidden_layers
         parts = {f"blocks.{k}.layers.{j}.weight": self.weight.detach()[j, k] for k in range(K) for j in range(J)}
         parts |= {f"blocks.{k}.layers.{j}.bias": self.bias.detach()[j, k, 0] for k in range(K) for j in range(J)}
+        parts |= {} if self.token_map is None else {"token_map": self.token_map}
         return parts if self.lm_heads is None else parts | {f"lm_heads.{k}.weight": self.lm_heads.detach()[k] for k in range(K)}
 
     def save_pretrained(self, directory) -> None:
         """Write a vLLM Medusa speculator directory: config.json and model.safetensors. A shared LM head stays with the base."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        constants = {"architectures": ["MedusaModel"], "model_type": "medusa", "medusa_fc_bias": True, "truncated_vocab_size": self.config.vocab_size}
+        constants = {"architectures": ["MedusaModel"], "model_type": "medusa", "medusa_fc_bias": True}
         write_safetensors(directory / "model.safetensors", {name: part.cpu().contiguous() for name, part in self.parts().items()})
         write_json(directory / "config.json", constants | asdict(self.config))
 
@@ -88,16 +120,18 @@ class MedusaHeads(nn.Module):
         raw = read_json(path)
         if raw.get("model_type") != "medusa":
             raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}, not 'medusa': no Medusa heads")
+        raw["truncated_vocab_size"] = raw.get("truncated_vocab_size") or 0
         if missing := [name for name in MedusaConfig.__dataclass_fields__ if name not in raw]:
             raise ValueError(f"{path}: {missing[0]} is missing")
-        for name, only in (("medusa_fc_bias", True), ("truncated_vocab_size", raw["vocab_size"])):
-            if raw.get(name, only) not in (only, None):
-                raise ValueError(f"{path}: {name} = {raw[name]!r} is not supported here, only {only!r}")
+        if raw.get("medusa_fc_bias", True) not in (True, None):
+            raise ValueError(f"{path}: medusa_fc_bias = {raw['medusa_fc_bias']!r} is not supported here, only True")
         try:
             heads = cls(MedusaConfig(**{name: raw[name] for name in MedusaConfig.__dataclass_fields__}))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         heads._fill(heads.parts(), read_safetensors(weights), weights)
+        if heads.token_map is not None and not torch.equal(heads.token_map.clamp(0, heads.config.vocab_size - 1).unique(), heads.token_map):
+            raise ValueError(f"{weights}: token_map must hold different tokens of the vocabulary, in order")
         return heads.to(device=device, dtype=dtype).eval()
 
     @classmethod
@@ -448,5 +482,5 @@ def check_fit(model: GPT, heads: MedusaHeads, tree: Tree) -> None:
             raise ValueError(f"the heads have {name} {ours}, the base model {base}: they were trained for another model")
     if max(tree.depths) > heads.config.num_heads:
         raise ValueError(f"the tree is {max(tree.depths)} deep, but there are {heads.config.num_heads} heads")
-    if max(tree.ranks) >= heads.config.vocab_size:
-        raise ValueError(f"the tree asks for guess {max(tree.ranks)}, but the vocabulary has {heads.config.vocab_size} tokens")
+    if max(tree.ranks) >= heads.config.truncated_vocab_size:
+        raise ValueError(f"the tree asks for guess {max(tree.ranks)}, but the heads guess among {heads.config.truncated_vocab_size} tokens")

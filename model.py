@@ -117,18 +117,22 @@ def rotary_table(config: ModelConfig) -> Tensor:
     return torch.stack((cos, sin), dim=1).unsqueeze(2).to(torch.get_default_dtype())  # (positions, 2, 1, hs)
 
 
-class Linear(nn.Linear):
+FEW = 16  # rows
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b. A few rows go as (W x^T)^T on a CPU: the same product, but its weights are read in the order in which they lie."""
+    rows = x.shape[:-1].numel()
+    if rows > FEW or x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    columns = x.reshape(rows, -1) if rows > 1 else torch.cat((x.flatten(), x.flatten())).view(2, -1)  # two are faster than one
+    y = (weight @ columns.mT).mT[:rows].contiguous().view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
 
-    FEW = 16
 
+class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.shape[:-1].numel()
-        if rows > self.FEW or x.device.type != "cpu":
-            return F.linear(x, self.weight, self.bias)
-        columns = x.reshape(rows, -1) if rows > 1 else torch.cat((x.flatten(), x.flatten())).view(2, -1)  # two are faster than one
-        y = (self.weight @ columns.mT).mT[:rows].contiguous().view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
+        return linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):

@@ -30,13 +30,14 @@ from tqdm import tqdm
 from data.calibration import calibrate, held_out_rows, report
 from data.checkpoint import finish, prepare, resume, save_checkpoint
 from data.command import Common, OneLineParser, add_options, option, run
-from data.corpus import documents, packed, seeded, shuffled, windows
+from data.corpus import documents, packed, seeded, windows
 from data.distilled import DistillConfig, continued, distill, distilled_rows
 from data.lora import add_adapters, merge_adapters, without_adapters
 from data.machine import autocast, check_kind, is_first, say, sum_over_processes
 from data.perplexity import bits_per_byte, perplexity
-from data.shards import base_digest, digest_of, read_shards
-from data.tokenizer import SHIPPED_BASE, AnyTokenizer, copy_tokenizer, disk_dtype, load_base, train_tokenizer
+from data.rows import rows_to_train
+from data.shards import base_digest, digest_of
+from data.tokenizer import SHIPPED_BASE, copy_tokenizer, disk_dtype, load_base, train_tokenizer
 from medusa import DECAY, ROOT, MedusaConfig, MedusaHeads, Sampling, check_fit, cross_entropy_ahead, distillation_loss, medusa_loss
 from model import GPT, ModelConfig, check_sizes, write_atomically, write_json
 
@@ -96,6 +97,7 @@ class Medusa1Config(Fit):
     distilled: str = option("", "a directory that --mode distill wrote; default: the shipped one for the shipped base, else one made now and cached")
     num_heads: int = option(MedusaConfig.num_heads, "K, heads to train")
     num_hidden_layers: int = option(MedusaConfig.num_hidden_layers, "residual layers of a head")
+    truncated_vocab_size: int = option(0, "tokens that heads with a shared LM head guess among, the most frequent of the text; 0: all")
     original_lm_head: bool = option(MedusaConfig.original_lm_head, "share the base's LM head; --no-original-lm-head gives each head its own")
     decay: float = option(DECAY, "weight of head k's loss is decay^k")
 
@@ -132,8 +134,9 @@ class Medusa2Config(Medusa1Config):
         super().__post_init__()
         if self.heads_steps < 0 or not self.lr_ratio > 0 or not self.lambda_0 >= 0:
             raise ValueError("--heads-steps and --lambda-0 must be 0 or more, --lr-ratio above 0")
-        if self.heads and any(getattr(self, name) != getattr(MedusaConfig, name) for name in ("num_heads", "num_hidden_layers", "original_lm_head")):
-            raise ValueError("--num-heads, --num-hidden-layers and --original-lm-head are of new heads: leave them out beside --heads")
+        new = ("num_heads", "num_hidden_layers", "original_lm_head", "truncated_vocab_size")
+        if self.heads and any(getattr(self, name) != getattr(MedusaConfig, name) for name in new):
+            raise ValueError("--num-heads, --num-hidden-layers, --original-lm-head and --truncated-vocab-size are of new heads: leave them out beside --heads")
 
 
 MODES: dict[str, type[Common]] = {"base": BaseConfig, "distill": DistillConfig, "medusa1": Medusa1Config, "medusa2": Medusa2Config}
@@ -180,6 +183,7 @@ def backpropagate(
     places = carries[..., 1:].any(-1)  # (B, T - 1)
     places[0, 0] |= ~places.any()  # one at least, so that there is a gradient
     ahead, carries = ahead[places], carries[places]  # (n, K + 2), n positions in all
+    targets = heads.places(ahead)  # what a truncated vocabulary leaves out is no target of the heads
     with torch.set_grad_enabled(weight_base > 0):
         hidden = model(tokens[:, :-1])[places]  # (n, D)
     cut = hidden.detach().requires_grad_(weight_base > 0)
@@ -200,9 +204,10 @@ def backpropagate(
             figures[0] += loss.detach()
             loss = weight_base * loss
         if weight_heads > 0:
-            guesses = heads(cut[part], model.lm_head)  # (K, chunk, V)
-            medusa, per_head = medusa_loss(guesses[:, :, None], ahead[part], carries[part], decay, counts[1:])
-            hits = ((guesses.argmax(-1).mT == ahead[part, 2:]) & carries[part, 2:]).sum(0)  # (K,)
+            guesses = heads.truncated(cut[part], model.lm_head)  # (K, chunk, truncated V)
+            goals, known = targets[part], carries[part] & (targets[part] >= 0)
+            medusa, per_head = medusa_loss(guesses[:, :, None], goals, known, decay, counts[1:])
+            hits = ((guesses.argmax(-1).mT == goals[:, 2:]) & known[:, 2:]).sum(0)  # (K,)
             figures[1:] += torch.cat((per_head.detach(), hits / counts[1:].clamp(min=1)))
             loss = loss + weight_heads * medusa
         if loss.requires_grad:
@@ -317,35 +322,16 @@ def train_base(config: BaseConfig) -> None:
 # ---- medusa1 and medusa2 ----
 
 
-def rows_to_train(config: Medusa1Config, shards: Path, tokenizer: AnyTokenizer, vocab_size: int) -> tuple[Callable[[int], tuple[Tensor, Tensor]], str]:
-    """A function from the step alone to tokens (B, T) and mask (B, T), and the name of the text behind it."""
-    if config.data == "corpus":
-        corpus = packed(documents(False, config.text), tokenizer)
-
-        def windows_of_step(step: int) -> tuple[Tensor, Tensor]:
-            tokens = windows(corpus, config.batch, config.context, seeded(config.seed, step))
-            return tokens, torch.ones_like(tokens, dtype=torch.bool)
-
-        return windows_of_step, digest_of(corpus)
-    rows, carries = read_shards(shards, "train-*.safetensors", vocab_size)
-    ends = carries.int().cumsum(1).argmax(1)  # the last target of each row
-
-    def rows_of_step(step: int) -> tuple[Tensor, Tensor]:
-        places = range(step * config.batch, (step + 1) * config.batch)
-        chosen = torch.stack([shuffled(len(rows), config.seed, place // len(rows))[place % len(rows)] for place in places])
-        chosen = chosen[ends[chosen].argsort(stable=True)]  # by length: of a part of the batch as little as possible is padding
-        return rows[chosen], carries[chosen]
-
-    return rows_of_step, digest_of(rows)
-
-
-def heads_to_train(config: Medusa1Config, model: GPT, device: torch.device) -> MedusaHeads:
+def heads_to_train(config: Medusa1Config, model: GPT, targets: Tensor, device: torch.device) -> MedusaHeads:
     if isinstance(config, Medusa2Config) and config.heads:
         heads = MedusaHeads.from_pretrained(config.heads, device=device)
         check_fit(model, heads, ROOT)
         return heads
-    shape = MedusaConfig(model.config.hidden_size, model.config.vocab_size, config.num_heads, config.num_hidden_layers, config.original_lm_head)
-    return MedusaHeads(shape, model.lm_head).to(device, torch.float32)
+    sizes = config.num_heads, config.num_hidden_layers, config.original_lm_head, config.truncated_vocab_size
+    heads = MedusaHeads(MedusaConfig(model.config.hidden_size, model.config.vocab_size, *sizes), model.lm_head)
+    if heads.token_map is not None:
+        heads.token_map = targets.bincount(minlength=model.config.vocab_size).topk(len(heads.token_map)).indices.sort().values
+    return heads.to(device, torch.float32)
 
 
 def schedule(config: Medusa1Config, step: int) -> tuple[tuple[float, float], dict[str, float]]:
@@ -369,8 +355,8 @@ def train_medusa(config: Medusa1Config) -> None:
     text = packed(documents(True, config.text), tokenizer)
     before = perplexity(model, text) if is_first() and joint else None
     shards = distilled_rows(config)
-    rows_of_step, text_digest = rows_to_train(config, shards, tokenizer, model.config.vocab_size)
-    heads = heads_to_train(config, model, device)
+    rows_of_step, targets = rows_to_train(config, shards, tokenizer, model.config.vocab_size)
+    heads = heads_to_train(config, model, targets, device)
     held_out = held_out_rows(shards, model.config.vocab_size, heads.config.num_heads)
     parts, teacher = {"heads": dict(heads.named_parameters())}, None
     if joint:
@@ -384,7 +370,7 @@ def train_medusa(config: Medusa1Config) -> None:
         with autocast(device, dtype):
             return backpropagate(model, heads, tokens, mask, counts, weights, config.decay, teacher)
 
-    inputs = digest_of(base_digest(config.base), text_digest)
+    inputs = digest_of(base_digest(config.base), targets)
     steps = config.steps + (config.heads_steps if joint else 0)
     fit(config, steps, rows_of_step, step_on_rows, parts, lambda step: schedule(config, step)[1], heads.config.num_heads, device, inputs)
     if not is_first():

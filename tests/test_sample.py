@@ -17,10 +17,11 @@ import sample
 from data.calibration import read_calibration
 from data.difference import first_difference, gap_at
 from data.printer import Printer
+from data.request import sampling_of
 from data.tokenizer import Tokenizer, train_tokenizer
 from medusa import Sampling
 from model import GPT, ModelConfig
-from sample import Run, SampleConfig, compare, pick_tree, sampling_of, timed_run
+from sample import Run, SampleConfig, compare, pick_tree, timed_run
 from strategies import distribution, laws, markov_gpt, next_logits, random_gpt, random_heads, rank_data, rng
 from tree import Tree, cartesian_tree, prefix_counts, tree_from_paths
 

@@ -25,6 +25,7 @@ from data.corpus import documents, packed, windows
 from data.distilled import DistillConfig, distill, distilled_rows, sample_rows
 from data.machine import pick_device, pick_precision
 from data.perplexity import bits_per_byte, perplexity
+from data.rows import rows_to_train
 from data.shards import read_shards
 from data.tokenizer import load_base, train_tokenizer
 from medusa import MedusaConfig, MedusaHeads, Sampling, draw, generate
@@ -1075,7 +1076,7 @@ def test_an_epoch_shows_every_row_once_and_a_batch_stands_by_length(base, text, 
     rows, ends = torch.randint(290, (15, 9), generator=rng(0)), torch.randint(3, 9, (15,), generator=rng(1)).tolist()
     carries = torch.stack([(torch.arange(9) > 1) & (torch.arange(9) <= end) for end in ends])
     write_shard(tmp_path, "train-00000.safetensors", rows, carries)
-    rows_of_step, _ = train.rows_to_train(training(base, text, tmp_path / "out", batch=3), tmp_path, small_tokenizer(), 290)
+    rows_of_step, _ = rows_to_train(training(base, text, tmp_path / "out", batch=3), tmp_path, small_tokenizer(), 290)
     seen = []
     for step in range(2 * len(rows) // 3):
         tokens, mask = rows_of_step(step)

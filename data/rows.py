@@ -1,0 +1,33 @@
+"""The rows of each step of training: a function of the step alone, so that a run can go on where it was stopped."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.corpus import documents, packed, seeded, shuffled, windows
+from data.shards import read_shards
+from data.tokenizer import AnyTokenizer
+
+
+def rows_to_train(config, shards: Path, tokenizer: AnyTokenizer, vocab_size: int) -> tuple[Callable[[int], tuple[Tensor, Tensor]], Tensor]:
+    """A function from the step alone to tokens (B, T) and mask (B, T), and all tokens that carry loss (n,)."""
+    if config.data == "corpus":
+        corpus = packed(documents(False, config.text), tokenizer)
+
+        def windows_of_step(step: int) -> tuple[Tensor, Tensor]:
+            tokens = windows(corpus, config.batch, config.context, seeded(config.seed, step))
+            return tokens, torch.ones_like(tokens, dtype=torch.bool)
+
+        return windows_of_step, corpus
+    rows, carries = read_shards(shards, "train-*.safetensors", vocab_size)
+    ends = carries.int().cumsum(1).argmax(1)  # the last target of each row
+
+    def rows_of_step(step: int) -> tuple[Tensor, Tensor]:
+        places = range(step * config.batch, (step + 1) * config.batch)
+        chosen = torch.stack([shuffled(len(rows), config.seed, place // len(rows))[place % len(rows)] for place in places])
+        chosen = chosen[ends[chosen].argsort(stable=True)]  # by length: of a part of the batch as little as possible is padding
+        return rows[chosen], carries[chosen]
+
+    return rows_of_step, rows[carries]
