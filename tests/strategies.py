@@ -88,9 +88,11 @@ def markov_gpt(logits, context=32, eos=None) -> GPT:
     return model.eval()
 
 
-def random_heads(model: GPT, num_heads: int, seed: int, layers=1, private=False) -> MedusaHeads:
-    config = MedusaConfig(model.config.hidden_size, model.config.vocab_size, num_heads, layers, not private)
+def random_heads(model: GPT, num_heads: int, seed: int, layers=1, private=False, truncated=0) -> MedusaHeads:
+    config = MedusaConfig(model.config.hidden_size, model.config.vocab_size, num_heads, layers, not private, truncated)
     heads = MedusaHeads(config, model.lm_head).to(model.lm_head.weight.dtype)
+    if heads.token_map is not None:
+        heads.token_map = torch.randperm(model.config.vocab_size, generator=rng(seed))[:truncated].sort().values
     with torch.no_grad():
         for weight in heads.parameters():
             weight.copy_(torch.randn(weight.shape, generator=rng(seed), dtype=weight.dtype))

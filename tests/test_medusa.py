@@ -53,18 +53,19 @@ def decodings(draw):
     model = random_gpt(draw(st.integers(0, 99)), vocab_size, context, draw(st.integers(1, 2)), eos)
     prompt = draw(st.lists(st.integers(0, vocab_size - 1), min_size=1, max_size=context - 1))
     num_heads = draw(st.integers(1, 4))
-    heads = draw(st.sampled_from(("new", "random", "private", "cheating", "wrong")))
+    heads = draw(st.sampled_from(("new", "random", "private", "truncated", "cheating", "wrong")))
+    guessed = draw(st.integers(1, vocab_size - 1)) if heads == "truncated" else vocab_size
     if heads == "new":
         made = random_heads(model, num_heads, 0)
         for weight in made.parameters():
             weight.data.zero_()
-    elif heads in ("random", "private"):
-        made = random_heads(model, num_heads, draw(st.integers(0, 99)), draw(st.integers(1, 2)), heads == "private")
+    elif heads in ("random", "private", "truncated"):
+        made = random_heads(model, num_heads, draw(st.integers(0, 99)), draw(st.integers(1, 2)), heads == "private", guessed)
     else:
         ranks = draw(st.randoms(use_true_random=False))
         rank_of = (lambda: vocab_size - 1) if heads == "wrong" else lambda: ranks.choice([0, 0, ranks.randrange(vocab_size)])
         made = CheatingHeads(model, num_heads, [], len(prompt), rank_of)
-    tree = draw(built_trees(max_depth=num_heads, n_ranks=vocab_size))
+    tree = draw(built_trees(max_depth=num_heads, n_ranks=guessed))
     return model, made, tree, prompt, draw(st.integers(0, 24))
 
 
@@ -928,6 +929,56 @@ def test_head_k_learns_the_token_k_plus_1_ahead_and_nothing_else(offset):
         optimizer.step()
     for k, mean in enumerate(means.tolist(), start=1):
         assert mean < 0.1 if k + 1 == offset else mean > 0.8 * math.log(V), f"head {k} must learn the token {k + 1} ahead and no other; here {offset} is known"
+
+
+# ---- a truncated vocabulary ----
+
+
+@laws
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 99), st.booleans())
+def test_a_truncated_vocabulary_leaves_tokens_out_and_changes_nothing_else(truncated, K, seed, learning):
+    model = random_gpt(seed)
+    heads, every = random_heads(model, K, seed, truncated=truncated), random_heads(model, K, seed)
+    hidden = torch.randn(2, 3, 8, generator=rng(seed), dtype=torch.float64)
+    with torch.set_grad_enabled(learning):
+        logits, whole = heads(hidden, model.lm_head), every(hidden, model.lm_head)
+        torch.testing.assert_close(heads.truncated(hidden, model.lm_head), whole[..., heads.token_map])
+        other = random_gpt(seed + 1)
+        torch.testing.assert_close(
+            heads.truncated(hidden, other.lm_head), every(hidden, other.lm_head)[..., heads.token_map]
+        )  # another base's rows, not those copied before
+    torch.testing.assert_close(logits[..., heads.token_map], whole[..., heads.token_map])
+    left_out = [token for token in range(5) if token not in heads.token_map]
+    assert torch.equal(logits[..., left_out], torch.full((K, 2, 3, 5 - truncated), -math.inf, dtype=torch.float64))
+    places = heads.places(torch.arange(5))
+    assert (places[left_out] == -1).all() and torch.equal(heads.token_map[places[heads.token_map]], heads.token_map)
+    assert torch.equal(every.places(torch.arange(5)), torch.arange(5))
+
+
+def test_a_truncated_vocabulary_stands_on_disk_as_vllm_has_it_and_comes_back(tmp_path):
+    heads = random_heads(random_gpt(0), 2, 0, truncated=3)
+    heads.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["truncated_vocab_size"] == 3
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["token_map"], heads.token_map)
+    loaded = MedusaHeads.from_pretrained(tmp_path, torch.float64)
+    assert loaded.config == heads.config and torch.equal(loaded.token_map, heads.token_map)
+    with pytest.raises(ValueError, match="guess 3, but the heads guess among 3 tokens"):
+        check_fit(random_gpt(0), loaded, cartesian_tree([4]))
+
+
+@pytest.mark.parametrize("token_map", [[0, 1, 5], [-1, 0, 1], [0, 0, 1], [2, 1, 0], [0, 1], [[0, 1, 2]], None])
+def test_a_token_map_that_is_none_is_refused_by_name(token_map, tmp_path):
+    random_heads(random_gpt(0), 2, 0, truncated=3).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["token_map"]
+    save_file(state | ({} if token_map is None else {"token_map": torch.tensor(token_map)}), tmp_path / "model.safetensors")
+    refuses(tmp_path, "model.safetensors", "token_map")
+
+
+@pytest.mark.parametrize("truncated, shared", [(6, True), (-1, True), (2.0, True), (True, True), (3, False)])
+def test_a_truncated_vocabulary_that_cannot_be_is_refused(truncated, shared):
+    with pytest.raises(ValueError, match="truncated_vocab_size"):
+        MedusaConfig(8, 5, 2, 1, shared, truncated)
 
 
 # ---- heads on disk ----

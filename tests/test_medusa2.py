@@ -122,7 +122,8 @@ def steps(draw):
     model = random_gpt(seed, layers=2)
     if draw(st.booleans()):
         model.lm_head.weight = model.embed_tokens.weight
-    heads = random_heads(model, K, seed, layers=draw(st.integers(1, 2)), private=draw(st.booleans()))
+    private, truncated = draw(st.sampled_from([(False, 0), (True, 0), (False, 3)]))
+    heads = random_heads(model, K, seed, draw(st.integers(1, 2)), private, truncated)
     tokens = torch.randint(5, (B, T), generator=rng(seed))
     weights = draw(st.sampled_from([(0.0, 1.0), (1.0, 0.0), (1.0, 0.2), (0.5, 3.0)]))
     teacher = random_gpt(seed + 1, layers=1) if weights[0] and draw(st.booleans()) else None
@@ -139,11 +140,14 @@ def written_out(model, heads, tokens, mask, weights, decay, teacher):
     means, met = [], []
     for k, log_probs in enumerate(everyone):
         places = [(b, t) for b in range(len(tokens)) for t in range(tokens.shape[1] - k - 1) if mask[b, t + k + 1]]
+        count = max(len(places), 1)
+        if k > 0 and heads.token_map is not None:  # what is left out counts, and adds nothing
+            places = [(b, t) for b, t in places if tokens[b, t + k + 1] in heads.token_map]
         terms = [-log_probs[b, t, tokens[b, t + k + 1]] for b, t in places]
         if k == 0 and teacher:
             terms = [(goal[b, t].exp() * (goal[b, t] - log_probs[b, t])).sum() for b, t in places]
-        means.append(sum(terms, torch.zeros((), dtype=torch.float64)) / max(len(places), 1))
-        met.append(sum(log_probs[b, t].argmax().item() == tokens[b, t + k + 1].item() for b, t in places) / max(len(places), 1))
+        means.append(sum(terms, torch.zeros((), dtype=torch.float64)) / count)
+        met.append(sum(log_probs[b, t].argmax().item() == tokens[b, t + k + 1].item() for b, t in places) / count)
     loss = weights[0] * means[0] + weights[1] * sum(decay**k * mean for k, mean in enumerate(means[1:], start=1))
     figures = [means[0].item() * (weights[0] > 0)] + [x * (weights[1] > 0) for x in [mean.item() for mean in means[1:]] + met[1:]]
     return loss, torch.tensor(figures[: 2 * K + 1])

@@ -1087,6 +1087,16 @@ def test_an_epoch_shows_every_row_once_and_a_batch_stands_by_length(base, text, 
     assert sorted(first) == sorted(second) == list(range(len(rows))) and first != second
 
 
+def test_a_truncated_vocabulary_is_that_of_the_most_frequent_targets(base, text, shards, tmp_path):
+    train_medusa(training(base, text, tmp_path / "out", distilled=shards, truncated_vocab_size=20))
+    heads = MedusaHeads.from_pretrained(tmp_path / "out")
+    rows, carries = read_shards(Path(shards), "train-*.safetensors", 290)
+    counts = Counter(rows[carries].tolist())
+    taken = heads.token_map.tolist()
+    assert heads.config.truncated_vocab_size == len(taken) == 20
+    assert min(counts[token] for token in taken) >= max(counts[token] for token in range(290) if token not in taken)
+
+
 def block_rows(offset: int, B: int, blocks: int, seed: int):
     """Blocks of random tokens, each followed by its translation: a token tells the one `offset` ahead, and no other. Loss on translations."""
     first = torch.randint(6, (B, blocks, offset), generator=rng(seed))
