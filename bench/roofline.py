@@ -40,7 +40,7 @@ def backbone_work(config: ModelConfig, N: int, S: int, width: int) -> tuple[int,
 def heads_work(config: MedusaConfig, width: int) -> tuple[int, int]:
     """Bytes and operations of K heads at one position: J layers each, and the LM head, which shared heads read once."""
     layers = config.num_heads * config.num_hidden_layers * config.hidden_size**2
-    lm_head = config.vocab_size * config.hidden_size
+    lm_head = config.truncated_vocab_size * config.hidden_size
     return width * (layers + lm_head * (1 if config.original_lm_head else config.num_heads)), 2 * (layers + config.num_heads * lm_head)
 
 
