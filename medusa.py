@@ -11,6 +11,7 @@ Head k (counted from 1) at position t guesses token t+k+1; token t+1 is the base
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -53,7 +54,7 @@ class MedusaHeads(nn.Module):
 
     def __init__(self, config: MedusaConfig, lm_head: nn.Linear | None = None):
         """weight (J, K, D, D), each W1 as (out, in), and bias (J, K, 1, D): zero. lm_heads (K, V, D), each W2: a copy of lm_head's matrix
-        (without one zero, to be filled from a file); None if the LM head is shared. token_map: the tokens of a truncated vocabulary, or None."""
+        (without one zero, to be filled from a file); None if the LM head is shared."""
         super().__init__()
         self.config = config
         K, J, D = config.num_heads, config.num_hidden_layers, config.hidden_size
@@ -63,32 +64,32 @@ class MedusaHeads(nn.Module):
         if not config.original_lm_head:
             start = torch.zeros(config.vocab_size, D) if lm_head is None else lm_head.weight.detach()
             self.lm_heads = nn.Parameter(start.repeat(K, 1, 1))  # (K, V, D)
-        self.register_buffer("token_map", torch.arange(config.truncated_vocab_size) if config.truncated_vocab_size < config.vocab_size else None)
-        self._rows = None, None
+        if config.truncated_vocab_size < config.vocab_size:
+            self.register_buffer("tokens", torch.arange(config.truncated_vocab_size))
 
-    def forward(self, hidden: Tensor, lm_head: nn.Linear) -> Tensor:
-        """hidden (..., D) -> logits (K, ..., V): minus infinity for tokens that a truncated vocabulary leaves out."""
-        logits = self.truncated(hidden, lm_head)
-        if self.token_map is None:
-            return logits
-        return logits.new_full((*logits.shape[:-1], self.config.vocab_size), -math.inf).index_copy(-1, self.token_map, logits)
+    @property
+    def token_map(self) -> Tensor | None:
+        """The tokens of a truncated vocabulary (truncated_vocab_size,); None if all may be guessed."""
+        return self._buffers.get("tokens")
 
-    def truncated(self, hidden: Tensor, lm_head: nn.Linear) -> Tensor:
-        """hidden (..., D) -> logits (K, ..., truncated_vocab_size), in the order of token_map."""
+    def forward(self, hidden: Tensor, lm_head: Callable[[Tensor], Tensor]) -> Tensor:
+        """hidden (..., D) -> logits (K, ..., V), or (K, ..., truncated_vocab_size) in the order of token_map if lm_head is `shortened` to these."""
         K, D = self.config.num_heads, self.config.hidden_size
         x = hidden.reshape(1, -1, D).expand(K, -1, -1)  # (K, n, D), n positions in all
         for weight, bias in zip(self.weight, self.bias):
             x = x + F.silu(torch.baddbmm(bias, x, weight.mT))  # (K, n, D)
-        logits = linear(x, self.rows(lm_head.weight)) if self.lm_heads is None else torch.bmm(x, self.lm_heads.mT)  # (K, n, V)
+        logits = lm_head(x) if self.lm_heads is None else torch.bmm(x, self.lm_heads.mT)  # (K, n, V)
         return logits.view(K, *hidden.shape[:-1], -1)
 
-    def rows(self, weight: Tensor) -> Tensor:
-        """The rows of the LM head (V, D) that are read; copied once, unless they learn."""
-        if self.token_map is None or torch.is_grad_enabled():
-            return weight if self.token_map is None else weight[self.token_map]
-        if self._rows[0] is not weight:
-            self._rows = weight, weight[self.token_map]
-        return self._rows[1]
+    def shortened(self, lm_head: nn.Linear) -> Callable[[Tensor], Tensor]:
+        """The LM head's rows of a truncated vocabulary, as a function of hidden states; lm_head itself if all tokens may be guessed."""
+        return lm_head if self.token_map is None else partial(linear, weight=lm_head.weight[self.token_map])
+
+    def widened(self, logits: Tensor) -> Tensor:
+        """(..., truncated_vocab_size) -> (..., V): minus infinity for what is not guessed."""
+        if self.token_map is None:
+            return logits
+        return logits.new_full((*logits.shape[:-1], self.config.vocab_size), -math.inf).index_copy(-1, self.token_map, logits)
 
     def places(self, tokens: Tensor) -> Tensor:
         """Where tokens stand in token_map; -1 for those that are left out."""
@@ -130,8 +131,8 @@ class MedusaHeads(nn.Module):
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         heads._fill(heads.parts(), read_safetensors(weights), weights)
-        if heads.token_map is not None and not torch.equal(heads.token_map.clamp(0, heads.config.vocab_size - 1).unique(), heads.token_map):
-            raise ValueError(f"{weights}: token_map must hold different tokens of the vocabulary, in order")
+        if heads.token_map is not None and len({*heads.token_map.tolist()} & {*range(heads.config.vocab_size)}) < len(heads.token_map):
+            raise ValueError(f"{weights}: token_map must hold different tokens of the vocabulary")
         return heads.to(device=device, dtype=dtype).eval()
 
     @classmethod
@@ -160,8 +161,10 @@ class MedusaHeads(nn.Module):
         for name, part in parts.items():
             if name not in disk:
                 raise ValueError(f"{path}: tensor {name} is missing")
-            if disk[name].shape != part.shape:
-                raise ValueError(f"{path}: tensor {name} has shape {tuple(disk[name].shape)}, not {tuple(part.shape)}")
+            if disk[name].shape != part.shape or disk[name].is_floating_point() != part.is_floating_point():
+                raise ValueError(
+                    f"{path}: tensor {name} has shape {tuple(disk[name].shape)} and dtype {disk[name].dtype}, not {tuple(part.shape)}, {part.dtype}"
+                )
             part.copy_(disk[name])
 
 
@@ -423,12 +426,12 @@ def favour(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Tensor:
     return logits if noise is None or sampling.typical else tempered(logits, sampling.temperature).softmax(-1) / noise
 
 
-def propose(heads: MedusaHeads, lm_head: nn.Linear, hidden: Tensor, root: int, plan: Plan, sampling: Sampling, noise: NoiseAhead) -> Tensor:
+def propose(heads: MedusaHeads, lm_head: Callable[[Tensor], Tensor], hidden: Tensor, root: int, plan: Plan, sampling: Sampling, noise: NoiseAhead) -> Tensor:
     """The tokens at the nodes of the tree, (N,): the root, and below it the first guesses of the heads at `hidden` (D,)."""
     root_token = torch.tensor([root], device=hidden.device)
     if len(plan.tree) == 1:
         return root_token
-    logits = heads(hidden, lm_head)  # (K, V)
+    logits = heads.widened(heads(hidden, lm_head))  # (K, V)
     guesses = favour(logits, sampling, noise.at(range(len(logits)))).topk(plan.n_guesses).indices  # (K, guesses)
     return torch.cat((root_token, guesses.flatten()))[plan.index]
 
@@ -450,7 +453,7 @@ def medusa_generate(
     """
     check_fit(model, heads, tree)
     end = text_limit(model, prompt, max_new_tokens)
-    lm_head, ends = model.lm_head, model.config.ends
+    lm_head, guess_head, ends = model.lm_head, heads.shortened(model.lm_head), model.config.ends
     cache = model.new_cache(end + len(tree))
     plan = Plan(tree, end, lm_head.weight)
     noise = NoiseAhead(lm_head.weight, sampling, generator)
@@ -468,7 +471,7 @@ def medusa_generate(
         if plan.depth > end - length - 1:  # a node must leave room for the token it earns
             plan = Plan(tree.cut(end - length - 1), end, lm_head.weight)
         past = length - 1
-        tokens = propose(heads, lm_head, states[path[-1]], emitted[-1], plan, sampling, noise)  # (N,)
+        tokens = propose(heads, guess_head, states[path[-1]], emitted[-1], plan, sampling, noise)  # (N,)
         states = model(tokens[None], plan.depths + past, plan.mask(past), cache)[0]  # (N, D)
         path, emitted = accept(plan.tree, tokens, lm_head(states), sampling, noise.at(plan.tree.depths))
         cache.keep(past, path)

@@ -97,7 +97,9 @@ class Medusa1Config(Fit):
     distilled: str = option("", "a directory that --mode distill wrote; default: the shipped one for the shipped base, else one made now and cached")
     num_heads: int = option(MedusaConfig.num_heads, "K, heads to train")
     num_hidden_layers: int = option(MedusaConfig.num_hidden_layers, "residual layers of a head")
-    truncated_vocab_size: int = option(0, "tokens that heads with a shared LM head guess among, the most frequent of the text; 0: all")
+    truncated_vocab_size: int = option(
+        MedusaConfig.truncated_vocab_size, "tokens that heads with a shared LM head guess among, the most frequent of the text; 0: all"
+    )
     original_lm_head: bool = option(MedusaConfig.original_lm_head, "share the base's LM head; --no-original-lm-head gives each head its own")
     decay: float = option(DECAY, "weight of head k's loss is decay^k")
 
@@ -106,8 +108,8 @@ class Medusa1Config(Fit):
         check_sizes(self, ["num_heads", "num_hidden_layers"])
         if self.context < 2:
             raise ValueError(f"--context {self.context}: a token needs another to guess")
-        if not 0 < self.decay < math.inf:
-            raise ValueError(f"--decay {self.decay}: must be above 0")
+        if not 0 < self.decay < math.inf or self.truncated_vocab_size < 0 or self.truncated_vocab_size and not self.original_lm_head:
+            raise ValueError("--decay must be above 0, --truncated-vocab-size 0 or more, and 0 beside --no-original-lm-head")
         if Path(self.base).resolve() == (Path(self.out) / ("base" if isinstance(self, Medusa2Config) else "")).resolve():
             raise ValueError(f"--out {self.out} would overwrite its own --base: name another directory")
         if self.data == "distilled" and self.context != Fit.context:
@@ -204,7 +206,7 @@ def backpropagate(
             figures[0] += loss.detach()
             loss = weight_base * loss
         if weight_heads > 0:
-            guesses = heads.truncated(cut[part], model.lm_head)  # (K, chunk, truncated V)
+            guesses = heads(cut[part], heads.shortened(model.lm_head))  # (K, chunk, truncated V)
             goals, known = targets[part], carries[part] & (targets[part] >= 0)
             medusa, per_head = medusa_loss(guesses[:, :, None], goals, known, decay, counts[1:])
             hits = ((guesses.argmax(-1).mT == goals[:, 2:]) & known[:, 2:]).sum(0)  # (K,)
@@ -322,16 +324,13 @@ def train_base(config: BaseConfig) -> None:
 # ---- medusa1 and medusa2 ----
 
 
-def heads_to_train(config: Medusa1Config, model: GPT, targets: Tensor, device: torch.device) -> MedusaHeads:
+def heads_to_train(config: Medusa1Config, model: GPT, device: torch.device) -> MedusaHeads:
     if isinstance(config, Medusa2Config) and config.heads:
         heads = MedusaHeads.from_pretrained(config.heads, device=device)
         check_fit(model, heads, ROOT)
         return heads
     sizes = config.num_heads, config.num_hidden_layers, config.original_lm_head, config.truncated_vocab_size
-    heads = MedusaHeads(MedusaConfig(model.config.hidden_size, model.config.vocab_size, *sizes), model.lm_head)
-    if heads.token_map is not None:
-        heads.token_map = targets.bincount(minlength=model.config.vocab_size).topk(len(heads.token_map)).indices.sort().values
-    return heads.to(device, torch.float32)
+    return MedusaHeads(MedusaConfig(model.config.hidden_size, model.config.vocab_size, *sizes), model.lm_head).to(device, torch.float32)
 
 
 def schedule(config: Medusa1Config, step: int) -> tuple[tuple[float, float], dict[str, float]]:
@@ -352,11 +351,13 @@ def train_medusa(config: Medusa1Config) -> None:
     device, dtype = prepare(config)
     tokenizer, model = load_base(config.base, torch.float32 if joint else dtype, device)  # a frozen base needs no more digits than it is used with
     model.requires_grad_(False)
+    heads = heads_to_train(config, model, device)
     text = packed(documents(True, config.text), tokenizer)
     before = perplexity(model, text) if is_first() and joint else None
     shards = distilled_rows(config)
     rows_of_step, targets = rows_to_train(config, shards, tokenizer, model.config.vocab_size)
-    heads = heads_to_train(config, model, targets, device)
+    if config.truncated_vocab_size and heads.token_map is not None:
+        heads.token_map.copy_(targets.bincount(minlength=model.config.vocab_size).topk(config.truncated_vocab_size).indices)
     held_out = held_out_rows(shards, model.config.vocab_size, heads.config.num_heads)
     parts, teacher = {"heads": dict(heads.named_parameters())}, None
     if joint:
@@ -390,7 +391,7 @@ def train_medusa(config: Medusa1Config) -> None:
     write_json(Path(out) / "calibration.json", calibration)
     finish(config)
     after = perplexity(model, text)
-    say(f"perplexity of the base on held-out text: {after:.3f}, " + ("frozen" if before is None else f"{before:.3f} before training"))
+    say(f"perplexity of the base on held-out text: {after:.3f}, " + (f"frozen, in {dtype}" if before is None else f"{before:.3f} before training"))
     report(base, out, calibration)
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import zip_longest
 
 import torch
 from tqdm import tqdm
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from bench.dynamic import dynamic_generate
 from bench.figures import distinct
 from bench.results import Decoding, held_out_prompts, held_out_turns, load, markdown, measure, need
-from data.calibration import CALIBRATION_NODES, head_ranks, held_out_rows, read_calibration
+from data.calibration import CALIBRATION_NODES, head_ranks, held_out_rows, paths_of, read_calibration
 from data.command import option
 from data.compiled import Compiled
 from data.difference import first_difference, gap_at
@@ -84,10 +85,10 @@ def product_tree(rank_paths: Sequence[Sequence[int]], n_nodes: int) -> Tree:
 
     As in the search of the paper's own repository: it takes the heads to be right independently of each other.
     """
-    ranks = torch.tensor(rank_paths)  # (positions, K)
-    counts = torch.stack([column.bincount(minlength=int(ranks.max()) + 1) for column in ranks.T])  # (K, R)
+    ranks = torch.tensor(list(zip_longest(*rank_paths, fillvalue=-1)))  # (K, positions); -1 behind the end of a path
+    counts = torch.stack([head[head >= 0].bincount(minlength=int(ranks.max()) + 1) for head in ranks])  # (K, R)
     order = counts.sort(descending=True, stable=True).indices.tolist()  # on little data a lower rank may come more seldom
-    tree = best_first_tree((counts.double() / len(ranks)).log(), n_nodes)
+    tree = best_first_tree((counts.double() / ranks.shape[1]).log(), n_nodes)
     return tree_from_paths([[order[head][place] for head, place in enumerate(path)] for path in tree.paths[1:]])
 
 
@@ -96,7 +97,7 @@ def step_starts(config: DecodeConfig, temperature: float) -> list[tuple[int, ...
     _, model, heads = load(config)
     shards = distilled_rows(Medusa1Config(base=config.base, distilled=config.distilled))
     rows = held_out_rows(shards, model.config.vocab_size, heads.config.num_heads)[str(temperature)]
-    texts = [ranks.tolist() for ranks in head_ranks(model, heads, *rows, Sampling(temperature))]
+    texts = [paths_of(ranks, heads.config.truncated_vocab_size) for ranks in head_ranks(model, heads, *rows, Sampling(temperature))]
     return replay(texts, calibrated_tree((ranks for text in texts for ranks in text), CALIBRATION_NODES))
 
 

@@ -25,7 +25,7 @@ def grow(heads: MedusaHeads, lm_head: nn.Linear, hidden: Tensor, n_nodes: int, p
     """The plan of a tree of n_nodes nodes, at most `room` deep, for a cache of `past` rows, and the guesses at its nodes below the root, (N-1,)."""
     if room == 0:
         return Plan(ROOT, past, hidden), torch.empty(0, dtype=torch.long, device=hidden.device)
-    logits = heads(hidden, lm_head)[:room]  # (K, V)
+    logits = heads.widened(heads(hidden, heads.shortened(lm_head)))[:room]  # (K, V)
     scores = favour(logits, sampling, noise.at(range(len(logits))))  # (K, V)
     plan = Plan(best_first_tree(log_probs_of(scores, logits), n_nodes), past, hidden)
     guesses = scores.topk(plan.n_guesses).indices.flatten()

@@ -100,7 +100,9 @@ def predict_device(config: PredictConfig) -> dict:
     """The heads have the shape of --heads, at the width of the model; they are taken to be right as often as those."""
     model = read_config(Path(config.model) / "config.json") if config.model else SEVEN_B
     shape = read_json(Path(config.heads) / "config.json")
-    heads = MedusaConfig(model.hidden_size, model.vocab_size, shape["num_heads"], shape["num_hidden_layers"], shape["original_lm_head"])
+    guessed = shape.get("truncated_vocab_size", 0) % shape["vocab_size"]  # 0: all
+    sizes = shape["num_heads"], shape["num_hidden_layers"], shape["original_lm_head"], min(guessed, model.vocab_size)
+    heads = MedusaConfig(model.hidden_size, model.vocab_size, *sizes)
     device = Device(config.bandwidth * 1e12, config.flops * 1e12)
     plain = plain_seconds(device, model, config.context, config.width)
     temperatures = {}

@@ -12,6 +12,7 @@ from bench.figures import machine
 from data.chat import turn_prompts
 from data.command import option
 from data.corpus import documents, packed, windows
+from data.distilled import DistillConfig
 from data.machine import check_out
 from data.packages import optional
 from data.shards import base_digest
@@ -61,10 +62,10 @@ def held_out_prompts(tokenizer: AnyTokenizer, n: int, length: int) -> list[list[
 
 
 def held_out_turns(config, tokenizer: AnyTokenizer) -> list[list[int]]:
-    """The last config.prompts of the user turns that nothing here was trained on; trees are calibrated on the first ones."""
+    """The last config.prompts of the user turns that nothing here was trained on; trees were calibrated on the first ones."""
     held_out = turn_prompts(config.turns, config.base, tokenizer, config.prompt_tokens)["validation"]
-    if len(held_out) < config.prompts:
-        raise ValueError(f"--prompts {config.prompts}: only {len(held_out)} turns are held out")
+    if len(held_out) < DistillConfig.rows + config.prompts:
+        raise ValueError(f"--turns: {len(held_out)} turns are held out, {DistillConfig.rows} to calibrate on and --prompts {config.prompts} are needed")
     return held_out[-config.prompts :]
 
 
@@ -77,7 +78,9 @@ def command(name: str, config: Bench) -> str:
     """What measures the same again."""
     plain = type(config)()
     flags = [(f.name, getattr(config, f.name)) for f in fields(config) if f.name not in NOT_RESULT and getattr(config, f.name) != getattr(plain, f.name)]
-    words = [f"--{flag.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, list) else value}" for flag, value in flags]
+    words = [
+        "--" + " ".join([flag.replace("_", "-"), *map(str, value if isinstance(value, list) else [] if value is True else [value])]) for flag, value in flags
+    ]
     return " ".join(["python bench/bench.py", name, *words])
 
 

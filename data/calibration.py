@@ -5,6 +5,7 @@ Dimension key: B rows, T tokens, K heads, V vocabulary.
 
 import copy
 from collections import Counter
+from itertools import chain, takewhile
 from pathlib import Path
 
 import torch
@@ -46,6 +47,7 @@ def noise_of_draws(base_probs: Tensor, tokens: Tensor, generator: torch.Generato
 def head_ranks(model: GPT, heads: MedusaHeads, tokens: Tensor, carries: Tensor, sampling: Sampling = Sampling()) -> list[Tensor]:
     """The rank (0 is the first guess) that each head gave to the token that came: for each row (n, K), at its positions that are `scored`.
 
+    What a truncated vocabulary leaves out has the rank V, which no guess has.
     Of rows that were sampled the noise is gone: another is made with which these tokens would have been drawn.
     """
     K, ranks, generator = heads.config.num_heads, [], torch.Generator(tokens.device).manual_seed(0)
@@ -60,11 +62,18 @@ def head_ranks(model: GPT, heads: MedusaHeads, tokens: Tensor, carries: Tensor, 
         if sampling.temperature > 0:
             noise = noise_of_draws(base_distribution(lm_head(hidden), sampling), row[a + 1 : b + K + 1], generator)  # (b-a+K, V), of tokens a+1, a+2, ...
         found = []
-        for k, logits in enumerate(heads(hidden[: b - a], lm_head), start=1):  # (b-a, V); at t they guess token t+k+1
-            scores = favour(logits, sampling, noise[k : k + b - a] if sampling.temperature > 0 else None)
-            found.append((scores > scores.gather(1, row[a + k + 1 : b + k + 1, None])).sum(-1))
+        for k, logits in enumerate(heads(hidden[: b - a], heads.shortened(lm_head)), start=1):  # at t they guess token t+k+1
+            scores = favour(heads.widened(logits), sampling, noise[k : k + b - a] if sampling.temperature > 0 else None)  # (b-a, V)
+            came = row[a + k + 1 : b + k + 1]  # (b-a,)
+            rank = (scores > scores.gather(1, came[:, None])).sum(-1)
+            found.append(rank.masked_fill(heads.places(came) < 0, heads.config.vocab_size))
         ranks.append(torch.stack(found, dim=1)[places - a].cpu())  # (n, K)
     return ranks
+
+
+def paths_of(ranks: Tensor, guessed: int) -> list[tuple[int, ...]]:
+    """ranks (n, K) -> the rank path of each position, up to what is not among the `guessed` tokens."""
+    return [tuple(takewhile(lambda rank: rank < guessed, row)) for row in ranks.tolist()]
 
 
 def calibrate(model: GPT, heads: MedusaHeads, rows_of: dict[str, tuple[Tensor, Tensor]]) -> dict:
@@ -75,8 +84,8 @@ def calibrate(model: GPT, heads: MedusaHeads, rows_of: dict[str, tuple[Tensor, T
     for temperature, (tokens, carries) in rows_of.items():
         device = model.lm_head.weight.device
         texts = head_ranks(model, heads, tokens.to(device), carries.to(device), Sampling(float(temperature)))
-        ranks, texts = torch.cat(texts), [text.tolist() for text in texts]
-        starts = replay(texts, calibrated_tree(ranks.tolist(), CALIBRATION_NODES))
+        ranks, texts = torch.cat(texts), [paths_of(text, heads.config.truncated_vocab_size) for text in texts]
+        starts = replay(texts, calibrated_tree(chain.from_iterable(texts), CALIBRATION_NODES))
         counts = prefix_counts(starts)
         report[temperature] = {
             "top1": [round((ranks[:, k] < 1).double().mean().item(), 4) for k in range(ranks.shape[1])],

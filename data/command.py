@@ -69,4 +69,6 @@ class Common:
     text: list[str] = option([], "UTF-8 files to use in place of the Python standard library")
     seed: int = option(0, "seed of all that is random")
     device: str = option("auto", "auto, cpu, cuda or mps")
-    precision: str = option("auto", "of matmuls: float32, or bfloat16 mixed in; auto is bfloat16 on cuda", choices=("auto", "float32", "bfloat16"))
+    precision: str = option(
+        "auto", "of matmuls, and of a base that does not learn: float32 or bfloat16; auto is bfloat16 on cuda", choices=("auto", "float32", "bfloat16")
+    )

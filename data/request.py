@@ -21,12 +21,12 @@ def sampling_of(config) -> Sampling:
 def read_prompt(config) -> str:
     if (config.prompt != type(config).prompt) + bool(config.prompt_file) + bool(config.chat) > 1:
         raise ValueError("--prompt, --prompt-file and --chat contradict each other: leave only one of them")
-    source = f"--prompt-file {config.prompt_file}" if config.prompt_file else "--prompt"
+    source = f"--prompt-file {config.prompt_file}" if config.prompt_file else "--chat" if config.chat else "--prompt"
     try:
         data = Path(config.prompt_file).read_bytes() if config.prompt_file else (config.chat or config.prompt).encode()
         text = data.decode("utf-8")
     except (OSError, UnicodeError) as error:
-        raise ValueError(f"{source} cannot be read as UTF-8 text: {error}") from None
+        raise ValueError(f"{source} cannot be read as UTF-8 text: {error}; look at the terminal's encoding, or at the file's") from None
     if not text:
         raise ValueError(f"{source} is empty: give at least one character")
     return text

@@ -124,9 +124,10 @@ def main() -> None:
     if (out / "model.safetensors").exists():
         raise ValueError(f"{out} holds a model already: remove it, or name another --out")
     optional("gguf", out)
-    shutil.copytree(HEADS, out / "heads", dirs_exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         convert(fetch(Path(folder)), out, getattr(torch, config.dtype))
+    if not (out / "heads").exists():
+        shutil.copytree(HEADS, out / "heads")
     print(f'{out}: next: python sample.py --base {out} --chat "Why is the sky blue?"')
 
 

@@ -49,7 +49,7 @@ class Trace:
         heads.register_forward_hook(self._listen)
 
     def _listen(self, heads: MedusaHeads, inputs: tuple, logits: Tensor) -> None:
-        self.head_logits = logits  # (K, V)
+        self.head_logits = heads.widened(logits)  # (K, V)
 
     def accept(self, tree: Tree, tokens: Tensor, logits: Tensor, sampling: Sampling, noise: Tensor | None) -> tuple[list[int], list[int]]:
         """The verdict of `accept`. Nothing is computed here, so that the clock of a traced run stays right."""

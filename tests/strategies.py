@@ -92,7 +92,7 @@ def random_heads(model: GPT, num_heads: int, seed: int, layers=1, private=False,
     config = MedusaConfig(model.config.hidden_size, model.config.vocab_size, num_heads, layers, not private, truncated)
     heads = MedusaHeads(config, model.lm_head).to(model.lm_head.weight.dtype)
     if heads.token_map is not None:
-        heads.token_map = torch.randperm(model.config.vocab_size, generator=rng(seed))[:truncated].sort().values
+        heads.token_map.copy_(torch.randperm(model.config.vocab_size, generator=rng(seed))[:truncated])
     with torch.no_grad():
         for weight in heads.parameters():
             weight.copy_(torch.randn(weight.shape, generator=rng(seed), dtype=weight.dtype))
@@ -105,6 +105,12 @@ class CheatingHeads:
     def __init__(self, model: GPT, num_heads: int, text: list[int], length: int, rank_of=lambda: 0):
         self.config = MedusaConfig(model.config.hidden_size, model.config.vocab_size, num_heads)
         self.text, self.length, self.rank_of = text, length, rank_of
+
+    def shortened(self, lm_head):
+        return lm_head
+
+    def widened(self, logits):
+        return logits
 
     def __call__(self, hidden, lm_head):
         assert hidden.dim() == 1, "heads run at one node alone, the one accepted last"

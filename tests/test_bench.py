@@ -516,10 +516,10 @@ def test_every_subcommand_measures_and_predict_reads_what_they_wrote(small, call
 
 
 def test_held_out_turns_are_the_last_ones_and_must_be_enough(monkeypatch):
-    monkeypatch.setattr(
-        results, "turn_prompts", lambda *asked: {"validation": [[1], [2], [3], [4]], "train": [[5]]} if asked == (["t"], "b", None, 9) else None
-    )
-    config = decode.DecodeConfig(base="b", turns=["t"], prompts=3, prompt_tokens=9)
-    assert results.held_out_turns(config, None) == [[2], [3], [4]]
-    with pytest.raises(ValueError, match="--prompts 5: only 4 turns are held out"):
-        results.held_out_turns(decode.DecodeConfig(base="b", turns=["t"], prompts=5, prompt_tokens=9), None)
+    asked = []
+    monkeypatch.setattr(results.DistillConfig, "rows", 1)
+    monkeypatch.setattr(results, "turn_prompts", lambda *args: asked.append(args) or {"validation": [[1], [2], [3], [4]], "train": [[5]]})
+    assert results.held_out_turns(decode.DecodeConfig(base="b", turns=["t"], prompts=3, prompt_tokens=9), None) == [[2], [3], [4]]
+    with pytest.raises(ValueError, match="4 turns are held out, 1 to calibrate on and --prompts 4"):
+        results.held_out_turns(decode.DecodeConfig(base="b", turns=["t"], prompts=4, prompt_tokens=9), None)
+    assert asked == [(["t"], "b", None, 9)] * 2

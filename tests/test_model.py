@@ -245,7 +245,7 @@ def test_a_linear_map_is_the_same_product_for_few_rows_and_many_and_lies_in_orde
     x = torch.randn(*shape, n_in, generator=rng(0), dtype=torch.float64)
     y = layer(x)
     close(y, torch.einsum("...i,oi->...o", x, layer.weight))
-    assert y.is_contiguous() and 1 < Linear.FEW < 5 * 5
+    assert y.is_contiguous() and 1 < model_module.FEW < 5 * 5
 
 
 def test_a_new_gpt_starts_small_and_the_ends_of_its_residual_branches_smaller():

@@ -19,7 +19,7 @@ import data.distilled
 import data.perplexity
 import data.shards
 import train
-from data.calibration import CALIBRATION_TEMPERATURES, calibrate, head_ranks, noise_of_draws, read_prefixes
+from data.calibration import CALIBRATION_TEMPERATURES, calibrate, head_ranks, noise_of_draws, read_calibration, read_prefixes
 from data.checkpoint import checkpoint_path
 from data.corpus import documents, packed, windows
 from data.distilled import DistillConfig, distill, distilled_rows, sample_rows
@@ -28,7 +28,7 @@ from data.perplexity import bits_per_byte, perplexity
 from data.rows import rows_to_train
 from data.shards import read_shards
 from data.tokenizer import load_base, train_tokenizer
-from medusa import MedusaConfig, MedusaHeads, Sampling, draw, generate
+from medusa import MedusaConfig, MedusaHeads, Sampling, check_fit, draw, generate
 from model import GPT, ModelConfig, read_json, read_safetensors, write_json, write_safetensors
 from strategies import (
     CPU,
@@ -1095,6 +1095,10 @@ def test_a_truncated_vocabulary_is_that_of_the_most_frequent_targets(base, text,
     taken = heads.token_map.tolist()
     assert heads.config.truncated_vocab_size == len(taken) == 20
     assert min(counts[token] for token in taken) >= max(counts[token] for token in range(290) if token not in taken)
+    sizes = [len(calibrated_tree(read_calibration(tmp_path / "out", 0.0)[0], n)) for n in (8, 64)]
+    for n in sizes:
+        check_fit(GPT.from_pretrained(base), heads, calibrated_tree(read_calibration(tmp_path / "out", 0.0)[0], n))
+    assert sizes[0] == 8
 
 
 def block_rows(offset: int, B: int, blocks: int, seed: int):
