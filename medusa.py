@@ -87,9 +87,8 @@ class MedusaHeads(nn.Module):
 
     def widened(self, logits: Tensor) -> Tensor:
         """(..., truncated_vocab_size) -> (..., V): minus infinity for what is not guessed."""
-        if self.token_map is None:
-            return logits
-        return logits.new_full((*logits.shape[:-1], self.config.vocab_size), -math.inf).index_copy(-1, self.token_map, logits)
+        wide = (*logits.shape[:-1], self.config.vocab_size)
+        return logits if self.token_map is None else logits.new_full(wide, -math.inf).index_copy(-1, self.token_map, logits)
 
     def places(self, tokens: Tensor) -> Tensor:
         """Where tokens stand in token_map; -1 for those that are left out."""
