@@ -1,5 +1,6 @@
 """Laws of the text: the tokenizer loses nothing, no document stands on both sides of the split, and packed tokens are the documents."""
 
+import sys
 import sysconfig
 from functools import cache
 from pathlib import Path
@@ -8,10 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from data import corpus
+from data import corpus, smollm2
+from data.calibration import CALIBRATION_TEMPERATURES, read_calibration
 from data.corpus import documents, is_validation, library_documents, pack, python_files, text_documents
 from data.tokenizer import Tokenizer, train_tokenizer
+from medusa import MedusaHeads
 from strategies import laws
+from tree import calibrated_tree
 
 SIZES = {"shipped": 2048, "small": 400}
 TOKENIZERS = pytest.mark.parametrize("name", SIZES)
@@ -194,3 +198,30 @@ def test_the_cache_is_below_the_home_directory_unless_told(tmp_path, monkeypatch
     for unset in (lambda: monkeypatch.setenv("XDG_CACHE_HOME", ""), lambda: monkeypatch.delenv("XDG_CACHE_HOME")):
         unset()
         assert corpus.cache_directory() == tmp_path / ".cache" / "nano-medusa"
+
+
+# ---- SmolLM2 ----
+
+
+def test_the_shipped_heads_of_smollm2_are_whole_and_small():
+    heads = MedusaHeads.from_pretrained(smollm2.HEADS)
+    assert (heads.config.hidden_size, heads.config.vocab_size) == (576, 49152)
+    assert sum(path.stat().st_size for path in smollm2.HEADS.iterdir()) <= 5_000_000
+    for temperature in CALIBRATION_TEMPERATURES:
+        tree = calibrated_tree(read_calibration(smollm2.HEADS, temperature)[0], 64)
+        assert max(tree.ranks) < heads.config.truncated_vocab_size and max(tree.depths) <= heads.config.num_heads
+
+
+def test_smollm2_comes_with_heads_and_keeps_ones_that_are_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(smollm2, "optional", lambda *asked: None)
+    monkeypatch.setattr(smollm2, "fetch", lambda folder: None)
+    monkeypatch.setattr(smollm2, "convert", lambda path, out, dtype: out.mkdir(parents=True, exist_ok=True))
+    for name, text in (("new", None), ("mine", "mine")):
+        if text:
+            (tmp_path / name / "heads").mkdir(parents=True)
+            (tmp_path / name / "heads" / "config.json").write_text(text)
+        monkeypatch.setattr(sys, "argv", ["smollm2.py", "--out", str(tmp_path / name)])
+        smollm2.main()
+    shipped = {path.name: path.read_bytes() for path in smollm2.HEADS.iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "new" / "heads").iterdir()} == shipped
+    assert [path.read_text() for path in (tmp_path / "mine" / "heads").iterdir()] == ["mine"]
