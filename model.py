@@ -131,8 +131,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
+    packed: Tensor | None = None  # the weights once more, in oneDNN's own order: see GPT.pack
+
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        if self.packed is None or x.shape[:-1].numel() <= 2 or torch.is_grad_enabled():
+            return linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
 class Attention(nn.Module):
@@ -246,6 +250,13 @@ class GPT(nn.Module):
         if cache is not None:
             cache.length = start + T
         return hidden
+
+    def pack(self) -> "GPT":
+        """For decoding on a CPU, where a tree's rows are up to twice as fast then: lay out a second copy of the weights, which must not change any more."""
+        for module in self.modules():
+            if isinstance(module, Linear) and module.weight.device.type == "cpu" and module.weight.dtype in (torch.float32, torch.bfloat16):
+                module.packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 8)  # rows that it is made for; it serves any number
+        return self
 
     def trunk(self, tokens: Tensor, turn: Tensor, mask: Tensor | None, layers: list | None, start: int | Tensor) -> Tensor:
         """`forward` with all arguments laid out: turn ([B,] T, 2, 1, hs) of `rotary`, layers and start those of the cache."""

@@ -218,7 +218,9 @@ def main() -> None:
     heads = MedusaHeads.from_pretrained(directory, dtype, device)
     check_fit(model, heads, ROOT)
     sizes = {1, *COMPILED_SIZES}
-    if config.compile:
+    if not config.compile:
+        model.pack()
+    else:
         model = cast(GPT, Compiled(model, sizes))  # decoding asks for nothing that it has not
         heads.compile(fullgraph=True, dynamic=False)
     try:

@@ -10,21 +10,18 @@ flags: `python train.py --mode MODE --help`. A run that was stopped goes on with
 `torchrun --nproc-per-node N train.py ...`. Dimension key: B rows, T tokens, D model width, V vocabulary, K heads.
 """
 
-import copy
 import json
 import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data.calibration import calibrate, held_out_rows, report
@@ -32,7 +29,7 @@ from data.checkpoint import finish, prepare, resume, save_checkpoint
 from data.command import Common, OneLineParser, add_options, option, run
 from data.corpus import documents, packed, seeded, windows
 from data.distilled import DistillConfig, continued, distill, distilled_rows
-from data.lora import add_adapters, merge_adapters, without_adapters
+from data.lora import merge_adapters, trained_base
 from data.machine import autocast, check_kind, is_first, say, sum_over_processes
 from data.perplexity import bits_per_byte, perplexity
 from data.rows import rows_to_train
@@ -393,24 +390,6 @@ def train_medusa(config: Medusa1Config) -> None:
     after = perplexity(model, text)
     say(f"perplexity of the base on held-out text: {after:.3f}, " + (f"frozen, in {dtype}" if before is None else f"{before:.3f} before training"))
     report(base, out, calibration)
-
-
-# ---- medusa2: the base learns too ----
-
-
-def trained_base(config: Medusa2Config, model: GPT) -> tuple[dict[str, nn.Parameter], tuple | None]:
-    """The base's parameters that learn, and the teacher, unless labels are hard: the base as it is now, as a function to hidden states and its LM head."""
-    soft = config.base_loss == "kl" or config.base_loss == "auto" and config.data == "distilled"
-    frozen = copy.deepcopy(model) if soft and not config.lora else None
-    if config.checkpoint_activations:
-        for block in model.layers:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    if not config.lora:
-        return dict(model.named_parameters()), frozen and (frozen, frozen.lm_head)
-    adapters = add_adapters(model, config.seed)
-
-    learning = {f"{name}.{part}": p for name, adapter in adapters.items() for part, p in adapter.named_parameters()}
-    return learning, (partial(without_adapters, model, adapters), model.lm_head) if soft else None
 
 
 def main() -> None:

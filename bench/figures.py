@@ -79,7 +79,7 @@ def measure_decoding(heads_directory: Path = ROOT / "data/heads", nodes: dict[st
     nodes  {temperature: size of the tree}; chosen by cost unless given
     """
     tokens, _ = held_out()
-    model, heads = GPT.from_pretrained(ROOT / "data/base"), MedusaHeads.from_pretrained(heads_directory)
+    model, heads = GPT.from_pretrained(ROOT / "data/base").pack(), MedusaHeads.from_pretrained(heads_directory)
     model.config = replace(model.config, eos_token_id=None)
     prompts = windows(tokens, PROMPTS, PROMPT_TOKENS, torch.Generator().manual_seed(0)).tolist()
     results = {}

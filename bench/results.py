@@ -51,6 +51,8 @@ def load(config: Bench, ends: bool = False) -> tuple[AnyTokenizer, GPT, MedusaHe
     tokenizer, model = load_base(config.base)
     heads = MedusaHeads.from_pretrained(config.heads)
     check_fit(model, heads, ROOT)
+    if not getattr(config, "compile", False):
+        model.pack()
     if not ends:
         model.config = replace(model.config, eos_token_id=None)
     return tokenizer, model, heads

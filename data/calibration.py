@@ -48,10 +48,11 @@ def head_ranks(model: GPT, heads: MedusaHeads, tokens: Tensor, carries: Tensor, 
     """The rank (0 is the first guess) that each head gave to the token that came: for each row (n, K), at its positions that are `scored`.
 
     What a truncated vocabulary leaves out has the rank V, which no guess has.
-    Of rows that were sampled the noise is gone: another is made with which these tokens would have been drawn.
+    Of rows that were sampled the noise is gone: another is made with which these tokens would have been drawn. The base may be in half
+    precision, but logits are not: there many are equal.
     """
     K, ranks, generator = heads.config.num_heads, [], torch.Generator(tokens.device).manual_seed(0)
-    lm_head = copy.deepcopy(model.lm_head).to(heads.weight.dtype)  # the base may be in half precision, in which many logits are equal
+    lm_head = model.lm_head if model.lm_head.weight.dtype == heads.weight.dtype else copy.deepcopy(model.lm_head).to(heads.weight.dtype)
     for row, mask in zip(tokens, carries):
         places = scored(mask[None], K)[0].nonzero()[:, 0]  # (n,)
         if len(places) == 0:

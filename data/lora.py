@@ -1,8 +1,12 @@
-"""Adapters of low rank beside the linear layers of a base, merged into them in the end  ("LoRA", Hu et al., 2021)."""
+"""What of a base learns in Medusa-2: its weights, or adapters of low rank beside them, merged into them in the end  ("LoRA", Hu et al., 2021)."""
+
+import copy
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 from data.corpus import seeded
 from model import GPT, Linear
@@ -49,3 +53,18 @@ def merge_adapters(model: GPT) -> None:
     for module in model.modules():
         if parametrize.is_parametrized(module):
             parametrize.remove_parametrizations(module, "weight")
+
+
+def trained_base(config, model: GPT) -> tuple[dict[str, nn.Parameter], tuple | None]:
+    """The base's parameters that learn, and the teacher, unless labels are hard: the base as it is now, as a function to hidden states and its LM head."""
+    soft = config.base_loss == "kl" or config.base_loss == "auto" and config.data == "distilled"
+    frozen = copy.deepcopy(model) if soft and not config.lora else None
+    if config.checkpoint_activations:
+        for block in model.layers:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if not config.lora:
+        return dict(model.named_parameters()), frozen and (frozen, frozen.lm_head)
+    adapters = add_adapters(model, config.seed)
+
+    learning = {f"{name}.{part}": p for name, adapter in adapters.items() for part, p in adapter.named_parameters()}
+    return learning, (partial(without_adapters, model, adapters), model.lm_head) if soft else None

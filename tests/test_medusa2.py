@@ -15,14 +15,14 @@ import train
 from data.calibration import calibrate, held_out_rows
 from data.corpus import documents, packed, seeded, windows
 from data.distilled import continued
-from data.lora import add_adapters, merge_adapters
+from data.lora import add_adapters, merge_adapters, trained_base
 from data.perplexity import perplexity
 from data.shards import read_shards
 from data.tokenizer import load_base
 from medusa import MedusaHeads, Sampling, cross_entropy_ahead, distillation_loss, generate, medusa_loss
 from model import GPT, read_safetensors
 from strategies import contents, laws, log_of, random_gpt, random_heads, rate, rng, training
-from train import Medusa1Config, Medusa2Config, backpropagate, train_medusa, trained_base
+from train import Medusa1Config, Medusa2Config, backpropagate, train_medusa
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -248,6 +248,23 @@ def test_a_linear_map_is_the_same_product_for_few_rows_and_many_and_lies_in_orde
     assert y.is_contiguous() and 1 < model_module.FEW < 5 * 5
 
 
+@laws
+@given(st.integers(1, 20), st.integers(0, 99), st.sampled_from(("llama", "qwen2")), st.sampled_from((torch.float32, torch.bfloat16, torch.float64)))
+def test_a_packed_model_says_the_same_and_learns_as_before(T, seed, model_type, dtype):
+    """Biases too; float64 has no order of oneDNN's own, and where gradients are asked for the weights themselves are used."""
+    model = make_gpt(replace(SMALL, max_position_embeddings=20, model_type=model_type), seed).to(dtype)
+    tokens = torch.randint(5, (2, T), generator=rng(seed))
+    with torch.no_grad():
+        plain = model.lm_head(model(tokens))
+        assert model.pack() is model
+        packed = model.lm_head(model(tokens))
+        linears = [module for module in model.modules() if isinstance(module, Linear)]
+        assert len(linears) == 9 and all((layer.packed is None) == (dtype == torch.float64) for layer in linears)
+        assert torch.equal(packed, plain) if dtype == torch.float64 else (packed - plain).abs().max() < (1e-4 if dtype == torch.float32 else 0.5)
+    model.requires_grad_().lm_head(model(tokens)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_a_new_gpt_starts_small_and_the_ends_of_its_residual_branches_smaller():
     torch.manual_seed(0)
     for name, weight in GPT(ModelConfig()).named_parameters():
