@@ -160,10 +160,10 @@ class MedusaHeads(nn.Module):
         for name, part in parts.items():
             if name not in disk:
                 raise ValueError(f"{path}: tensor {name} is missing")
-            if disk[name].shape != part.shape or disk[name].is_floating_point() != part.is_floating_point():
-                raise ValueError(
-                    f"{path}: tensor {name} has shape {tuple(disk[name].shape)} and dtype {disk[name].dtype}, not {tuple(part.shape)}, {part.dtype}"
-                )
+            if disk[name].shape != part.shape:
+                raise ValueError(f"{path}: tensor {name} has shape {tuple(disk[name].shape)}, not {tuple(part.shape)}")
+            if disk[name].is_floating_point() != part.is_floating_point():
+                raise ValueError(f"{path}: tensor {name} is of {disk[name].dtype}, not {part.dtype}")
             part.copy_(disk[name])
 
 

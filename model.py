@@ -118,6 +118,7 @@ def rotary_table(config: ModelConfig) -> Tensor:
 
 
 FEW = 16  # rows
+LARGE = 1 << 18  # a matrix of so many numbers is worth a packed copy
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -252,10 +253,11 @@ class GPT(nn.Module):
         return hidden
 
     def pack(self) -> "GPT":
-        """For decoding on a CPU, where a tree's rows are up to twice as fast then: lay out a second copy of the weights, which must not change any more."""
+        """For decoding on a CPU, where a tree's rows are up to twice as fast then: lay out a second copy of large weights, which must not change any more."""
         for module in self.modules():
-            if isinstance(module, Linear) and module.weight.device.type == "cpu" and module.weight.dtype in (torch.float32, torch.bfloat16):
-                module.packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 8)  # rows that it is made for; it serves any number
+            if isinstance(module, Linear) and module.weight.numel() >= LARGE and module.weight.device.type == "cpu":
+                if module.weight.dtype in (torch.float32, torch.bfloat16):
+                    module.packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 8)  # made for 8 rows, it serves any number
         return self
 
     def trunk(self, tokens: Tensor, turn: Tensor, mask: Tensor | None, layers: list | None, start: int | Tensor) -> Tensor:

@@ -154,14 +154,14 @@ def test_a_checkpoint_that_is_broken_is_refused_by_name(what, half):
 
 CHANGES = {
     "text": ["other.txt"], "seed": 7, "precision": "bfloat16", "steps": 4, "batch": 4, "accumulate": 2, "lr": 0.02, "warmup": 2, "weight_decay": 0.2,
-    "clip": 0.5, "base": "another", "distilled": "others", "num_heads": 3, "num_hidden_layers": 1, "original_lm_head": False, "decay": 0.7,
+    "clip": 0.5, "base": "another", "distilled": "others", "num_heads": 3, "num_hidden_layers": 1, "truncated_vocab_size": 20, "decay": 0.7,
     "heads_steps": 3, "lr_ratio": 2.0, "lambda_0": 0.1, "ramp": False, "base_loss": "ce", "checkpoint_activations": True,
 }  # fmt: skip
 FREE = {"out", "resume", "plot", "save_every", "device"}
 
 
 def test_every_setting_is_known_to_change_the_result_or_not_to():
-    assert {field.name for field in fields(Medusa2Config)} == CHANGES.keys() | FREE | {"data", "context", "heads", "lora"}
+    assert {field.name for field in fields(Medusa2Config)} == CHANGES.keys() | FREE | {"data", "context", "heads", "lora", "original_lm_head"}
     assert set(NOT_RESULT) == FREE
 
 

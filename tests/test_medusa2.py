@@ -135,7 +135,8 @@ def written_out(model, heads, tokens, mask, weights, decay, teacher):
     """The loss of all rows and positions at once, target by target, and its 2K + 1 figures."""
     K = heads.config.num_heads
     hidden = model(tokens)
-    everyone = torch.cat((model.lm_head(hidden)[None], heads(hidden, model.lm_head))).log_softmax(-1)  # (K + 1, B, T, V)
+    guesses = heads.widened(heads(hidden, heads.shortened(model.lm_head)))
+    everyone = torch.cat((model.lm_head(hidden)[None], guesses)).log_softmax(-1)  # (K + 1, B, T, V)
     goal = teacher.lm_head(teacher(tokens)).log_softmax(-1).detach() if teacher else None
     means, met = [], []
     for k, log_probs in enumerate(everyone):

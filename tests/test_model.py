@@ -252,6 +252,17 @@ def test_a_linear_map_is_the_same_product_for_few_rows_and_many_and_lies_in_orde
 @given(st.integers(1, 20), st.integers(0, 99), st.sampled_from(("llama", "qwen2")), st.sampled_from((torch.float32, torch.bfloat16, torch.float64)))
 def test_a_packed_model_says_the_same_and_learns_as_before(T, seed, model_type, dtype):
     """Biases too; float64 has no order of oneDNN's own, and where gradients are asked for the weights themselves are used."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_module, "LARGE", 0)
+        packing(T, seed, model_type, dtype)
+
+
+def test_a_small_matrix_is_not_packed():
+    model = make_gpt(SMALL).float().pack()
+    assert all(module.packed is None for module in model.modules() if isinstance(module, Linear))
+
+
+def packing(T, seed, model_type, dtype):
     model = make_gpt(replace(SMALL, max_position_embeddings=20, model_type=model_type), seed).to(dtype)
     tokens = torch.randint(5, (2, T), generator=rng(seed))
     with torch.no_grad():

@@ -13,6 +13,7 @@ import pytest
 from bench import ablations, figures
 from bench.bench import SUBCOMMANDS
 from data.command import OneLineParser, add_options
+from data.turns import Config as TurnsConfig
 from medusa import medusa_generate
 from sample import SampleConfig
 from train import MODES
@@ -90,7 +91,7 @@ def test_every_flag_is_one_of_a_script():
     sources = "".join(path.read_text(encoding="utf-8") for folder in (".", "data", "bench", "assignments") for path in (ROOT / folder).glob("*.py"))
     flags = {
         "--" + name.replace("_", "-")
-        for config in (SampleConfig, *MODES.values(), *(c for _, c in SUBCOMMANDS.values()))
+        for config in (SampleConfig, TurnsConfig, *MODES.values(), *(c for _, c in SUBCOMMANDS.values()))
         for name in config.__dataclass_fields__
     }
     flags |= {"--mode", "--help"} | {"--no-" + flag[2:] for flag in flags} | set(re.findall(r'"(--[\w-]+)"', sources))
