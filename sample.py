@@ -218,10 +218,8 @@ def main() -> None:
     heads = MedusaHeads.from_pretrained(directory, dtype, device)
     check_fit(model, heads, ROOT)
     sizes = {1, *COMPILED_SIZES}
-    if not config.compile:
-        model.pack()
-    else:
-        model = cast(GPT, Compiled(model, sizes))  # decoding asks for nothing that it has not
+    model = cast(GPT, Compiled(model, sizes)) if config.compile else model.pack()  # decoding asks for nothing that a Compiled has not
+    if config.compile:
         heads.compile(fullgraph=True, dynamic=False)
     try:
         tree, why = pick_tree(config.tree, model, heads, directory, sampling, prompt, COMPILED_SIZES if config.compile else SIZES)
