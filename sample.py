@@ -165,6 +165,16 @@ def timed_run(steps: Iterable[list[int]], show: Callable[[list[int]], None] = la
         show(emitted)
 
 
+def difference_of(model: GPT, prompt: list[int], ours: list[int], plain: list[int], sampling: Sampling, seed: int) -> str:
+    """Whether the two texts are the same, and if not, where and why they part."""
+    at = first_difference(ours, plain)
+    if at is None:
+        return "identical, token for token"
+    if sampling.typical:
+        return f"differs from token {at + 1} on: typical acceptance is lossy"
+    return f"differs from token {at + 1} on, where the two were {gap_at(model, prompt, ours, plain, at, sampling, seed):.1e} apart"
+
+
 def compare(ours: Run, plain: Run, difference: str, tree: Tree, why: str) -> str:
     """The summary: what each of the two ways took, whether the text is the same, and last the speed-up."""
     step_cost = ours.step_time / plain.step_time if plain.times else float("nan")
@@ -232,14 +242,7 @@ def main() -> None:
     ours = stream(decode(medusa_generate, heads, tree, accept=trace.accept if trace else accept))
     plain = timed_run(decode(plain_generate))
 
-    at = first_difference(ours.tokens, plain.tokens)
-    if at is None:
-        difference = "identical, token for token"
-    elif sampling.typical:
-        difference = f"differs from token {at + 1} on: typical acceptance is lossy"
-    else:
-        gap = gap_at(model, prompt, ours.tokens, plain.tokens, at, sampling, config.seed)
-        difference = f"differs from token {at + 1} on, where the two were {gap:.1e} apart"
+    difference = difference_of(model, prompt, ours.tokens, plain.tokens, sampling, config.seed)
     print("\n" + compare(ours, plain, difference, tree, why))
     if trace:
         trace.write(Path(config.trace), prompt=text, why=why, difference=difference, costs=[run.step_time for run in (ours, plain)])

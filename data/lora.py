@@ -65,6 +65,5 @@ def trained_base(config, model: GPT) -> tuple[dict[str, nn.Parameter], tuple | N
     if not config.lora:
         return dict(model.named_parameters()), frozen and (frozen, frozen.lm_head)
     adapters = add_adapters(model, config.seed)
-
     learning = {f"{name}.{part}": p for name, adapter in adapters.items() for part, p in adapter.named_parameters()}
     return learning, (partial(without_adapters, model, adapters), model.lm_head) if soft else None
