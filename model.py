@@ -131,6 +131,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y + bias
 
 
+def packable(weight: Tensor) -> bool:
+    """Is it large, and has oneDNN an order of its own for it on this machine?"""
+    if weight.numel() < LARGE or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 class Linear(nn.Linear):
     packed: Tensor | None = None  # the weights once more, in oneDNN's own order: see GPT.pack
 
@@ -255,9 +262,8 @@ class GPT(nn.Module):
     def pack(self) -> "GPT":
         """For decoding on a CPU, where a tree's rows are up to twice as fast then: lay out a second copy of large weights, which must not change any more."""
         for module in self.modules():
-            if isinstance(module, Linear) and module.weight.numel() >= LARGE and module.weight.device.type == "cpu":
-                if module.weight.dtype in (torch.float32, torch.bfloat16):
-                    module.packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 8)  # made for 8 rows, it serves any number
+            if isinstance(module, Linear) and packable(module.weight):
+                module.packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 8)  # made for 8 rows, it serves any number
         return self
 
     def trunk(self, tokens: Tensor, turn: Tensor, mask: Tensor | None, layers: list | None, start: int | Tensor) -> Tensor:

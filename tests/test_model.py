@@ -262,6 +262,15 @@ def test_a_small_matrix_is_not_packed():
     assert all(module.packed is None for module in model.modules() if isinstance(module, Linear))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_is_packed_where_onednn_cannot(dtype, monkeypatch):
+    monkeypatch.setattr(model_module, "LARGE", 0)
+    name = "torch.backends.mkldnn.is_available" if dtype == torch.float32 else "torch.ops.mkldnn._is_mkldnn_bf16_supported"
+    monkeypatch.setattr(name, lambda: False)
+    model = make_gpt(SMALL).to(dtype).pack()
+    assert all(module.packed is None for module in model.modules() if isinstance(module, Linear))
+
+
 def packing(T, seed, model_type, dtype):
     model = make_gpt(replace(SMALL, max_position_embeddings=20, model_type=model_type), seed).to(dtype)
     tokens = torch.randint(5, (2, T), generator=rng(seed))
@@ -270,7 +279,8 @@ def packing(T, seed, model_type, dtype):
         assert model.pack() is model
         packed = model.lm_head(model(tokens))
         linears = [module for module in model.modules() if isinstance(module, Linear)]
-        assert len(linears) == 9 and all((layer.packed is None) == (dtype == torch.float64) for layer in linears)
+        orders = {torch.float32} | ({torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set())
+        assert len(linears) == 9 and all((layer.packed is not None) == (dtype in orders) for layer in linears)
         assert torch.equal(packed, plain) if dtype == torch.float64 else (packed - plain).abs().max() < (1e-4 if dtype == torch.float32 else 0.5)
     model.requires_grad_().lm_head(model(tokens)).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
