@@ -7,12 +7,14 @@ bench/results/mutants.json after every module; survivors stand there with the li
 
 import ast
 import json
+import math
 import os
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -21,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import hypothesis  # noqa: F401  imported here once, not in every child
+import hypothesis  # imported here once, as the others are, not in every child
 import pytest
 import torch
 import torch._dynamo  # noqa: F401
@@ -44,11 +46,14 @@ PAIRS = """Add_Sub Sub_Add Mul_Div Div_Mul FloorDiv_Mul Mod_Mul Pow_Mul BitOr_Bi
 Eq_NotEq NotEq_Eq Lt_LtE Lt_Gt LtE_Lt LtE_Gt Gt_GtE Gt_Lt GtE_Gt GtE_Lt Is_IsNot IsNot_Is In_NotIn NotIn_In Delete_Not Delete_USub Delete_Invert""".split()
 PLAIN = """AddNot ReplaceTrueWithFalse ReplaceFalseWithTrue ReplaceAndWithOr ReplaceOrWithAnd ReplaceBreakWithContinue ReplaceContinueWithBreak
 NumberReplacer RemoveDecorator ZeroIterationForLoop""".split()
-SECONDS = 600  # a mutant that runs longer has made something endless
+PATIENCE = 5  # a mutant that takes so many times longer than the tests without it has made something endless
+PHASES = (hypothesis.Phase.explicit, hypothesis.Phase.generate)  # a failure is enough, it need not be made small
 EQUIVALENT = {  # (module, line with the fault): why no test can tell
     ("tree.py", "ranked = log_probs.topk(min(n_nodes + 1, log_probs.shape[-1])).values.tolist()  # K x guesses, the likeliest first"):
         "two guesses more of each head than a tree of this size can hold",
     ("tree.py", "if (rank := path[-1] + 1) < len(ranked[ -1]):"): "every head has equally many guesses",
+    ("model.py", "if mask is None and start > -1 and T > 1:"): "at the start of a text this mask is the causal one, only slower",
+    ("model.py", "LARGE = 1 << 17  # a matrix of so many numbers is worth a packed copy"): "a matter of speed",
     ("medusa.py", "return (probs / noise).argmax(1)"): "of (n, V) the last dimension is the second",
     ("medusa.py", 'parts |= {f"blocks.{k}.layers.{j}.bias": self.bias.detach()[j, k, -1] for k in range(K) for j in range(J)}'):
         "of a dimension of one the last entry is the first",
@@ -111,16 +116,18 @@ def passes(tests: list[str], copy: Path) -> int:
         if str(ROOT) in file and "site-packages" not in file:
             del sys.modules[name]
     sys.dont_write_bytecode = True
+    hypothesis.settings.register_profile("mutants", phases=PHASES, report_multiple_bugs=False)
+    hypothesis.settings.load_profile("mutants")
     sys.argv = ["pytest"]
     return pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in tests)])
 
 
-def survives(mutant: Mutant, module: str, copy: Path) -> bool:
-    """Do all tests pass with this fault?"""
+def survives(mutant: Mutant, module: str, copy: Path, seconds: float) -> bool:
+    """Do all tests pass with this fault, in so many seconds?"""
     path = copy / module
     whole = path.read_bytes()
     path.write_text(mutant.code, encoding="utf-8")
-    code = in_a_child(partial(passes, TESTS[module], copy), SECONDS)
+    code = in_a_child(partial(passes, TESTS[module], copy), seconds)
     path.write_bytes(whole)
     return code == 0
 
@@ -139,11 +146,13 @@ def measure(module: str, sample: int) -> dict:
     chosen = random.Random(0).sample(every, min(sample, len(every)))
     with tempfile.TemporaryDirectory() as folder:
         copy = copy_of_the_repository(folder)
-        if not survives(Mutant(0, "", "", (copy / module).read_text(encoding="utf-8")), module, copy):
+        start = time.monotonic()
+        if not survives(Mutant(0, "", "", (copy / module).read_text(encoding="utf-8")), module, copy, math.inf):
             raise ValueError(f"{module}: its tests fail without any fault")
+        seconds = PATIENCE * (time.monotonic() - start)
         survivors = []
         for mutant in tqdm(chosen, desc=module, unit="mutant"):
-            if survives(mutant, module, copy):
+            if survives(mutant, module, copy, seconds):
                 survivors.append(mutant)
                 tqdm.write(f"{module}:{mutant.line}\n  - {mutant.before}\n  + {mutant.after}")
     equivalent = [mutant for mutant in survivors if (module, mutant.after) in EQUIVALENT]

@@ -3,6 +3,8 @@
 import json
 import math
 from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
 import model as model_module
-from model import GPT, KVCache, Linear, ModelConfig, write_atomically, write_json, write_safetensors
+from model import GPT, KVCache, Linear, ModelConfig, read_config, write_atomically, write_json, write_safetensors
 from strategies import laws, rng
 
 SMALL = ModelConfig(5, 16, 12, 2, 4, 2, 16, rope_theta=700.0, tie_word_embeddings=False)
@@ -262,13 +264,26 @@ def test_a_small_matrix_is_not_packed():
     assert all(module.packed is None for module in model.modules() if isinstance(module, Linear))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_is_packed_where_onednn_cannot(dtype, monkeypatch):
-    monkeypatch.setattr(model_module, "LARGE", 0)
-    name = "torch.backends.mkldnn.is_available" if dtype == torch.float32 else "torch.ops.mkldnn._is_mkldnn_bf16_supported"
-    monkeypatch.setattr(name, lambda: False)
-    model = make_gpt(SMALL).to(dtype).pack()
-    assert all(module.packed is None for module in model.modules() if isinstance(module, Linear))
+@pytest.mark.parametrize(
+    "dtype, supported, packs", [(torch.bfloat16, True, True), (torch.bfloat16, False, False), (torch.float64, True, False), (torch.float32, False, True)]
+)
+def test_bfloat16_is_packed_where_the_processor_computes_in_it_and_float32_anywhere(dtype, supported, packs, monkeypatch):
+    monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: supported)
+    weight = torch.zeros(model_module.LARGE, 1, dtype=dtype)
+    assert model_module.packable(weight) == packs and not model_module.packable(weight[1:]) and not model_module.packable(weight.to("meta"))
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
+    assert not model_module.packable(weight)
+
+
+def test_a_size_is_a_whole_number_from_1_to_2_to_the_31():
+    model_module.check_sizes(SimpleNamespace(a=1, b=(1 << 31) - 1), ["a", "b"])
+    for bad in (0, -1, 1 << 31, True, 2.0, "3", None):
+        with pytest.raises(ValueError, match=f"b = {bad!r}: must be a whole number above 0, and below 2\\^31"):
+            model_module.check_sizes(SimpleNamespace(a=1, b=bad), ["a", "b"])
+
+
+def test_the_shape_of_a_new_base_is_that_of_the_shipped_one():
+    assert replace(read_config(Path(model_module.__file__).parent / "data/base/config.json"), head_dim=None) == ModelConfig()
 
 
 def packing(T, seed, model_type, dtype):
