@@ -168,7 +168,8 @@ def backpropagate(
 
     tokens (B, T), mask (B, T) bool, counts (K + 1,): the targets that carry loss in the whole batch, of which these rows are a part,
     for the base and each head. L_base is cross-entropy, or, given teacher, a function that makes hidden states of tokens and its LM
-    head, the KL divergence to it. With weights[0] = 0 the base is frozen.
+    head, the KL divergence to it. With weights[0] = 0 the base is frozen, and `model` any
+    function from tokens to its hidden states that has its lm_head.
     Returns (2K + 1,): the losses of base and heads, and the share of targets that each head's first guess met.
 
     K x V logits of all positions would fill the memory. So the hidden states are cut off from the base, the loss is taken
@@ -352,7 +353,7 @@ def train_medusa(config: Medusa1Config) -> None:
     text = packed(documents(True, config.text), tokenizer)
     before = perplexity(model, text) if is_first() and joint else None
     shards = distilled_rows(config)
-    rows_of_step, targets = rows_to_train(config, shards, tokenizer, model.config.vocab_size)
+    rows_of_step, targets, told = rows_to_train(config, shards, tokenizer, model)
     if config.truncated_vocab_size and heads.token_map is not None:
         heads.token_map.copy_(targets.bincount(minlength=model.config.vocab_size).topk(config.truncated_vocab_size).indices)
     held_out = held_out_rows(shards, model.config.vocab_size, heads.config.num_heads)
@@ -366,7 +367,7 @@ def train_medusa(config: Medusa1Config) -> None:
         for p in parts.get("base", {}).values():
             p.requires_grad_(weights[0] > 0)
         with autocast(device, dtype):
-            return backpropagate(model, heads, tokens, mask, counts, weights, config.decay, teacher)
+            return backpropagate(model if joint else told, heads, tokens, mask, counts, weights, config.decay, teacher)
 
     inputs = digest_of(base_digest(config.base), targets)
     steps = config.steps + (config.heads_steps if joint else 0)

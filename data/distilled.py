@@ -15,6 +15,7 @@ from data.command import Common, option
 from data.corpus import cache_directory, documents, packed, seeded, windows
 from data.machine import check_out, is_first, pick_device, pick_precision
 from data.shards import base_digest, digest_of, metadata_of, write_shard
+from data.states import states_path, write_states
 from data.tokenizer import SHIPPED_BASE, load_base
 from medusa import Sampling, base_distribution, draw, exponential
 from model import GPT, check_sizes
@@ -35,6 +36,9 @@ class DistillConfig(Common):
     new_tokens: int = option(224, "tokens sampled behind each prompt, at most: a row ends with its document")
     temperature: float = option(0.7, "sampling temperature")
     top_p: float = option(1.0, "nucleus")
+    states: bool = option(
+        False, "keep the base's last hidden states too, 2 bytes a number: --mode medusa1 reads them, in place of running the base in each step"
+    )
 
     def __post_init__(self):
         check_sizes(self, ["rows", "prompt_tokens", "new_tokens"])
@@ -44,9 +48,12 @@ class DistillConfig(Common):
 
 
 @torch.inference_mode()
-def sample_rows(model: GPT, prompts: list[list[int]], length: int, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def sample_rows(
+    model: GPT, prompts: list[list[int]], length: int, sampling: Sampling, generator: torch.Generator, states: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Continue R prompts of any lengths to rows of at most `length` tokens: tokens (R, length), and True where a sampled token stands.
 
+    Given states (R, length - 1, D), the base's last hidden states are written there, before each row's end.
     All rows grow together, by a token a step; where a longer prompt still has a token of its own, that one is fed. A row ends after EOS
     and leaves the batch; what stands behind its end is no text and carries no loss.
     """
@@ -59,7 +66,10 @@ def sample_rows(model: GPT, prompts: list[list[int]], length: int, sampling: Sam
     shortest = min(map(len, prompts))
     rows, new = torch.arange(len(prompts), device=device), tokens[:, :shortest]  # the rows still alive, and their tokens to feed
     for position in range(shortest, length):
-        base_probs = base_distribution(model.lm_head(model(new, cache=cache)[:, -1]), sampling)  # (alive, V)
+        hidden = model(new, cache=cache)  # (alive, tokens fed, D)
+        if states is not None:
+            states[rows, position - hidden.shape[1] : position] = hidden.to(states)
+        base_probs = base_distribution(model.lm_head(hidden[:, -1]), sampling)  # (alive, V)
         carries[rows, position] = sampled = sizes[rows] <= position  # (alive,)
         tokens[rows, position] = torch.where(sampled, draw(base_probs, exponential(base_probs, generator)), tokens[rows, position])
         new = tokens[rows, position, None]  # (alive, 1)
@@ -111,21 +121,25 @@ def distill(config: DistillConfig) -> Path:
         path = directory / (f"train-{i:05d}.safetensors" if side == "train" else f"validation-{temperature}.safetensors")
         if path.exists() and metadata_of(path).get("base") != made:
             raise ValueError(f"{path} was written by another base, from other text or with other settings: remove {directory}, or give another --out")
-        if not path.exists():
+        keeps = config.states and side == "train"
+        if not path.exists() or keeps and not metadata_of(states_path(path)).get("rows", "").startswith(made):
             if config.chat:
                 prompts = turns_of_shard(sides[side], i, config.rows, max(config.shards, 1) if side == "train" else 1)
             else:
                 prompts = windows(sides[side], config.rows, config.prompt_tokens, seeded(config.seed, i)).tolist()
             sampling = Sampling(temperature, top_p=config.top_p if side == "train" else 1.0)
             length, generator = config.prompt_tokens + config.new_tokens, seeded(config.seed, number, device=device)
-            tokens, carries = sample_rows(model, prompts, length, sampling, generator)
+            states = torch.zeros(config.rows, length - 1, model.config.hidden_size, dtype=torch.float16, device=device) if keeps else None
+            tokens, carries = sample_rows(model, prompts, length, sampling, generator, states)
+            if states is not None:
+                write_states(path, states, tokens, carries, made)
             write_shard(path, tokens, carries, model.config.vocab_size, made)
     return directory
 
 
 def distill_digest(config: DistillConfig, *prompts: Tensor | list) -> str:
     """Names a set of shards by all that shapes it."""
-    not_shaping = {"base", "out", "text", "device", "precision"} | (set() if config.chat else {"shards"})  # turns are dealt out over all shards
+    not_shaping = {"base", "out", "text", "device", "precision", "states"} | (set() if config.chat else {"shards"})  # turns are dealt out over all shards
     settings = {name: value for name, value in asdict(config).items() if name not in not_shaping}
     return digest_of(settings, base_digest(config.base), *prompts)
 

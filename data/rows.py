@@ -2,17 +2,23 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from data.corpus import documents, packed, seeded, shuffled, windows
 from data.shards import read_shards
+from data.states import lengths, states_or_base
 from data.tokenizer import AnyTokenizer
+from model import GPT
 
 
-def rows_to_train(config, shards: Path, tokenizer: AnyTokenizer, vocab_size: int) -> tuple[Callable[[int], tuple[Tensor, Tensor]], Tensor]:
-    """A function from the step alone to tokens (B, T) and mask (B, T), and all tokens that carry loss (n,)."""
+def rows_to_train(config, shards: Path, tokenizer: AnyTokenizer, model: GPT) -> tuple[Callable[[int], tuple[Tensor, Tensor]], Tensor, Any]:
+    """A function from the step alone to tokens (B, T) and mask (B, T); all tokens that carry loss (n,); and what tells a frozen base's hidden states.
+
+    That is the base itself, or its states as they are kept beside the shards.
+    """
     if config.data == "corpus":
         corpus = packed(documents(False, config.text), tokenizer)
 
@@ -20,9 +26,9 @@ def rows_to_train(config, shards: Path, tokenizer: AnyTokenizer, vocab_size: int
             tokens = windows(corpus, config.batch, config.context, seeded(config.seed, step))
             return tokens, torch.ones_like(tokens, dtype=torch.bool)
 
-        return windows_of_step, corpus
-    rows, carries = read_shards(shards, "train-*.safetensors", vocab_size)
-    ends = carries.int().cumsum(1).argmax(1)  # the last target of each row
+        return windows_of_step, corpus, model
+    rows, carries = read_shards(shards, "train-*.safetensors", model.config.vocab_size)
+    ends = lengths(carries)
 
     def rows_of_step(step: int) -> tuple[Tensor, Tensor]:
         places = range(step * config.batch, (step + 1) * config.batch)
@@ -30,4 +36,4 @@ def rows_to_train(config, shards: Path, tokenizer: AnyTokenizer, vocab_size: int
         chosen = chosen[ends[chosen].argsort(stable=True)]  # by length: of a part of the batch as little as possible is padding
         return rows[chosen], carries[chosen]
 
-    return rows_of_step, rows[carries]
+    return rows_of_step, rows[carries], states_or_base(model, shards)

@@ -27,6 +27,7 @@ from data.machine import pick_device, pick_precision
 from data.perplexity import bits_per_byte, perplexity
 from data.rows import rows_to_train
 from data.shards import read_shards
+from data.states import KeptStates
 from data.tokenizer import load_base, train_tokenizer
 from medusa import MedusaConfig, MedusaHeads, Sampling, check_fit, draw, generate
 from model import GPT, ModelConfig, read_json, read_safetensors, write_json, write_safetensors
@@ -666,6 +667,18 @@ def test_sampled_rows_keep_their_prompts_end_at_eos_and_repeat_with_their_seed(c
     assert torch.equal(tokens, again) and torch.equal(carries, loss)
 
 
+@settings(laws, max_examples=30)
+@given(prompts_of_a_base(), st.sampled_from((0.0, 1.0)))
+def test_states_kept_while_sampling_are_those_of_the_base_on_the_rows(case, temperature):
+    """However the prompts' lengths differ, and whichever rows have left the batch."""
+    model, prompts, length = case
+    states = torch.full((len(prompts), length - 1, model.config.hidden_size), math.nan, dtype=torch.float64)
+    tokens, carries = sample_rows(model, prompts, length, Sampling(temperature), rng(0), states)
+    for loss, kept, expected in zip(carries, states, model(tokens[:, :-1].clone()).detach()):
+        n = int(loss.nonzero().max())
+        torch.testing.assert_close(kept[:n], expected[:n], rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(1.5, top_p=0.9)])
 def test_sampled_rows_follow_the_base_distribution(sampling):
     """Each row on its own, from the distribution behind its own prompt."""
@@ -838,7 +851,7 @@ def test_the_shipped_rows_serve_the_base_that_wrote_them_and_no_other(base, text
 
 
 SHAPING = {"seed": 9, "chat": True, "rows": 6, "prompt_tokens": 5, "new_tokens": 7, "temperature": 0.9, "top_p": 0.8}
-OTHERS = {"device": "auto", "precision": "bfloat16", "shards": 2}
+OTHERS = {"device": "auto", "precision": "bfloat16", "shards": 2, "states": True}
 
 
 def test_every_setting_is_known_to_shape_the_rows_or_not_to():
@@ -929,6 +942,59 @@ def test_rows_of_another_base_and_malformed_shards_are_refused_by_name(what, tmp
     with pytest.raises(ValueError) as error:
         read_shards(tmp_path, "train-*.safetensors", 6)
     assert str(tmp_path) in str(error.value) and "train-" in str(error.value)
+
+
+def kept(base, text, out) -> Path:
+    return distill(distilling(base, text, out=str(out), states=True))
+
+
+def test_kept_states_change_no_row_and_are_written_again_with_their_shard_if_they_are_lost(base, text, tmp_path):
+    plain, rows = contents(distill(distilling(base, text, out=str(tmp_path / "plain")))), kept(base, text, tmp_path / "rows")
+    whole = contents(rows)
+    assert whole == plain | {name: whole[name] for name in (f"states-{i:05d}.safetensors" for i in range(3))}
+    (rows / "states-00001.safetensors").unlink()
+    assert contents(kept(base, text, rows)) == whole and contents(kept(base, text, tmp_path / "plain")) == whole
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.distilled, "sample_rows", None)
+        kept(base, text, rows)  # all is there
+
+
+def test_heads_that_learn_from_kept_states_are_those_that_learn_from_the_base_which_is_not_run(base, text, tmp_path, monkeypatch):
+    write_json(base / "config.json", read_json(base / "config.json") | {"eos_token_id": list(range(60))})  # some rows end early
+    rows = kept(base, text, tmp_path / "rows")
+    model = GPT.from_pretrained(base)
+    told, (tokens, carries) = KeptStates(model, rows), read_shards(rows, "train-*.safetensors", 290)
+    for T in (1, 4, 7, tokens.shape[1] - 1):
+        seen = carries[:, 1:].flip(1).cumsum(1).flip(1)[:, :T] > 0  # a target is still to come
+        torch.testing.assert_close(told(tokens[:, :T])[seen], model(tokens[:, :T])[seen], rtol=0, atol=0.005)
+        assert not told(tokens[:, :T])[~seen].any()
+    backpropagate, used = train.backpropagate, []
+    monkeypatch.setattr(train, "backpropagate", lambda model, *more: used.append(type(model)) or backpropagate(model, *more))
+    for name in ("states", "base"):
+        train_medusa(training(base, text, tmp_path / "of" / name, distilled=str(rows), lr=0.01))
+        for path in rows.glob("states-*"):
+            path.unlink()
+    assert used == [KeptStates] * 4 + [GPT] * 4
+    one, two = (MedusaHeads.from_pretrained(tmp_path / "of" / name) for name in ("states", "base"))
+    assert one.weight.abs().max() > 0.01
+    torch.testing.assert_close(one.weight, two.weight, rtol=0, atol=0.002)
+
+
+@pytest.mark.parametrize("spoil", ["missing", "garbage", "of another shard", "another width", "no states"])
+def test_kept_states_that_do_not_belong_to_their_rows_are_refused_by_name(spoil, base, text, tmp_path):
+    rows = kept(base, text, tmp_path / "rows")
+    path, other = (rows / f"states-0000{i}.safetensors" for i in (1, 2))
+    if spoil == "missing":
+        path.unlink()
+    elif spoil == "garbage":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif spoil == "of another shard":
+        path.write_bytes(other.read_bytes())
+    else:
+        state = read_safetensors(path)["states"]
+        write_safetensors(path, {"states": state[:, 1:].contiguous()} if spoil == "another width" else {"more": state}, data.shards.metadata_of(path))
+    with pytest.raises(ValueError, match="states-00001.safetensors (cannot be read|does not belong to).*--mode distill --states"):
+        train_medusa(training(base, text, tmp_path / "out", distilled=str(rows)))
 
 
 # ---- ranks and calibration ----
@@ -1076,7 +1142,7 @@ def test_an_epoch_shows_every_row_once_and_a_batch_stands_by_length(base, text, 
     rows, ends = torch.randint(290, (15, 9), generator=rng(0)), torch.randint(3, 9, (15,), generator=rng(1)).tolist()
     carries = torch.stack([(torch.arange(9) > 1) & (torch.arange(9) <= end) for end in ends])
     write_shard(tmp_path, "train-00000.safetensors", rows, carries)
-    rows_of_step, _ = rows_to_train(training(base, text, tmp_path / "out", batch=3), tmp_path, small_tokenizer(), 290)
+    rows_of_step, _, _ = rows_to_train(training(base, text, tmp_path / "out", batch=3), tmp_path, small_tokenizer(), GPT.from_pretrained(base))
     seen = []
     for step in range(2 * len(rows) // 3):
         tokens, mask = rows_of_step(step)

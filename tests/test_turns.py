@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, strategies as st
 
 import data.chat
+import data.turns
 from data.chat import turn_prompts
 from data.corpus import is_validation
 from data.distilled import distill, turns_of_shard
 from data.shards import read_shards
-from data.turns import items, written_turns
+from data.turns import written_turns
 from strategies import contents, distilling, laws, small_tokenizer
 
 TURNS = [f"what is {n} + {n}?" for n in range(60)] + ["why?"]
@@ -81,9 +82,17 @@ def test_answers_are_distilled_behind_the_turns_of_their_side(turns, base, tmp_p
         distill(replace(config, shards=3))
 
 
-def test_turns_are_written_from_all_patterns_and_only_once():
-    turns = written_turns(500, seed=0)
-    assert len(set(turns)) == 500 and turns == written_turns(500, seed=0) != written_turns(500, seed=1)
-    assert not any("{" in turn or "}" in turn for turn in turns)
-    assert all(any(turn.startswith(start) for turn in turns) for start in ("Explain ", "Write a ", "What is ", "List ", "Rewrite this "))
-    assert items("a;\n b c ; d") == ["a", "b c", "d"]
+def test_turns_are_written_and_only_once():
+    turns = written_turns(700, seed=0)
+    assert len(set(turns)) == 700 and turns == written_turns(700, seed=0) != written_turns(700, seed=1)
+    assert not any(mark in turn for turn in turns for mark in "{}|") and all(turn[0].isupper() for turn in turns)
+
+
+def test_turns_are_written_for_all_tasks_alike_as_long_as_their_words_last(monkeypatch):
+    monkeypatch.setattr(data.turns, "TASKS", {"few": "few {x} {x}", "many": "many {y} | many: {x} is\n        one"})
+    monkeypatch.setattr(data.turns, "GRAMMAR", {"x": "a | b |\n        c", "y": "{x} and {x}"})
+    turns = written_turns(18, seed=0)
+    assert sorted(turns[::2]) == sorted(f"Few {x} {y}" for x in "abc" for y in "abc")
+    assert set(turns[1::2]) <= {f"Many {x} and {y}" for x in "abc" for y in "abc"} | {f"Many: {x} is one" for x in "ABC"}
+    with pytest.raises(ValueError, match="--written 19: the grammar has too few different turns"):
+        written_turns(19, seed=0)

@@ -1,0 +1,64 @@
+"""The base's last hidden states of the rows that it wrote, kept as it wrote them: training heads on them costs the heads and the LM head alone.
+
+Beside a shard train-00000.safetensors stands states-00000.safetensors: the states (n, D) before each row's last target, row after row,
+in half precision, marked with what the shard is marked with and a digest of its tokens. Dimension key: B rows, T tokens, D model width.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from data.shards import digest_of, metadata_of, read_shards
+from model import GPT, write_safetensors
+
+
+def states_path(shard: Path) -> Path:
+    return shard.with_name(shard.name.replace("train", "states"))
+
+
+def lengths(carries: Tensor) -> Tensor:
+    """carries (R, T) bool: the tokens before the last target of each row, 0 without any: (R,)."""
+    return (carries * torch.arange(carries.shape[1], device=carries.device)).amax(1)
+
+
+def write_states(shard: Path, states: Tensor, tokens: Tensor, carries: Tensor, base: str) -> None:
+    """states (R, T - 1, D); tokens (R, T), carries (R, T) bool and base as those of the shard."""
+    kept = [row[:n] for row, n in zip(states, lengths(carries).tolist())]
+    write_safetensors(states_path(shard), {"states": torch.cat(kept).cpu()}, {"rows": f"{base} {digest_of(tokens.cpu())}"})
+
+
+class KeptStates:
+    """Stands for a frozen base: its rows' tokens (B, T), from the start, -> the hidden states that it had there (B, T, D), 0 where none are kept."""
+
+    def __init__(self, model: GPT, directory: Path):
+        """Raises ValueError, naming the file, if one is missing, broken or of another shard."""
+        self.lm_head, rows, self.places = model.lm_head, [], []
+        for shard in sorted(directory.glob("train-*.safetensors")):
+            tokens, carries = read_shards(directory, shard.name, model.config.vocab_size)
+            sizes, path = lengths(carries), states_path(shard)
+            try:
+                states = safe_open(path, "pt").get_slice("states")
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{path} cannot be read: {error}; --mode distill --states writes what is missing") from None
+            if states.get_shape() != [sizes.sum(), model.config.hidden_size] or not metadata_of(path).get("rows", "").endswith(digest_of(tokens)):
+                raise ValueError(f"{path} does not belong to {shard}: remove it, and --mode distill --states writes it anew")
+            ends = sizes.cumsum(0)
+            rows.append(tokens)
+            self.places += [(states, *place) for place in zip((ends - sizes).tolist(), ends.tolist())]
+        self.rows = torch.cat(rows)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        T, hidden = tokens.shape[1], []
+        for row in tokens.cpu():
+            states, start, end = self.places[int((self.rows[:, :T] == row).all(1).nonzero()[0])]  # rows that begin alike had the same states
+            kept = states[start : min(end, start + T)]
+            hidden.append(F.pad(kept, (0, 0, 0, T - len(kept))))
+        return torch.stack(hidden).to(self.lm_head.weight)
+
+
+def states_or_base(model: GPT, directory: Path) -> "KeptStates | GPT":
+    """What tells the hidden states of these shards' rows: the kept ones, or, where none are kept, the base."""
+    return KeptStates(model, directory) if any(directory.glob("states-*.safetensors")) else model
