@@ -51,6 +51,10 @@ PHASES = (hypothesis.Phase.explicit, hypothesis.Phase.generate)  # a failure is 
 EQUIVALENT = {  # (module, line with the fault): why no test can tell
     ("tree.py", "ranked = log_probs.topk(min(n_nodes + 1, log_probs.shape[-1])).values.tolist()  # K x guesses, the likeliest first"):
         "two guesses more of each head than a tree of this size can hold",
+    ("tree.py", "ranked = log_probs.topk(min(n_nodes - 0, log_probs.shape[-1])).values.tolist()  # K x guesses, the likeliest first"):
+        "one guess more of each head than a tree of this size can hold",
+    ("tree.py", "ranked = log_probs.topk(min(n_nodes - 1, log_probs.shape[1])).values.tolist()  # K x guesses, the likeliest first"):
+        "of (K, V) the last dimension is the second",
     ("tree.py", "if (rank := path[-1] + 1) < len(ranked[ -1]):"): "every head has equally many guesses",
     ("model.py", "if mask is None and start > -1 and T > 1:"): "at the start of a text this mask is the causal one, only slower",
     ("model.py", "LARGE = 1 << 17  # a matrix of so many numbers is worth a packed copy"): "a matter of speed",

@@ -13,33 +13,13 @@ import pytest
 import torch
 
 import train
-from data.checkpoint import NOT_RESULT, resume
+from data.checkpoint import NOT_RESULT, prepare, resume
 from data.shards import base_digest, metadata_of, read_shards
 from model import read_safetensors, write_safetensors
 from strategies import base_config, contents, training, write_shard
 from train import BaseConfig, Medusa1Config, Medusa2Config, train_base, train_medusa
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-
-
-# ---- killed ----
-
-
-@pytest.mark.parametrize("what, kills", [("medusa2", 20), ("lora", 8), ("distill", 20)])
-def test_a_run_that_is_killed_again_and_again_ends_bit_for_bit_as_one_that_is_not(what, kills, tmp_path):
-    """At any moment, in the middle of a file, before and behind a rename: heads, base, calibration, log, and no checkpoint is left."""
-    helper = [sys.executable, Path(__file__).parent / "killed.py", tmp_path, what, kills, "0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([str(part) for part in helper], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    deaths = json.loads(done.stdout)
-    assert sum(deaths.values()) == kills and min(deaths.values()) == kills // 4 and len(deaths) == 4
-    whole, ends = contents(tmp_path / "whole"), list(tmp_path.glob("run-*"))
-    assert whole and ends
-    for end in ends:
-        found = contents(end)
-        assert not [name for name in found if "checkpoint" in name]
-        assert {name: content for name, content in found.items() if not Path(name).name.startswith(".")} == whole
 
 
 # ---- stopped ----
@@ -209,6 +189,17 @@ def test_a_checkpoint_is_neither_overlooked_nor_invented(mode, tmp_path, monkeyp
     assert contents(tmp_path) == {"checkpoint.safetensors": b"precious"}
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_each_part_of_each_process_has_a_row_at_least(processes, tmp_path, monkeypatch):
+    if processes == 2:
+        monkeypatch.setattr("data.checkpoint.dist.is_initialized", lambda: True)
+        monkeypatch.setattr("data.checkpoint.dist.get_world_size", lambda: processes)
+    config = Medusa1Config(out=str(tmp_path / "out"), batch=3 * processes, accumulate=3, device="cpu")
+    assert prepare(config) == (torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError, match=f"--batch {3 * processes - 1} is less than {processes} processes x --accumulate 3"):
+        prepare(replace(config, batch=3 * processes - 1))
+
+
 # ---- a full disk ----
 
 
@@ -269,3 +260,23 @@ def test_a_plot_is_drawn_of_the_log_when_the_run_is_over(base, text, shards, tmp
     for plot in (True, False):
         train_medusa(training(base, text, tmp_path / f"{plot}", distilled=shards, plot=plot))
     assert drawn == [(tmp_path / "True" / "log.jsonl", 4)]
+
+
+# ---- killed ----
+
+
+@pytest.mark.parametrize("what, kills", [("medusa2", 20), ("lora", 8), ("distill", 20)])
+def test_a_run_that_is_killed_again_and_again_ends_bit_for_bit_as_one_that_is_not(what, kills, tmp_path):
+    """At any moment, in the middle of a file, before and behind a rename: heads, base, calibration, log, and no checkpoint is left."""
+    helper = [sys.executable, Path(__file__).parent / "killed.py", tmp_path, what, kills, "0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(part) for part in helper], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    deaths = json.loads(done.stdout)
+    assert sum(deaths.values()) == kills and min(deaths.values()) == kills // 4 and len(deaths) == 4
+    whole, ends = contents(tmp_path / "whole"), list(tmp_path.glob("run-*"))
+    assert whole and ends
+    for end in ends:
+        found = contents(end)
+        assert not [name for name in found if "checkpoint" in name]
+        assert {name: content for name, content in found.items() if not Path(name).name.startswith(".")} == whole
