@@ -176,7 +176,7 @@ def backpropagate(
     chunk by chunk and backpropagated to them, and from there through the base once. Positions without a target are left out.
     """
     weight_base, weight_heads = weights
-    K, V = heads.config.num_heads, heads.config.vocab_size
+    K, V, truncated = heads.config.num_heads, heads.config.vocab_size, heads.config.truncated_vocab_size
     width = max([2, *(mask.any(0).nonzero()[:, 0] + 1).tolist()])  # behind the last target nothing is learnt
     tokens, mask = tokens[:, :width], mask[:, :width]
     ahead, carries = (F.pad(rows, (0, K)).unfold(1, K + 2, 1) for rows in (tokens, mask))  # (B, T - 1, K + 2): a position's token and those to come
@@ -191,7 +191,7 @@ def backpropagate(
     if teacher and weight_base > 0:
         with torch.no_grad():
             goal, goal_head = teacher[0](tokens[:, :-1])[places], teacher[1]  # (n, D)
-    chunk = max(CHUNK_LOGITS // ((K + 2) * V), 1)
+    chunk = max(CHUNK_LOGITS // (K * truncated + 2 * V * (weight_base > 0)), 1)
     for start in range(0, len(cut), chunk):
         part = slice(start, start + chunk)
         loss = torch.zeros((), device=tokens.device)

@@ -19,7 +19,7 @@ from data.lora import add_adapters, merge_adapters, trained_base
 from data.perplexity import perplexity
 from data.shards import read_shards
 from data.tokenizer import load_base
-from medusa import MedusaHeads, Sampling, cross_entropy_ahead, distillation_loss, generate, medusa_loss
+from medusa import MedusaConfig, MedusaHeads, Sampling, cross_entropy_ahead, distillation_loss, generate, medusa_loss
 from model import GPT, read_safetensors
 from strategies import contents, laws, log_of, random_gpt, random_heads, rate, rng, training
 from train import Medusa1Config, Medusa2Config, backpropagate, train_medusa
@@ -182,14 +182,17 @@ def test_a_step_in_chunks_and_parts_has_the_gradient_of_the_whole_loss_written_o
 
 
 @pytest.mark.parametrize("first, expected", [(0, [12, 12, 12, 9]), (11, [12, 9])], ids=["all tokens carry loss", "the last five do"])
-def test_a_chunk_is_no_larger_than_the_limit_and_holds_only_positions_with_a_target(monkeypatch, first, expected):
+@pytest.mark.parametrize(
+    "weight_base, truncated, logits", [(0.0, 5, 2 * 5), (0.0, 3, 2 * 3), (1.0, 5, 2 * 5 + 2 * 5)], ids=["heads alone", "truncated", "both"]
+)
+def test_a_chunk_is_no_larger_than_the_limit_and_holds_only_positions_with_a_target(monkeypatch, first, expected, weight_base, truncated, logits):
     model = random_gpt(0)
-    heads, tokens = random_heads(model, 2, 0), torch.zeros(3, 16, dtype=torch.long)
+    heads, tokens = MedusaHeads(MedusaConfig(8, 5, 2, truncated_vocab_size=truncated)).double(), torch.zeros(3, 16, dtype=torch.long)
     sizes = []
-    monkeypatch.setattr(train, "medusa_loss", lambda logits, *rest: (sizes.append(logits.numel() // (2 * 5)), medusa_loss(logits, *rest))[1])
-    monkeypatch.setattr(train, "CHUNK_LOGITS", 12 * (2 + 2) * 5)
+    monkeypatch.setattr(train, "medusa_loss", lambda logits, *rest: (sizes.append(logits.shape[1]), medusa_loss(logits, *rest))[1])
+    monkeypatch.setattr(train, "CHUNK_LOGITS", 12 * logits)
     mask = (torch.arange(16) >= first).expand(3, 16)
-    backpropagate(model, heads, tokens, mask, torch.tensor([45, 42, 39]), (0.0, 1.0))
+    backpropagate(model, heads, tokens, mask, torch.tensor([45, 42, 39]), (weight_base, 1.0))
     assert sizes == expected
 
 
