@@ -275,6 +275,15 @@ def test_bfloat16_is_packed_where_the_processor_computes_in_it_and_float32_anywh
     assert not model_module.packable(weight)
 
 
+@pytest.mark.parametrize("shape, packed", [((1, 1, 4), False), ((2, 4), False), ((1, 2, 4), False), ((1, 3, 4), True), ((3, 1, 4), True), ((3, 4), True)])
+def test_packed_weights_serve_more_than_two_rows(shape, packed):
+    linear, x = Linear(4, 3, bias=False), torch.ones(shape)
+    linear.packed = torch.ops.mkldnn._reorder_linear_weight(torch.zeros(3, 4), 8)  # zeros, to tell which weights served
+    with torch.no_grad():
+        assert torch.equal(linear(x), torch.zeros(*shape[:-1], 3)) == packed
+    assert not torch.equal(linear(x), torch.zeros(*shape[:-1], 3))
+
+
 def test_a_size_is_a_whole_number_from_1_to_2_to_the_31():
     model_module.check_sizes(SimpleNamespace(a=1, b=(1 << 31) - 1), ["a", "b"])
     for bad in (0, -1, 1 << 31, True, 2.0, "3", None):
