@@ -288,6 +288,7 @@ KINDS += [spoil_rows, spoil_checkpoint, spoil_pickle, spoil_tree]  # those that 
 
 
 def meet(case: Case, work: Path) -> int:
+    tqdm._instances.clear()  # the bar over the cases is none of this process
     os.chdir(work)
     os.environ["XDG_CACHE_HOME"] = str(work / "cache")
     sys.argv = case.argv

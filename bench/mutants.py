@@ -2,7 +2,7 @@
 
 Faults are those of cosmic-ray's operators (numbers, comparisons, arithmetic, conditions, loops, decorators), without those that change
 annotations alone. Each runs in a child of its own, in a copy of the repository, until the first test fails. Results are added to
-bench/results/mutants.json after every module; survivors stand there with the line that nobody missed. Needs bench/requirements-mutants.txt.
+bench/results/mutants.json after every module, which Ctrl-C ends early; survivors stand there with the line that nobody missed. Needs bench/requirements-mutants.txt.
 """
 
 import ast
@@ -11,10 +11,10 @@ import math
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -47,7 +47,7 @@ PAIRS = """Add_Sub Sub_Add Mul_Div Div_Mul FloorDiv_Mul Mod_Mul Pow_Mul BitOr_Bi
 Eq_NotEq NotEq_Eq Lt_LtE Lt_Gt LtE_Lt LtE_Gt Gt_GtE Gt_Lt GtE_Gt GtE_Lt Is_IsNot IsNot_Is In_NotIn NotIn_In Delete_Not Delete_USub Delete_Invert""".split()
 PLAIN = """AddNot ReplaceTrueWithFalse ReplaceFalseWithTrue ReplaceAndWithOr ReplaceOrWithAnd ReplaceBreakWithContinue ReplaceContinueWithBreak
 NumberReplacer RemoveDecorator ZeroIterationForLoop""".split()
-PATIENCE = 5  # a mutant that takes so many times longer than the tests without it has made something endless
+SECONDS = 60  # a test that runs longer has met something endless
 PHASES = (hypothesis.Phase.explicit, hypothesis.Phase.generate)  # a failure is enough, it need not be made small
 EQUIVALENT = {  # (module, line with the fault): why no test can tell
     ("tree.py", "ranked = log_probs.topk(min(n_nodes + 1, log_probs.shape[-1])).values.tolist()  # K x guesses, the likeliest first"):
@@ -58,6 +58,8 @@ EQUIVALENT = {  # (module, line with the fault): why no test can tell
         "of (K, V) the last dimension is the second",
     ("tree.py", "if (rank := path[-1] + 1) < len(ranked[ -1]):"): "every head has equally many guesses",
     ("model.py", "if mask is None and start > -1 and T > 1:"): "at the start of a text this mask is the causal one, only slower",
+    ("model.py", "if mask is None and start > 0 and T >= 1:"): "a mask of one row, all true, hides nothing",
+    ("model.py", 'raise ValueError(f"{path}: {missing[ -1]} is missing")'): "of several missing fields any may be named",
     ("model.py", "LARGE = 1 << 17  # a matrix of so many numbers is worth a packed copy"): "a matter of speed",
     ("medusa.py", "return (probs / noise).argmax(1)"): "of (n, V) the last dimension is the second",
     ("medusa.py", 'parts |= {f"blocks.{k}.layers.{j}.bias": self.bias.detach()[j, k, -1] for k in range(K) for j in range(J)}'):
@@ -112,6 +114,13 @@ def mutants(code: str) -> list[Mutant]:
     return found
 
 
+class Hurry:
+    """A test that takes too long ends the process."""
+
+    def pytest_runtest_setup(self):
+        signal.alarm(SECONDS)
+
+
 def passes(tests: list[str], copy: Path) -> int:
     """Run the tests on the modules of the copy, not on those that this process has imported."""
     os.chdir(copy)
@@ -124,15 +133,15 @@ def passes(tests: list[str], copy: Path) -> int:
     hypothesis.settings.register_profile("mutants", phases=PHASES, report_multiple_bugs=False)
     hypothesis.settings.load_profile("mutants")
     sys.argv = ["pytest"]
-    return pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in tests)])
+    return pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in tests)], [Hurry()])
 
 
-def survives(mutant: Mutant, module: str, copy: Path, seconds: float) -> bool:
-    """Do all tests pass with this fault, in so many seconds?"""
+def survives(mutant: Mutant, module: str, copy: Path) -> bool:
+    """Do all tests pass with this fault?"""
     path = copy / module
     whole = path.read_bytes()
     path.write_text(mutant.code, encoding="utf-8")
-    code = in_a_child(partial(passes, TESTS[module], copy), seconds)
+    code = in_a_child(partial(passes, TESTS[module], copy), math.inf)
     path.write_bytes(whole)
     return code == 0
 
@@ -154,22 +163,24 @@ def looked_at(module: str) -> list[Mutant]:
 
 def measure(module: str, sample: int) -> dict:
     every = looked_at(module)
-    chosen = random.Random(0).sample(every, min(sample, len(every)))
+    chosen = random.Random(0).sample(every, len(every))[:sample]  # a smaller sample is a part of a larger one
+    tried, survivors = 0, []
     with tempfile.TemporaryDirectory() as folder:
         copy = copy_of_the_repository(folder)
-        start = time.monotonic()
-        if not survives(Mutant(0, "", "", (copy / module).read_text(encoding="utf-8")), module, copy, math.inf):
+        if not survives(Mutant(0, "", "", (copy / module).read_text(encoding="utf-8")), module, copy):
             raise ValueError(f"{module}: its tests fail without any fault")
-        seconds = PATIENCE * (time.monotonic() - start)
-        survivors = []
-        for mutant in tqdm(chosen, desc=module, unit="mutant"):
-            if survives(mutant, module, copy, seconds):
-                survivors.append(mutant)
-                tqdm.write(f"{module}:{mutant.line}\n  - {mutant.before}\n  + {mutant.after}")
+        try:
+            for mutant in tqdm(chosen, desc=module, unit="mutant", miniters=1):
+                if survives(mutant, module, copy):
+                    survivors.append(mutant)
+                    tqdm.write(f"{module}:{mutant.line}\n  - {mutant.before}\n  + {mutant.after}")
+                tried += 1
+        except KeyboardInterrupt:
+            survivors = [mutant for mutant in survivors if mutant in chosen[:tried]]
     equivalent = [mutant for mutant in survivors if (module, mutant.after) in EQUIVALENT]
-    killed, counted = len(chosen) - len(survivors), len(chosen) - len(equivalent)
+    killed, counted = tried - len(survivors), tried - len(equivalent)
     shown = [{"line": m.line, "before": m.before, "after": m.after, "equivalent": EQUIVALENT.get((module, m.after), "")} for m in survivors]
-    return {"mutants": len(every), "tried": len(chosen), "killed": killed, "share killed": killed / max(counted, 1), "survivors": shown}
+    return {"mutants": len(every), "tried": tried, "killed": killed, "share killed": killed / max(counted, 1), "survivors": shown}
 
 
 def main() -> None:
