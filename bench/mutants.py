@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -47,7 +48,7 @@ PAIRS = """Add_Sub Sub_Add Mul_Div Div_Mul FloorDiv_Mul Mod_Mul Pow_Mul BitOr_Bi
 Eq_NotEq NotEq_Eq Lt_LtE Lt_Gt LtE_Lt LtE_Gt Gt_GtE Gt_Lt GtE_Gt GtE_Lt Is_IsNot IsNot_Is In_NotIn NotIn_In Delete_Not Delete_USub Delete_Invert""".split()
 PLAIN = """AddNot ReplaceTrueWithFalse ReplaceFalseWithTrue ReplaceAndWithOr ReplaceOrWithAnd ReplaceBreakWithContinue ReplaceContinueWithBreak
 NumberReplacer RemoveDecorator ZeroIterationForLoop""".split()
-SECONDS = 60  # a test that runs longer has met something endless
+SECONDS = 120  # a test that runs longer has met something endless
 PHASES = (hypothesis.Phase.explicit, hypothesis.Phase.generate)  # a failure is enough, it need not be made small
 EQUIVALENT = {  # (module, line with the fault): why no test can tell
     ("tree.py", "ranked = log_probs.topk(min(n_nodes + 1, log_probs.shape[-1])).values.tolist()  # K x guesses, the likeliest first"):
@@ -61,6 +62,10 @@ EQUIVALENT = {  # (module, line with the fault): why no test can tell
     ("model.py", "if mask is None and start > 0 and T >= 1:"): "a mask of one row, all true, hides nothing",
     ("model.py", 'raise ValueError(f"{path}: {missing[ -1]} is missing")'): "of several missing fields any may be named",
     ("model.py", "LARGE = 1 << 17  # a matrix of so many numbers is worth a packed copy"): "a matter of speed",
+    ("model.py", "cos = torch.cat((angle.cos(), angle.cos()), dim=1)"): "of two dimensions the last is the second",
+    ("model.py", "module.packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 9)  # made for 8 rows, it serves any number"):
+        "a matter of speed",
+    ("medusa.py", "self.like = at_least_float32(like[0, : -1]).new_empty(like.shape[0])  # (V,)"): "only its dtype and device are taken",
     ("medusa.py", "return (probs / noise).argmax(1)"): "of (n, V) the last dimension is the second",
     ("medusa.py", 'parts |= {f"blocks.{k}.layers.{j}.bias": self.bias.detach()[j, k, -1] for k in range(K) for j in range(J)}'):
         "of a dimension of one the last entry is the first",
@@ -115,10 +120,26 @@ def mutants(code: str) -> list[Mutant]:
 
 
 class Hurry:
-    """A test that takes too long ends the process."""
+    """Tests that were quick without a fault come first; one that takes too long ends the process."""
+
+    def __init__(self, times: Path):
+        """times: the seconds of each test, written by the first run."""
+        self.times, self.seconds = times, Counter()
+
+    def pytest_collection_modifyitems(self, items):
+        if self.times.exists():
+            seconds = read_json(self.times)
+            items.sort(key=lambda item: seconds[item.nodeid])
 
     def pytest_runtest_setup(self):
         signal.alarm(SECONDS)
+
+    def pytest_runtest_logreport(self, report):
+        self.seconds[report.nodeid] += report.duration
+
+    def pytest_sessionfinish(self):
+        if not self.times.exists():
+            write_json(self.times, self.seconds)
 
 
 def passes(tests: list[str], copy: Path) -> int:
@@ -133,7 +154,7 @@ def passes(tests: list[str], copy: Path) -> int:
     hypothesis.settings.register_profile("mutants", phases=PHASES, report_multiple_bugs=False)
     hypothesis.settings.load_profile("mutants")
     sys.argv = ["pytest"]
-    return pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in tests)], [Hurry()])
+    return pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in tests)], [Hurry(copy.parent / "times.json")])
 
 
 def survives(mutant: Mutant, module: str, copy: Path) -> bool:

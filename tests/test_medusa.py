@@ -5,6 +5,7 @@ import math
 from collections import defaultdict
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -673,6 +674,11 @@ def test_a_seed_repeats_its_text_and_another_draws_another(typical):
 
 
 SHAPE = "logits are (K, ..., V): heads first, then as the hidden states are, then the vocabulary"
+
+
+def test_heads_have_the_shape_of_the_shipped_ones_unless_another_is_asked_for():
+    shipped = MedusaHeads.from_pretrained(Path(__file__).parent.parent / "data/heads").config
+    assert shipped == MedusaConfig(shipped.hidden_size, shipped.vocab_size)
 
 
 @pytest.mark.parametrize("layers", [1, 2])
