@@ -325,7 +325,7 @@ def verdict(code: int | None, said: str, before: dict, work: Path) -> str:
     lines = [
         line
         for line in re.split(r"[\n\r]", said)
-        if line.strip() and "step/s]" not in line and "shard/s]" not in line and "?s/" not in line and "s/it" not in line
+        if line.strip() and "step/s" not in line and "shard/s" not in line and "?s/" not in line and "s/it" not in line
     ]
     if code is None:
         return f"hangs for {SECONDS} s"

@@ -59,6 +59,8 @@ EQUIVALENT = {  # (module, line with the fault): why no test can tell
         "of (K, V) the last dimension is the second",
     ("tree.py", "if (rank := path[-1] + 1) < len(ranked[ -1]):"): "every head has equally many guesses",
     ("model.py", "if mask is None and start > -1 and T > 1:"): "at the start of a text this mask is the causal one, only slower",
+    ("model.py", "if mask is None and start >= 0 and T > 1:"): "at the start of a text this mask is the causal one, only slower",
+    ("model.py", "if mask is None and start > 0 and T > 0:"): "a mask of one row, all true, hides nothing",
     ("model.py", "if mask is None and start > 0 and T >= 1:"): "a mask of one row, all true, hides nothing",
     ("model.py", 'raise ValueError(f"{path}: {missing[ -1]} is missing")'): "of several missing fields any may be named",
     ("model.py", "LARGE = 1 << 17  # a matrix of so many numbers is worth a packed copy"): "a matter of speed",
