@@ -69,6 +69,12 @@ EQUIVALENT = {  # (module, line with the fault): why no test can tell
         "a matter of speed",
     ("medusa.py", "self.like = at_least_float32(like[0, : -1]).new_empty(like.shape[0])  # (V,)"): "only its dtype and device are taken",
     ("medusa.py", "return (probs / noise).argmax(1)"): "of (n, V) the last dimension is the second",
+    ("medusa.py", "draws = logits.argmax(1)  # (N,)"): "of (N, V) the last dimension is the second",
+    ("medusa.py", "if 0 < sampling.top_k <= logits.shape[-1]:"): "then nothing is left out",
+    ("medusa.py", "self.like = at_least_float32(like[ -1, :0]).new_empty(like.shape[0])  # (V,)"): "only its dtype and device are taken",
+    ("medusa.py", "reached = {0: 1.0}  # accepted node: log-likelihood of its path"): "every path begins there",
+    ("train.py", 'bar = tqdm(range(first, steps), desc="training", unit="step", mininterval= 2, initial=first, total=steps, disable=process > 0)'):
+        "a matter of looks",
     ("medusa.py", 'parts |= {f"blocks.{k}.layers.{j}.bias": self.bias.detach()[j, k, -1] for k in range(K) for j in range(J)}'):
         "of a dimension of one the last entry is the first",
 }  # fmt: skip

@@ -809,6 +809,7 @@ def test_official_heads_give_the_logits_of_their_own_formula(K, J, name, tmp_pat
 @pytest.mark.parametrize("fault, says", [
     ({"1.0.linear.bias": None}, "1.0.linear.bias is missing"), ({"1.1.weight": None}, "1.1.weight is missing"),
     ({"0.0.linear.weight": None, "1.0.linear.weight": None}, "official layout"), ({"0.1.weight": torch.zeros(5)}, "official layout"),
+    ({"0.0.linear.weight": None, "1.0.linear.weight": None, "0.0.weight": torch.zeros(5, 6)}, "official layout"),
     ({"1.0.linear.weight": torch.zeros(6, 7)}, "shape (6, 7), not (6, 6)"),
 ])  # fmt: skip
 def test_official_heads_that_do_not_fit_are_refused_by_tensor(fault, says, name, tmp_path):

@@ -196,6 +196,15 @@ def test_a_chunk_is_no_larger_than_the_limit_and_holds_only_positions_with_a_tar
     assert sizes == expected
 
 
+def test_a_position_with_no_target_ahead_costs_nothing_though_its_own_token_is_one(monkeypatch):
+    model = random_gpt(0)
+    heads, sizes, mask = random_heads(model, 2, 0), [], torch.zeros(2, 16, dtype=torch.bool)
+    mask[0, 5] = mask[1, 10] = True  # 2, 3 and 4 look ahead to the first, 7, 8 and 9 to the second
+    monkeypatch.setattr(train, "medusa_loss", lambda logits, *rest: (sizes.append(logits.shape[1]), medusa_loss(logits, *rest))[1])
+    backpropagate(model, heads, torch.zeros(2, 16, dtype=torch.long), mask, torch.tensor([2, 2, 2]), (0.0, 1.0))
+    assert sizes == [6]
+
+
 @pytest.mark.parametrize("last, width", [(15, 15), (11, 11), (0, 1)])
 def test_behind_the_last_target_nothing_is_computed(monkeypatch, last, width):
     model = random_gpt(0)

@@ -319,6 +319,11 @@ def test_learning_rate_rises_to_its_peak_along_a_line_and_falls_to_0_along_a_cos
     assert learning_rate(0, 2.0, 1, 10_000) == 2.0
 
 
+@pytest.mark.parametrize("shape, matrix", [((3,), False), ((1, 3), False), ((2, 3), True), ((4, 1, 3), False), ((4, 2, 3), True), ((2, 4, 1, 3), False)])
+def test_weight_decay_is_for_what_has_rows(shape, matrix):
+    assert train.is_matrix(nn.Parameter(torch.zeros(shape))) == matrix
+
+
 def is_matrix(name: str) -> bool:
     return not name.endswith(("norm.weight", "bias"))
 
