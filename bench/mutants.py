@@ -39,7 +39,7 @@ from model import read_json, write_json
 TESTS = {  # the tests that know a module, those that fail soonest first
     "tree.py": ["test_tree.py"],
     "model.py": ["test_model.py", "test_llamas.py", "test_medusa.py"],
-    "medusa.py": ["test_medusa.py", "test_train.py"],
+    "medusa.py": ["test_medusa.py", "test_medusa2.py", "test_train.py"],
     "train.py": ["test_medusa2.py", "test_train.py", "test_checkpoint.py"],
     "data/checkpoint.py": ["test_checkpoint.py"],
 }
@@ -73,6 +73,8 @@ EQUIVALENT = {  # (module, line with the fault): why no test can tell
     ("medusa.py", "if 0 < sampling.top_k <= logits.shape[-1]:"): "then nothing is left out",
     ("medusa.py", "self.like = at_least_float32(like[ -1, :0]).new_empty(like.shape[0])  # (V,)"): "only its dtype and device are taken",
     ("medusa.py", "reached = {0: 1.0}  # accepted node: log-likelihood of its path"): "every path begins there",
+    ("medusa.py", "noise.advance( 2)"): "plain decoding has looked one position ahead, and no further",
+    ("train.py", "places[ -1, 0] |= ~places.any()  # one at least, so that there is a gradient"): "any position without a target will do",
     ("train.py", 'bar = tqdm(range(first, steps), desc="training", unit="step", mininterval= 2, initial=first, total=steps, disable=process > 0)'):
         "a matter of looks",
     ("medusa.py", 'parts |= {f"blocks.{k}.layers.{j}.bias": self.bias.detach()[j, k, -1] for k in range(K) for j in range(J)}'):

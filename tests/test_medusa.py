@@ -307,6 +307,11 @@ def test_base_distribution_equals_its_definition(logits, temperature, top_k, top
     torch.testing.assert_close(base_distribution(rows, sampling), expected, rtol=1e-9, atol=1e-12)
 
 
+def test_a_nucleus_of_1_leaves_out_nothing_however_unlikely():
+    logits = torch.tensor([0.0, -60.0, -50.0], dtype=torch.float64)
+    assert torch.equal(base_distribution(logits, Sampling(1.0, top_p=1.0)), logits.softmax(-1)) and logits.softmax(-1).min() > 0
+
+
 @pytest.mark.parametrize(
     "top_k, top_p, expected",
     [

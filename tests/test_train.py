@@ -489,6 +489,20 @@ def test_the_log_has_a_line_for_every_step_with_all_that_was_measured(base, text
         assert math.isclose(record["lr"]["heads"], rate(step, 0.01, 2, 5)) and record["lr"]["base"] == 0.0
 
 
+def test_the_bar_shows_the_losses_of_base_and_heads(base, text, shards, tmp_path, monkeypatch):
+    shown = []
+
+    class Bar(list):
+        def set_postfix(self, **figures):
+            shown.append(figures)
+
+    monkeypatch.setattr(train, "tqdm", lambda steps, **more: Bar(steps))
+    train_medusa(training(base, text, tmp_path / "out", Medusa2Config, distilled=shards, heads_steps=1, steps=2))
+    records = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert shown == [{"base": f"{record['base']:.2f}", "heads": " ".join(f"{loss:.2f}" for loss in record["heads"])} for record in records]
+    assert records[-1]["base"] > 0.1
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_matmuls_run_in_the_precision_and_weights_stay_in_float32(precision, base, text, shards, tmp_path, monkeypatch):
     seen, loss = [], train.medusa_loss
