@@ -497,7 +497,7 @@ def test_the_bar_shows_the_losses_of_base_and_heads(base, text, shards, tmp_path
             shown.append(figures)
 
     monkeypatch.setattr(train, "tqdm", lambda steps, **more: Bar(steps))
-    train_medusa(training(base, text, tmp_path / "out", Medusa2Config, distilled=shards, heads_steps=1, steps=2))
+    train_medusa(training(base, text, tmp_path / "out", Medusa2Config, distilled=shards, data="corpus", heads_steps=1, steps=2))
     records = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert shown == [{"base": f"{record['base']:.2f}", "heads": " ".join(f"{loss:.2f}" for loss in record["heads"])} for record in records]
     assert records[-1]["base"] > 0.1
