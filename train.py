@@ -367,7 +367,7 @@ def train_medusa(config: Medusa1Config) -> None:
         for p in parts.get("base", {}).values():
             p.requires_grad_(weights[0] > 0)
         with autocast(device, dtype):
-            return backpropagate(model if joint else told, heads, tokens, mask, counts, weights, config.decay, teacher)
+            return backpropagate(model if weights[0] > 0 else told, heads, tokens, mask, counts, weights, config.decay, teacher)
 
     inputs = digest_of(base_digest(config.base), targets)
     steps = config.steps + (config.heads_steps if joint else 0)

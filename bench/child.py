@@ -27,12 +27,15 @@ def in_a_child(work: Callable[[], int], seconds: float, errors: str = os.devnull
             sys.excepthook(*sys.exc_info())
         sys.stderr.flush()
         os._exit(code)
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    os.killpg(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    until, done = time.monotonic() + seconds, 0
+    try:
+        while time.monotonic() < until:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.005)
+    finally:  # also when this process is interrupted
+        if not done:
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
     return None

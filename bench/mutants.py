@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -200,14 +201,13 @@ def measure(module: str, sample: int) -> dict:
         copy = copy_of_the_repository(folder)
         if not survives(Mutant(0, "", "", (copy / module).read_text(encoding="utf-8")), module, copy):
             raise ValueError(f"{module}: its tests fail without any fault")
-        try:
+        with suppress(KeyboardInterrupt):
             for mutant in tqdm(chosen, desc=module, unit="mutant", miniters=1):
-                if survives(mutant, module, copy):
+                alive = survives(mutant, module, copy)
+                tried += 1
+                if alive:
                     survivors.append(mutant)
                     tqdm.write(f"{module}:{mutant.line}\n  - {mutant.before}\n  + {mutant.after}")
-                tried += 1
-        except KeyboardInterrupt:
-            survivors = [mutant for mutant in survivors if mutant in chosen[:tried]]
     equivalent = [mutant for mutant in survivors if (module, mutant.after) in EQUIVALENT]
     killed, counted = tried - len(survivors), tried - len(equivalent)
     shown = [{"line": m.line, "before": m.before, "after": m.after, "equivalent": EQUIVALENT.get((module, m.after), "")} for m in survivors]

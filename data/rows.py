@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data.corpus import documents, packed, seeded, shuffled, windows
 from data.shards import read_shards
-from data.states import lengths, states_or_base
+from data.states import KeptStates, lengths
 from data.tokenizer import AnyTokenizer
 from model import GPT
 
@@ -36,4 +36,4 @@ def rows_to_train(config, shards: Path, tokenizer: AnyTokenizer, model: GPT) -> 
         chosen = chosen[ends[chosen].argsort(stable=True)]  # by length: of a part of the batch as little as possible is padding
         return rows[chosen], carries[chosen]
 
-    return rows_of_step, rows[carries], states_or_base(model, shards)
+    return rows_of_step, rows[carries], KeptStates(model, shards) if any(shards.glob("states-*.safetensors")) else model

@@ -30,12 +30,18 @@ def write_states(shard: Path, states: Tensor, tokens: Tensor, carries: Tensor, b
     write_safetensors(states_path(shard), {"states": torch.cat(kept).cpu()}, {"rows": f"{base} {digest_of(tokens.cpu())}"})
 
 
+def prefixes(tokens: Tensor) -> Tensor:
+    """A fingerprint, in 64 bits, of the first 1, 2, ... T tokens of each row: (B, T) -> (B, T)."""
+    weights = torch.full(tokens.shape[1:], 6364136223846793005).cumprod(0)  # powers of an odd number, modulo 2^64
+    return (tokens * weights).cumsum(1)
+
+
 class KeptStates:
     """Stands for a frozen base: its rows' tokens (B, T), from the start, -> the hidden states that it had there (B, T, D), 0 where none are kept."""
 
     def __init__(self, model: GPT, directory: Path):
         """Raises ValueError, naming the file, if one is missing, broken or of another shard."""
-        self.lm_head, rows, self.places = model.lm_head, [], []
+        self.lm_head, known, self.places = model.lm_head, [], []
         for shard in sorted(directory.glob("train-*.safetensors")):
             tokens, carries = read_shards(directory, shard.name, model.config.vocab_size)
             sizes, path = lengths(carries), states_path(shard)
@@ -46,19 +52,14 @@ class KeptStates:
             if states.get_shape() != [sizes.sum(), model.config.hidden_size] or not metadata_of(path).get("rows", "").endswith(digest_of(tokens)):
                 raise ValueError(f"{path} does not belong to {shard}: remove it, and --mode distill --states writes it anew")
             ends = sizes.cumsum(0)
-            rows.append(tokens)
+            known.append(prefixes(tokens))
             self.places += [(states, *place) for place in zip((ends - sizes).tolist(), ends.tolist())]
-        self.rows = torch.cat(rows)
+        self.prefixes = torch.cat(known)  # (R, T), R rows of all shards
 
     def __call__(self, tokens: Tensor) -> Tensor:
         T, hidden = tokens.shape[1], []
-        for row in tokens.cpu():
-            states, start, end = self.places[int((self.rows[:, :T] == row).all(1).nonzero()[0])]  # rows that begin alike had the same states
+        for prefix in prefixes(tokens.cpu())[:, -1]:
+            states, start, end = self.places[int((self.prefixes[:, T - 1] == prefix).nonzero()[0])]  # rows that begin alike had the same states
             kept = states[start : min(end, start + T)]
             hidden.append(F.pad(kept, (0, 0, 0, T - len(kept))))
         return torch.stack(hidden).to(self.lm_head.weight)
-
-
-def states_or_base(model: GPT, directory: Path) -> "KeptStates | GPT":
-    """What tells the hidden states of these shards' rows: the kept ones, or, where none are kept, the base."""
-    return KeptStates(model, directory) if any(directory.glob("states-*.safetensors")) else model

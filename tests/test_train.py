@@ -999,6 +999,16 @@ def test_heads_that_learn_from_kept_states_are_those_that_learn_from_the_base_wh
     torch.testing.assert_close(one.weight, two.weight, rtol=0, atol=0.002)
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_base_that_learns_is_run_though_its_states_are_kept(lora, base, text, tmp_path, monkeypatch):
+    rows, used, backpropagate = kept(base, text, tmp_path / "rows"), [], train.backpropagate
+    monkeypatch.setattr(train, "backpropagate", lambda model, *more: used.append(type(model)) or backpropagate(model, *more))
+    train_medusa(training(base, text, tmp_path / "out", Medusa2Config, distilled=str(rows), heads_steps=2, steps=3, lr=0.01, lora=lora))
+    assert used == [KeptStates] * 2 + [GPT] * 3, "the first stage trains heads alone"
+    before, after = (read_safetensors(folder / "model.safetensors") for folder in (base, tmp_path / "out/base"))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
 @pytest.mark.parametrize("spoil", ["missing", "garbage", "of another shard", "another width", "no states"])
 def test_kept_states_that_do_not_belong_to_their_rows_are_refused_by_name(spoil, base, text, tmp_path):
     rows = kept(base, text, tmp_path / "rows")
