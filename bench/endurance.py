@@ -1,14 +1,18 @@
 """A long life: many texts decoded in one process, over and over. Does it hold its memory and its speed, and is its text still the plain one?
 
-The tokens are decoded in tenths, and every tenth decodes the same prompts, so that their speeds compare. Texts are drawn at random and
-decoded plainly beside it, off the clock.
+The tokens are decoded in tenths, and every tenth decodes the same prompts, so that their speeds compare. A machine has slow minutes,
+so some texts of each tenth are decoded in turn by a young process, started for that tenth: what age alone costs is between the two.
+Texts are drawn at random and decoded plainly beside it, off the clock.
 """
 
 import math
 import random
+import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 
 import torch
 from tqdm import tqdm
@@ -33,32 +37,75 @@ class EnduranceConfig(Bench):
     new_tokens: int = option(128, "tokens decoded behind each prompt")
     nodes: int = option(8, "nodes of the calibrated tree")
     checks: int = option(3, "texts of each tenth that are decoded plainly too")
+    pairs: int = option(40, "texts of each tenth that a young process decodes too")
 
     def __post_init__(self):
-        check_sizes(self, ["tokens", "prompt_tokens", "new_tokens", "nodes", "checks"])
+        check_sizes(self, ["tokens", "prompt_tokens", "new_tokens", "nodes", "checks", "pairs"])
+
+
+class Decoder:
+    """The model, the heads, the tree and the prompts of a section, as one process has them."""
+
+    def __init__(self, config: EnduranceConfig, temperature: float):
+        tokenizer, self.model, self.heads = load(config)
+        self.prompts = held_out_prompts(tokenizer, math.ceil(config.tokens / TENTHS / config.new_tokens), config.prompt_tokens)
+        self.tree, self.sampling = calibrated_tree(read_calibration(config.heads, temperature)[0], config.nodes), Sampling(temperature)
+        self.new_tokens = config.new_tokens
+        self.timed(0)  # the first text of a process pays for what is set up once
+
+    def decode(self, generate, *guessing, number: int) -> list[int]:
+        steps = generate(self.model, *guessing, self.prompts[number], self.new_tokens, self.sampling, torch.Generator().manual_seed(number))
+        return [token for emitted in steps for token in emitted]
+
+    def plain(self, number: int) -> list[int]:
+        return self.decode(generate, number=number)
+
+    def timed(self, number: int) -> tuple[list[int], float]:
+        """Text `number` by Medusa decoding, and its seconds."""
+        start = time.perf_counter()
+        text = self.decode(medusa_generate, self.heads, self.tree, number=number)
+        return text, time.perf_counter() - start
+
+
+def be_young(*arguments) -> None:
+    global young
+    young = Decoder(*arguments)
+
+
+def young_seconds(number: int) -> float:
+    return young.timed(number)[1]
+
+
+def spread(n: int, total: int) -> list[int]:
+    """n of the numbers below total, evenly apart."""
+    return [i * total // n for i in range(n)]
 
 
 def endure(config: EnduranceConfig, temperature: float) -> dict:
-    """For each tenth: tokens/s, the megabytes that the process has held at most so far, and how many of the checked texts are the plain ones."""
-    tokenizer, model, heads = load(config)
-    prompts = held_out_prompts(tokenizer, math.ceil(config.tokens / TENTHS / config.new_tokens), config.prompt_tokens)
-    tree, sampling = calibrated_tree(read_calibration(config.heads, temperature)[0], config.nodes), Sampling(temperature)
-
-    def decode(generate, *guessing, seed: int) -> list[int]:
-        steps = generate(model, *guessing, prompts[seed], config.new_tokens, sampling, torch.Generator().manual_seed(seed))
-        return [token for emitted in steps for token in emitted]
-
-    decode(medusa_generate, heads, tree, seed=0)  # the first text of a process pays for what is set up once
+    """For each tenth: tokens/s, the speed as a share of a young process's, the megabytes that the process has held at most so far, and
+    how many of the checked texts are the plain ones."""
+    old = Decoder(config, temperature)
+    every = range(len(old.prompts))
+    paired = spread(min(config.pairs, len(every)), len(every))
     tenths = []
     for tenth in tqdm(range(TENTHS), desc=f"temperature {temperature}", unit="tenth"):
-        start = time.perf_counter()
-        texts = [decode(medusa_generate, heads, tree, seed=seed) for seed in range(len(prompts))]
-        seconds = time.perf_counter() - start
-        chosen = random.Random(tenth).sample(range(len(prompts)), min(config.checks, len(prompts)))
-        same = sum(texts[seed] == decode(generate, seed=seed) for seed in chosen)
+        texts, seconds, shares = [], [], []
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=be_young, initargs=(config, temperature)) as process:
+            process.submit(young_seconds, 0).result()  # it is there
+            for number in every:
+                text, took = old.timed(number)
+                texts.append(text)
+                seconds.append(took)
+                if number in paired:
+                    shares.append(process.submit(young_seconds, number).result() / took)
+        chosen = random.Random(tenth).sample(every, min(config.checks, len(every)))
+        tokens = sum(map(len, texts))
         tenths.append(
-            {"tokens": sum(map(len, texts)), "tokens/s": sum(map(len, texts)) / seconds, "peak MB": peak(), "checked": len(chosen), "the plain text": same}
-        )
+            {
+                "tokens": tokens, "tokens/s": tokens / sum(seconds), "share of a young process": statistics.median(shares), "peak MB": peak(),
+                "checked": len(chosen), "the plain text": sum(texts[number] == old.plain(number) for number in chosen),
+            }
+        )  # fmt: skip
     return {"tenths": tenths}
 
 
@@ -71,11 +118,20 @@ def table(results: dict) -> str:
     parts = []
     for section, result in results.items():
         rows = [
-            [i, row["tokens"], f"{row['tokens/s']:.0f}", f"{row['peak MB']:.1f}", f"{row['the plain text']} of {row['checked']}"]
+            [
+                i,
+                row["tokens"],
+                f"{row['tokens/s']:.0f}",
+                f"{row['share of a young process']:.3f}",
+                f"{row['peak MB']:.1f}",
+                f"{row['the plain text']} of {row['checked']}",
+            ]
             for i, row in enumerate(result["tenths"], 1)
         ]
-        says = f"From the first tenth to the last: tokens/s {growth(result, 'tokens/s'):+.1%}, peak memory {growth(result, 'peak MB'):+.2%}."
-        parts.append(f"**{section}**\n\n" + markdown(["tenth", "tokens", "tokens/s", "peak memory, MB", "the plain text"], rows) + f"\n\n{says}")
+        header = ["tenth", "tokens", "tokens/s", "speed over a young process's", "peak memory, MB", "the plain text"]
+        grown = {name: growth(result, name) for name in ("tokens/s", "share of a young process", "peak MB")}
+        says = "From the first tenth to the last: tokens/s {:+.1%}, against a young process {:+.1%}, peak memory {:+.2%}.".format(*grown.values())
+        parts.append(f"**{section}**\n\n" + markdown(header, rows) + f"\n\n{says}")
     return "\n\n".join(parts)
 
 

@@ -6,6 +6,7 @@ import math
 import re
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, fields, replace
 from fractions import Fraction
 from functools import cache
@@ -480,12 +481,13 @@ OURS = [way for way in decode.WAYS if not way.startswith("transformers")]
 
 def test_every_subcommand_measures_and_predict_reads_what_they_wrote(small, call, tmp_path, monkeypatch):
     monkeypatch.setattr(decode, "pick_tree", lambda *_: (calibrated_tree([(0, 0), (1, 0)], 3), "said so"))
+    monkeypatch.setattr(endurance, "ProcessPoolExecutor", lambda n, mp_context, **more: ThreadPoolExecutor(n, **more))  # twenty processes take long
     runs = {
         "decode": [*DECODING, "--rounds", "2", "--ways", *OURS],
         "typical": DECODING,
         "cost": ["--rounds", "2", "--steps", "2", "--nodes", "3"],
         "predict": ["--context", "64", "--cost", tmp_path / "out/cost.json", "--decode", tmp_path / "out/decode.json"],
-        "endurance": ["--tokens", "160", "--prompt-tokens", "6", "--new-tokens", "8", "--nodes", "3", "--checks", "2"],
+        "endurance": ["--tokens", "160", "--prompt-tokens", "6", "--new-tokens", "8", "--nodes", "3", "--checks", "2", "--pairs", "1"],
     }
     found = {}
     for name, more in runs.items():
@@ -513,6 +515,7 @@ def test_every_subcommand_measures_and_predict_reads_what_they_wrote(small, call
     for section in found["endurance"].values():
         assert len(section["tenths"]) == 10
         assert all((row["tokens"], row["checked"], row["the plain text"]) == (16, 2, 2) and row["tokens/s"] > 0 for row in section["tenths"])
+        assert all(0 < row["share of a young process"] < 100 for row in section["tenths"])
 
 
 def test_held_out_turns_are_the_last_ones_and_must_be_enough(monkeypatch):
