@@ -3,8 +3,9 @@
     pip install -r bench/requirements-vllm.txt
     python bench/serve_vllm.py --base data/base --heads data/heads --out out/served
 
-vLLM takes the heads' first guesses as a chain, not as a tree. It expects the LM head that the heads share in their own directory;
---out is the heads' directory with it, and may be served: vllm serve BASE --speculative-config '{"model": OUT, ...}'.
+vLLM takes the heads' first guesses as a chain, not as a tree. It expects the LM head that the heads share in their own directory, and of a
+truncated vocabulary it takes the token_map for a weight that was forgotten (0.32), so that these heads guess among all tokens there.
+--out is the heads' directory so changed, and may be served: vllm serve BASE --speculative-config '{"model": OUT, ...}'.
 """
 
 import os
@@ -37,15 +38,16 @@ class Config:
 
 
 def write_served(base, heads, out) -> None:
-    """The heads' directory, and in it the LM head that they share, under the name that vLLM looks for."""
+    """The heads' directory, and in it the LM head that they share, whole, under the name that vLLM looks for."""
     model, loaded = GPT.from_pretrained(base, disk_dtype(base)), MedusaHeads.from_pretrained(heads)
     check_fit(model, loaded, NO_TREE)
-    state = read_safetensors(Path(heads) / "model.safetensors")
+    state, settings = read_safetensors(Path(heads) / "model.safetensors"), read_json(Path(heads) / "config.json")
+    state.pop("token_map", None)
     if loaded.config.original_lm_head:
         state["lm_heads.0.weight"] = model.lm_head.weight.detach()
     Path(out).mkdir(parents=True, exist_ok=True)
     write_safetensors(Path(out) / "model.safetensors", state)
-    write_json(Path(out) / "config.json", read_json(Path(heads) / "config.json"))
+    write_json(Path(out) / "config.json", settings | {"truncated_vocab_size": loaded.config.vocab_size})
 
 
 def import_vllm():
@@ -58,11 +60,11 @@ def import_vllm():
         raise ValueError(f"vllm cannot be imported: {error}; pip install -r bench/requirements-vllm.txt, in an environment of its own") from None
 
 
-def run_vllm(vllm, config: Config, prompts: list[list[int]], K: int) -> tuple[list[list[int]], dict]:
+def run_vllm(vllm, config: Config, prompts: list[list[int]], K: int, ends: tuple[int, ...]) -> tuple[list[list[int]], dict]:
     """vLLM's greedy texts, and its counters: {name: value, or one for each position of a draft}."""
     speculation = {"method": "medusa", "model": config.out, "num_speculative_tokens": K}
     llm = vllm.LLM(config.base, skip_tokenizer_init=True, dtype="float32", speculative_config=speculation, disable_log_stats=False, max_num_seqs=1)
-    asked = vllm.SamplingParams(temperature=0, max_tokens=config.new_tokens, detokenize=False)
+    asked = vllm.SamplingParams(temperature=0, max_tokens=config.new_tokens, stop_token_ids=list(ends), detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], asked)
     counters = {metric.name: getattr(metric, "values", getattr(metric, "value", None)) for metric in llm.get_metrics() if "spec_decode" in metric.name}
     return [list(output.outputs[0].token_ids) for output in outputs], counters
@@ -81,13 +83,13 @@ def main() -> None:
     vllm = import_vllm()
     write_served(config.base, config.heads, config.out)
     tokenizer, model = load_base(config.base)
-    heads = MedusaHeads.from_pretrained(config.heads)
+    heads = MedusaHeads.from_pretrained(config.out)
     K = heads.config.num_heads
     prompts = held_out_turns(config, tokenizer) if config.turns else held_out_prompts(tokenizer, config.prompts, config.prompt_tokens)
     ours = [[token for step in generate(model, prompt, config.new_tokens) for token in step] for prompt in prompts]
     chain = cartesian_tree([1] * K)
     steps = [emitted for prompt in prompts for emitted in list(medusa_generate(model, heads, chain, prompt, config.new_tokens))[1:]]
-    theirs, counters = run_vllm(vllm, config, prompts, K)
+    theirs, counters = run_vllm(vllm, config, prompts, K, model.config.ends)
     for number, (a, b) in enumerate(zip(ours, theirs)):
         if (at := first_difference(a, b)) is not None:
             apart = gap_at(model, prompts[number], b, a, at, Sampling(), 0) if at < min(len(a), len(b)) else float("nan")

@@ -282,18 +282,21 @@ def test_a_directory_without_template_or_with_a_sentencepiece_model_alone_cannot
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("private", [False, True])
-def test_served_heads_hold_the_lm_head_that_they_share(tied, private, tmp_path):
+@pytest.mark.parametrize("private, truncated", [(False, 0), (True, 0), (False, 4)])
+def test_served_heads_hold_the_lm_head_that_they_share_and_guess_among_all_tokens(tied, private, truncated, tmp_path):
     model = GPT(replace(ModelConfig(7, 8, 4, 1, 2, 1, 16), tie_word_embeddings=tied))
     model.save_pretrained(tmp_path / "base", torch.float16)
-    heads = random_heads(model, 3, 0, 2, private)
+    heads = random_heads(model, 3, 0, 2, private, truncated)
     heads.save_pretrained(tmp_path / "heads")
     write_served(tmp_path / "base", tmp_path / "heads", tmp_path / "served")
     ours, served = (load_file(tmp_path / name / "model.safetensors") for name in ("heads", "served"))
-    assert json.loads((tmp_path / "served" / "config.json").read_text()) == json.loads((tmp_path / "heads" / "config.json").read_text())
+    settings = json.loads((tmp_path / "heads" / "config.json").read_text())
+    assert json.loads((tmp_path / "served" / "config.json").read_text()) == settings | {"truncated_vocab_size": 7}
+    ours.pop("token_map", None)
     added = {} if private else {"lm_heads.0.weight": model.lm_head.weight.half()}
     assert served.keys() == (ours | added).keys() and all(torch.equal(t, served[name]) for name, t in (ours | added).items())
-    assert MedusaHeads.from_pretrained(tmp_path / "served").config == heads.config
+    whole = MedusaHeads.from_pretrained(tmp_path / "served")
+    assert whole.config == replace(heads.config, truncated_vocab_size=7) and torch.equal(whole.weight, heads.weight)
 
 
 def test_heads_of_another_model_are_not_served(tmp_path):
