@@ -1,7 +1,8 @@
 """Medusa: heads that guess several tokens ahead, a tree of the guesses checked in one pass, the longest agreed path kept.
 
 From "Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding Heads" (Cai et al., 2024): its sections "Medusa
-heads", "Tree attention", "Typical acceptance" and "Medusa-1". A step of `medusa_generate` reads propose -> verify -> accept -> commit.
+heads", "Tree attention", "Typical acceptance", "Medusa-1" and "Self-distillation". A step of `medusa_generate` reads propose -> verify ->
+accept -> commit.
 
 Dimension key
     B batch   T tokens   D model width   V vocabulary   K heads   J residual layers of a head   N tree nodes
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import GPT, check_sizes, linear, read_json, read_pickle, read_safetensors, write_json, write_safetensors
+from model import GPT, check_sizes, config_of, linear, read_json, read_pickle, read_safetensors, write_json, write_safetensors
 from tree import Tree
 
 
@@ -26,7 +27,7 @@ from tree import Tree
 class MedusaConfig:
     """K heads for one base model. original_lm_head: W2 is the base's LM head; otherwise each head has a copy of its own.
 
-    truncated_vocab_size: the heads guess among so many tokens, whose rows of the shared LM head are all that they read; 0: all of them.
+    truncated_vocab_size: the heads guess among so many tokens, whose rows of the shared LM head are all that they read; 0 becomes vocab_size.
     """
 
     hidden_size: int
@@ -53,8 +54,9 @@ class MedusaHeads(nn.Module):
     """
 
     def __init__(self, config: MedusaConfig, lm_head: nn.Linear | None = None):
-        """weight (J, K, D, D), each W1 as (out, in), and bias (J, K, 1, D): zero. lm_heads (K, V, D), each W2: a copy of lm_head's matrix
-        (without one zero, to be filled from a file); None if the LM head is shared."""
+        """weight (J, K, D, D), each W1 as (out, in), and bias (J, K, 1, D): zero. lm_heads (K, V, D), each W2: a copy of lm_head's matrix, or,
+        if none is given, zeros, to be filled from a file; None if the LM head is shared. Of a truncated vocabulary the buffer `tokens` holds
+        the ids, the first ones of all until they are chosen."""
         super().__init__()
         self.config = config
         K, J, D = config.num_heads, config.num_hidden_layers, config.hidden_size
@@ -70,7 +72,7 @@ class MedusaHeads(nn.Module):
     @property
     def token_map(self) -> Tensor | None:
         """The tokens of a truncated vocabulary (truncated_vocab_size,); None if all may be guessed."""
-        return self._buffers.get("tokens")
+        return getattr(self, "tokens", None)
 
     def forward(self, hidden: Tensor, lm_head: Callable[[Tensor], Tensor]) -> Tensor:
         """hidden (..., D) -> logits (K, ..., V), or (K, ..., truncated_vocab_size) in the order of token_map if lm_head is `shortened` to these."""
@@ -121,14 +123,9 @@ class MedusaHeads(nn.Module):
         if raw.get("model_type") != "medusa":
             raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}, not 'medusa': no Medusa heads")
         raw["truncated_vocab_size"] = raw.get("truncated_vocab_size") or 0
-        if missing := [name for name in MedusaConfig.__dataclass_fields__ if name not in raw]:
-            raise ValueError(f"{path}: {missing[0]} is missing")
         if raw.get("medusa_fc_bias", True) not in (True, None):
             raise ValueError(f"{path}: medusa_fc_bias = {raw['medusa_fc_bias']!r} is not supported here, only True")
-        try:
-            heads = cls(MedusaConfig(**{name: raw[name] for name in MedusaConfig.__dataclass_fields__}))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        heads = cls(config_of(MedusaConfig, raw, path))
         heads._fill(heads.parts(), read_safetensors(weights), weights)
         if heads.token_map is not None and len({*heads.token_map.tolist()} & {*range(heads.config.vocab_size)}) < len(heads.token_map):
             raise ValueError(f"{weights}: token_map must hold different tokens of the vocabulary")
@@ -136,7 +133,7 @@ class MedusaHeads(nn.Module):
 
     @classmethod
     def from_official(cls, path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> "MedusaHeads":
-        """Open heads of the paper's own repository, medusa_lm_head.safetensors or .pt; raises ValueError, naming file and tensor, for what is none.
+        """Open heads of the paper's own repository, medusa_lm_head.safetensors or .pt; raises ValueError, naming file and tensor, for a file that holds none.
 
         There head k (from 0) is a list of J residual layers, "{k}.{j}.linear.weight" and ".bias", and a private LM head, "{k}.{J}.weight".
         """
@@ -172,7 +169,7 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-DECAY = 0.8
+DECAY = 0.8  # lambda_k = DECAY^k
 
 
 def cross_entropy_ahead(logits: Tensor, tokens: Tensor, mask: Tensor | None, ahead: int, count: Tensor | None = None) -> Tensor:
@@ -196,7 +193,7 @@ def medusa_loss(logits: Tensor, tokens: Tensor, mask: Tensor | None = None, deca
     Returns the loss and the K means it is made of, both in nats.
     """
     losses = torch.stack(
-        [cross_entropy_ahead(part, tokens, mask, k + 1, None if counts is None else counts[k - 1]) for k, part in enumerate(logits, start=1)]
+        [cross_entropy_ahead(of_head, tokens, mask, k + 1, None if counts is None else counts[k - 1]) for k, of_head in enumerate(logits, start=1)]
     )  # (K,)
     weights = torch.tensor([decay**k for k in range(1, len(losses) + 1)], dtype=losses.dtype, device=losses.device)
     return (weights * losses).sum(), losses
@@ -205,7 +202,7 @@ def medusa_loss(logits: Tensor, tokens: Tensor, mask: Tensor | None = None, deca
 def distillation_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None, count: Tensor | None = None) -> Tensor:
     """KL(teacher || student), in nats: both are logits (..., V)  (paper, "Self-distillation")
 
-    mask (...) bool: the positions that carry loss, all by default. The mean is over them, or over `count` if they are a part.
+    mask (...) bool: the positions that carry loss, all by default. The mean is over them, or over `count` if these are a part of the batch.
     """
     if mask is not None:
         student, teacher = student[mask], teacher[mask]
@@ -260,7 +257,7 @@ def base_distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1:
         ordered, order = base_probs.sort(dim=-1, descending=True, stable=True)
         rest = ordered.cumsum(-1) - ordered >= sampling.top_p  # enough probability stands before this token already
-        base_probs = base_probs.masked_fill(rest.scatter(-1, order, rest), 0)
+        base_probs = base_probs.masked_fill(rest.scatter(-1, order, rest), 0)  # back in the order of the vocabulary
         base_probs = base_probs / base_probs.sum(-1, keepdim=True)
     return base_probs
 
@@ -269,16 +266,16 @@ class NoiseAhead:
     """The randomness of the positions to come: for each an exponential variate for every token, made in the order of the text.
 
     Plain decoding and a tree see the same noise at the same position, whichever node asks, and so draw the same text from one seed.
-    The heads see it too: see `propose`.
+    The heads see it too: see `favour`. `like` (V, D), the LM head's matrix, says V, the device and the dtype, float32 at least.
     """
 
     def __init__(self, like: Tensor, sampling: Sampling, generator: torch.Generator | None):
         self.like = at_least_float32(like[0, :0]).new_empty(like.shape[0])  # (V,)
-        self.off, self.generator, self.ahead = sampling.temperature == 0, generator, []
+        self.greedy, self.generator, self.ahead = sampling.temperature == 0, generator, []
 
     def at(self, depths: Sequence[int]) -> Tensor | None:
         """The noise at the positions `depths` ahead of the next token's, (N, V); None when nothing is drawn."""
-        if self.off:
+        if self.greedy:
             return None
         while len(self.ahead) <= max(depths):
             self.ahead.append(exponential(self.like, self.generator))
@@ -323,31 +320,25 @@ def accept(tree: Tree, tokens: Tensor, logits: Tensor, sampling: Sampling, noise
     >>> accept(Tree((-1, 0), (-1, 0)), torch.tensor([3, 1]), says, Sampling())
     ([0, 1], [1, 2])
     """
-    if sampling.temperature == 0 and not sampling.typical:
-        draws = logits.argmax(-1)  # (N,)
-    else:
+    if sampling.temperature > 0 or sampling.typical:
         base_probs = base_distribution(logits, sampling)  # (N, V)
-        draws = base_probs.argmax(-1) if sampling.temperature == 0 else draw(base_probs, noise)  # pyright: ignore[reportArgumentType]
+    draws = logits.argmax(-1) if sampling.temperature == 0 else draw(base_probs, noise)  # (N,)  # pyright: ignore[reportArgumentType]
+    guesses, drawn = torch.stack((tokens, draws)).tolist()  # without typical acceptance the one wait for the device in a step
     if sampling.typical:
         parents = torch.tensor(tree.parents, device=tokens.device)
-        guess_probs = base_probs[parents, tokens]  # (N,); the root's own is never looked at
+        guess_probs = base_probs[parents, tokens]  # (N,)
         passes = (guess_probs > typical_threshold(base_probs, sampling.epsilon)[parents]).tolist()
         scores = guess_probs.log().tolist()
-    tokens, draws = torch.stack((tokens, draws)).tolist()  # without typical acceptance the one wait for the device in a step
-    if not sampling.typical:
-        passes = [token == draws[parent] for token, parent in zip(tokens, tree.parents)]
+    else:
+        passes = [guess == drawn[parent] for guess, parent in zip(guesses, tree.parents)]
         scores = [0.0] * len(tree)
 
-    reached = {0: 0.0}  # accepted node: log-likelihood of its path
-    for node in range(1, len(tree)):
-        if passes[node] and tree.parents[node] in reached:
-            reached[node] = reached[tree.parents[node]] + scores[node]
-    last = node = max(reached, key=lambda node: (tree.depths[node], reached[node]))
-    path = []
-    while node >= 0:
-        path.insert(0, node)
-        node = tree.parents[node]
-    return path, [tokens[node] for node in path[1:]] + [draws[last]]  # pyright: ignore[reportReturnType]
+    reached = {0: ([0], 0.0)}  # accepted node: its path, and the log-likelihood of that. What passes and scores say of the root is never looked at
+    for node, parent in enumerate(tree.parents[1:], start=1):
+        if passes[node] and parent in reached:
+            reached[node] = [*reached[parent][0], node], reached[parent][1] + scores[node]
+    path, _ = max(reached.values(), key=lambda found: (len(found[0]), found[1]))
+    return path, [guesses[node] for node in path[1:]] + [drawn[path[-1]]]
 
 
 # ---- decoding ----
@@ -356,7 +347,8 @@ ROOT = Tree((-1,), (-1,))
 
 
 def text_limit(model: GPT, prompt: Sequence[int], max_new_tokens: int) -> int:
-    """The length at which the text ends at the latest."""
+    """The length, prompt included, at which the text ends at the latest. Raises ValueError for a prompt that is empty or fills the context, and for
+    max_new_tokens below 0."""
     if len(prompt) == 0:
         raise ValueError("the prompt is empty: decoding needs at least one token")
     if max_new_tokens < 0:
@@ -366,6 +358,18 @@ def text_limit(model: GPT, prompt: Sequence[int], max_new_tokens: int) -> int:
     return min(len(prompt) + max_new_tokens, model.config.max_position_embeddings)
 
 
+def check_fit(model: GPT, heads: MedusaHeads, tree: Tree) -> None:
+    """Raises ValueError, in words, if the heads are of another model or the tree asks for more than they guess."""
+    for name in ("hidden_size", "vocab_size"):
+        ours, base = getattr(heads.config, name), getattr(model.config, name)
+        if ours != base:
+            raise ValueError(f"the heads have {name} {ours}, the base model {base}: they were trained for another model")
+    if max(tree.depths) > heads.config.num_heads:
+        raise ValueError(f"the tree is {max(tree.depths)} deep, but there are {heads.config.num_heads} heads")
+    if max(tree.ranks) >= heads.config.truncated_vocab_size:
+        raise ValueError(f"the tree asks for guess {max(tree.ranks)}, but the heads guess among {heads.config.truncated_vocab_size} tokens")
+
+
 @torch.inference_mode()
 def generate(
     model: GPT, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling = Sampling(), generator: torch.Generator | None = None
@@ -373,16 +377,16 @@ def generate(
     """Plain decoding with a KV cache: yields [token] a step, up to max_new_tokens, to EOS (included), or until the context is full."""
     end = text_limit(model, prompt, max_new_tokens)
     cache = model.new_cache(end)
-    token = torch.tensor([prompt], device=model.lm_head.weight.device)
+    tokens = torch.tensor([prompt], device=model.lm_head.weight.device)  # (1, T): the prompt, then the last token
     noise, ends = NoiseAhead(model.lm_head.weight, sampling, generator), model.config.ends
     for _ in range(end - len(prompt)):
-        logits = model.lm_head(model(token, cache=cache)[:, -1])  # (1, V)
+        logits = model.lm_head(model(tokens, cache=cache)[:, -1])  # (1, V)
         if sampling.temperature == 0:
-            token = logits.argmax(-1, keepdim=True)  # (1, 1)
+            tokens = logits.argmax(-1, keepdim=True)  # (1, 1)
         else:
-            token = draw(base_distribution(logits, sampling), noise.at((0,)))[None]  # (1, 1)  # pyright: ignore[reportArgumentType]
+            tokens = draw(base_distribution(logits, sampling), noise.at((0,)))[None]  # (1, 1)  # pyright: ignore[reportArgumentType]
             noise.advance(1)
-        yield [emitted := int(token.item())]
+        yield [emitted := int(tokens.item())]
         if emitted in ends:
             return
 
@@ -397,7 +401,11 @@ def until_end(tokens: list[int], ends: tuple[int, ...]) -> list[int]:
 
 
 class Plan:
-    """What a tree needs in every step, laid out once."""
+    """What a tree needs in every step, laid out once for at most `capacity` rows before it, in the dtype and on the device of `like`.
+
+    depths (N,); index (N,): where each node's token stands among the root, the n_guesses guesses of head 1, those of head 2, ...;
+    bias (N, capacity + N), added to attention scores: 0 for the past, the node itself and its ancestors, minus infinity for other nodes.
+    """
 
     def __init__(self, tree: Tree, capacity: int, like: Tensor):
         self.tree, self.capacity = tree, capacity
@@ -406,9 +414,8 @@ class Plan:
         self.n_guesses = max(tree.ranks) + 1
         self.index = (self.depths - 1) * self.n_guesses + torch.tensor(tree.ranks, device=like.device) + 1  # into [root, guesses of head 1, 2, ...]
         self.index[0] = 0
-        bias = torch.zeros(len(tree), capacity + len(tree), dtype=like.dtype, device=like.device)
-        bias[:, capacity:].masked_fill_(~tree.mask.to(like.device), -math.inf)
-        self.bias = bias
+        self.bias = torch.zeros(len(tree), capacity + len(tree), dtype=like.dtype, device=like.device)
+        self.bias[:, capacity:].masked_fill_(~tree.mask.to(like.device), -math.inf)
 
     def mask(self, past: int) -> Tensor:
         """(N, past + N): the whole past, then the ancestors. A slice of one buffer, so that nothing is built in a step."""
@@ -425,12 +432,13 @@ def favour(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Tensor:
     return logits if noise is None or sampling.typical else tempered(logits, sampling.temperature).softmax(-1) / noise
 
 
-def propose(heads: MedusaHeads, lm_head: Callable[[Tensor], Tensor], hidden: Tensor, root: int, plan: Plan, sampling: Sampling, noise: NoiseAhead) -> Tensor:
+def propose(heads: MedusaHeads, guess_head: Callable[[Tensor], Tensor], hidden: Tensor, root: int, plan: Plan, sampling: Sampling, noise: NoiseAhead) -> Tensor:
     """The tokens at the nodes of the tree, (N,): the root, and below it the first guesses of the heads at `hidden` (D,)."""
     root_token = torch.tensor([root], device=hidden.device)
     if len(plan.tree) == 1:
         return root_token
-    logits = heads.widened(heads(hidden, lm_head))  # (K, V)
+    logits = heads.widened(heads(hidden, guess_head))  # (K, V)
+    # a guess at depth k is what a node at depth k - 1 may draw: the noise of head k is that of depth k - 1
     guesses = favour(logits, sampling, noise.at(range(len(logits)))).topk(plan.n_guesses).indices  # (K, guesses)
     return torch.cat((root_token, guesses.flatten()))[plan.index]
 
@@ -444,11 +452,12 @@ def medusa_generate(
     max_new_tokens: int,
     sampling: Sampling = Sampling(),
     generator: torch.Generator | None = None,
-    accept: Callable[..., tuple[list[int], list[int]]] = accept,  # or who looks on at each verdict, and asks it
+    accept: Callable[..., tuple[list[int], list[int]]] = accept,  # or a stand-in, which sees each verdict and hands it on: data/trace.py
 ) -> Iterator[list[int]]:
     """Decoding with Medusa heads: yields what each step emitted, the first time the root that the prompt itself gives.
 
-    Ends exactly as `generate` does, and unless sampling.typical yields the very tokens that `generate` does, given the same seed.
+    Ends exactly as `generate` does, and unless sampling.typical yields the very tokens that `generate` does, given the same seed, but where two
+    tokens are so close that rounding decides.
     """
     check_fit(model, heads, tree)
     end = text_limit(model, prompt, max_new_tokens)
@@ -456,7 +465,7 @@ def medusa_generate(
     cache = model.new_cache(end + len(tree))
     plan = Plan(tree, end, lm_head.weight)
     noise = NoiseAhead(lm_head.weight, sampling, generator)
-    length = len(prompt)  # of the text; all of it but the root stands in the cache
+    length = len(prompt)  # of the text
 
     tokens = torch.tensor(prompt, device=lm_head.weight.device)
     states = model(tokens[None], cache=cache)[0, -1:]  # (1, D)
@@ -469,20 +478,8 @@ def medusa_generate(
             return
         if plan.depth > end - length - 1:  # a node must leave room for the token it earns
             plan = Plan(tree.cut(end - length - 1), end, lm_head.weight)
-        past = length - 1
-        tokens = propose(heads, guess_head, states[path[-1]], emitted[-1], plan, sampling, noise)  # (N,)
-        states = model(tokens[None], plan.depths + past, plan.mask(past), cache)[0]  # (N, D)
-        path, emitted = accept(plan.tree, tokens, lm_head(states), sampling, noise.at(plan.tree.depths))
-        cache.keep(past, path)
-
-
-def check_fit(model: GPT, heads: MedusaHeads, tree: Tree) -> None:
-    """Raises ValueError, in words, if the heads are of another model or the tree asks for more than they guess."""
-    for name in ("hidden_size", "vocab_size"):
-        ours, base = getattr(heads.config, name), getattr(model.config, name)
-        if ours != base:
-            raise ValueError(f"the heads have {name} {ours}, the base model {base}: they were trained for another model")
-    if max(tree.depths) > heads.config.num_heads:
-        raise ValueError(f"the tree is {max(tree.depths)} deep, but there are {heads.config.num_heads} heads")
-    if max(tree.ranks) >= heads.config.truncated_vocab_size:
-        raise ValueError(f"the tree asks for guess {max(tree.ranks)}, but the heads guess among {heads.config.truncated_vocab_size} tokens")
+        past = length - 1  # rows in the cache: all of the text but the root
+        tokens = propose(heads, guess_head, states[path[-1]], emitted[-1], plan, sampling, noise)  # propose: (N,)
+        states = model(tokens[None], plan.depths + past, plan.mask(past), cache)[0]  # verify: (N, D)
+        path, emitted = accept(plan.tree, tokens, lm_head(states), sampling, noise.at(plan.tree.depths))  # accept
+        cache.keep(past, path)  # commit

@@ -2,6 +2,7 @@
 
 It knows nothing of speculative decoding. What a tree of guesses needs is only that `positions` and `mask` are arguments of
 `forward`, and that the cache can keep chosen rows of what was written last ("Tree attention" in the Medusa paper needs no more).
+The model ends with `GPT`; behind it stand fast products for a CPU, the layout on disk, checks and files.
 
 Dimension key
     B  batch               T   tokens fed now        S   tokens in the cache
@@ -57,6 +58,7 @@ class ModelConfig:
         return tuple(self.eos_token_id) if isinstance(self.eos_token_id, list) else () if self.eos_token_id is None else (self.eos_token_id,)
 
 
+# rope_scaling["rope_type"]: the numbers that it needs
 ROPE_SCALING = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
 
 
@@ -83,7 +85,7 @@ class KVCache:
         """Keep these batch entries alone, in this order; rows (kept,) long. What stands in its place already is not copied."""
         moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
         self.data[:, :, moved] = self.data[:, :, rows[moved]]
-        self.data = self.data[:, :, : len(rows)]
+        self.data = self.data[:, :, : len(rows)]  # (L, 2, kept, nkv, capacity, hs)
         self.layers = [tuple(layer) for layer in self.data]
 
 
@@ -117,36 +119,6 @@ def rotary_table(config: ModelConfig) -> Tensor:
     return torch.stack((cos, sin), dim=1).unsqueeze(2).to(torch.get_default_dtype())  # (positions, 2, 1, hs)
 
 
-FEW = 16  # rows
-LARGE = 1 << 18  # a matrix of so many numbers is worth a packed copy
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b. A few rows go as (W x^T)^T on a CPU: the same product, but its weights are read in the order in which they lie."""
-    rows = x.shape[:-1].numel()
-    if rows > FEW or x.device.type != "cpu":
-        return F.linear(x, weight, bias)
-    columns = x.reshape(rows, -1) if rows > 1 else torch.cat((x.flatten(), x.flatten())).view(2, -1)  # two are faster than one
-    y = (weight @ columns.mT).mT[:rows].contiguous().view(*x.shape[:-1], -1)
-    return y if bias is None else y + bias
-
-
-def packable(weight: Tensor) -> bool:
-    """Is it large, and has oneDNN an order of its own for it on this machine?"""
-    if weight.numel() < LARGE or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-class Linear(nn.Linear):
-    packed: Tensor | None = None  # the weights once more, in oneDNN's own order: see GPT.pack
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.packed is None or x.shape[:-1].numel() <= 2 or torch.is_grad_enabled():
-            return linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-
-
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(hs)) v, with q, k, v from one fused matrix."""
 
@@ -156,16 +128,17 @@ class Attention(nn.Module):
         self.qkv_proj = Linear(config.hidden_size, (self.nh + 2 * self.nkv) * self.hs, bias=config.model_type == "qwen2")
         self.o_proj = Linear(self.nh * self.hs, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache, start: int) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: tuple[Tensor, Tensor] | None, start: int | Tensor) -> Tensor:
+        """x (B, T, D) -> (B, T, D); cos and sin ([B,] T, 1, hs); cache: this layer's keys and values, of which `start` rows are valid."""
         B, T, _ = x.shape
         qkv = self.qkv_proj(x).view(B, T, self.nh + 2 * self.nkv, self.hs)  # (B, T, nh + 2 nkv, hs)
-        qk, v = qkv.split((self.nh + self.nkv, self.nkv), dim=2)
+        qk, v = qkv.split((self.nh + self.nkv, self.nkv), dim=2)  # (B, T, nh + nkv, hs), (B, T, nkv, hs)
         qk = torch.addcmul(qk * cos, qk.roll(self.hs // 2, dims=-1), sin)  # queries and keys turned at once
         q, k = qk.transpose(1, 2).split((self.nh, self.nkv), dim=1)  # (B, nh, T, hs), (B, nkv, T, hs)
         v = v.transpose(1, 2)  # (B, nkv, T, hs)
         if cache is not None:
             keys, values = cache
-            if isinstance(start, Tensor):  # the rows themselves: see data/compiled.py
+            if isinstance(start, Tensor):  # compiled (data/compiled.py): the T rows to write; the mask hides those not written yet
                 k, v = keys.index_copy_(2, start, k), values.index_copy_(2, start, v)  # (B, nkv, capacity, hs)
             else:
                 keys[:, :, start : start + T] = k
@@ -188,7 +161,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # each (B, T, intermediate_size)
         return self.down_proj(F.silu(gate) * up)
 
 
@@ -200,7 +173,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache, start: int) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: tuple[Tensor, Tensor] | None, start: int | Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, start)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -220,7 +193,7 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("rotary", rotary_table(config), persistent=False)
         self.apply(self._init_weights)
-        for block in blocks:  # the residual stream sums 2L branches: keep its variance at 1 (GPT-2)
+        for block in blocks:  # the residual stream sums 2L branches: each starts smaller by sqrt(2L), so that the sum does not grow with L (GPT-2)
             for branch in (block.self_attn.o_proj, block.mlp.down_proj):
                 nn.init.normal_(branch.weight, std=0.02 / (2 * config.num_hidden_layers) ** 0.5)
         if config.tie_word_embeddings:
@@ -244,6 +217,7 @@ class GPT(nn.Module):
         mask       (T, S+T), or anything that broadcasts to (B, nh, T, S+T): boolean, True where a token may look, or a float that is
                    added to the scores. Default: causal.
         cache      read, written and advanced by T.
+        Raises ValueError if the cache, or, without `positions`, the context, has no room for T more.
         """
         T = tokens.shape[1]
         start = cache.length if cache is not None else 0
@@ -251,28 +225,29 @@ class GPT(nn.Module):
             raise ValueError(f"the cache holds {cache.capacity} tokens; {start} + {T} do not fit")
         if positions is None and start + T > len(self.rotary):
             raise ValueError(f"the context is {len(self.rotary)} tokens; {start} + {T} do not fit")
-        turn = self.rotary[start : start + T] if positions is None else self.rotary[positions]  # ([B,] T, 2, 1, hs)
+        cos_sin = self.rotary[start : start + T] if positions is None else self.rotary[positions]  # ([B,] T, 2, 1, hs)
         if mask is None and start > 0 and T > 1:
             mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start)  # (T, S+T)
-        hidden = self.trunk(tokens, turn, mask, cache and cache.layers, start)
+        hidden = self.trunk(tokens, cos_sin, mask, cache and cache.layers, start)
         if cache is not None:
             cache.length = start + T
         return hidden
 
-    def pack(self) -> "GPT":
-        """For decoding on a CPU, where a tree's rows are up to twice as fast then: lay out a second copy of large weights, which must not change any more."""
-        for module in self.modules():
-            if isinstance(module, Linear) and packable(module.weight):
-                module.packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 8)  # made for 8 rows, it serves any number
-        return self
-
-    def trunk(self, tokens: Tensor, turn: Tensor, mask: Tensor | None, layers: list | None, start: int | Tensor) -> Tensor:
-        """`forward` with all arguments laid out: turn ([B,] T, 2, 1, hs) of `rotary`, layers and start those of the cache."""
-        cos, sin = turn.unbind(-3)  # each ([B,] T, 1, hs)
+    def trunk(self, tokens: Tensor, cos_sin: Tensor, mask: Tensor | None, layers: list | None, start: int | Tensor) -> Tensor:
+        """The part of `forward` that can be compiled. cos_sin ([B,] T, 2, 1, hs): the positions' rows of `rotary`; layers: those of the cache; start:
+        its length, or, compiled, the rows to write (T,)."""
+        cos, sin = cos_sin.unbind(-3)  # each ([B,] T, 1, hs)
         x = self.embed_tokens(tokens)  # (B, T, D)
         for i, block in enumerate(self.layers):
             x = block(x, cos, sin, mask, layers and layers[i], start)
         return self.norm(x)
+
+    def pack(self) -> "GPT":
+        """For decoding on a CPU: a second copy of each large matrix, with which a tree's rows are up to twice as fast. The weights must not change afterwards."""
+        for module in self.modules():
+            if isinstance(module, Linear) and packable(module.weight):
+                module.packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 8)  # made for 8 rows, it serves any number
+        return self
 
     def save_pretrained(self, directory, dtype: torch.dtype | None = None) -> None:
         """Write config.json and model.safetensors in the Hugging Face layout, each atomically."""
@@ -299,6 +274,38 @@ class GPT(nn.Module):
         if config.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
         return model.eval()
+
+
+# ---- products on a CPU; on a first reading, Linear is nn.Linear ----
+
+FEW = 16  # rows of x; with no more, (W x^T)^T is faster
+LARGE = 1 << 18  # a matrix of so many numbers is worth a packed copy
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b. A few rows go as (W x^T)^T on a CPU: the same product, but its weights are read in the order in which they lie."""
+    rows = x.shape[:-1].numel()
+    if rows > FEW or x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    columns = x.reshape(rows, -1) if rows > 1 else torch.cat((x.flatten(), x.flatten())).view(2, -1)  # (rows, in); two columns are faster than one
+    y = (weight @ columns.mT).mT[:rows].contiguous().view(*x.shape[:-1], -1)  # (..., out); attention is slow on what lies in columns
+    return y if bias is None else y + bias
+
+
+def packable(weight: Tensor) -> bool:
+    """Is it large, and has oneDNN an order of its own for it on this machine?"""
+    if weight.numel() < LARGE or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class Linear(nn.Linear):
+    packed: Tensor | None = None  # the weights once more, in oneDNN's own order: see GPT.pack
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed is None or x.shape[:-1].numel() <= 2 or torch.is_grad_enabled():
+            return linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
 # ---- the Llama layout on disk: the one place that knows that q, k, v and gate, up stand apart there ----
@@ -335,9 +342,10 @@ def from_llama(disk: dict, config: ModelConfig, where) -> dict:
     """Names and tensors on disk -> in memory; a missing, surplus or misshapen tensor is a ValueError with its name."""
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in to_llama(GPT(config).state_dict(), config).items()}
+    # some files hold rotary tables, or a tied LM head once more
     disk = {name: t for name, t in disk.items() if name in shapes or not (name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight")}
-    for name in sorted(shapes.keys() ^ disk.keys()):
-        raise ValueError(f"{where}: tensor {name} is {'missing' if name in shapes else 'not part of this model'}")
+    if odd := sorted(shapes.keys() ^ disk.keys()):
+        raise ValueError(f"{where}: tensor {odd[0]} is {'missing' if odd[0] in shapes else 'not part of this model'}")
     for name, shape in shapes.items():
         if disk[name].shape != shape:
             raise ValueError(f"{where}: tensor {name} has shape {tuple(disk[name].shape)}, config.json asks for {tuple(shape)}")
@@ -358,7 +366,7 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     return {name: t for shard in sorted(set(shards.values())) for name, t in read_safetensors(directory / shard).items()}
 
 
-REFUSED = {  # what else these fields may say is not built here
+SUPPORTED = {  # field: all that it may say
     "model_type": ("llama", "mistral", "qwen2"), "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,),
     "partial_rotary_factor": (1, None), "quantization_config": (None,),
 }  # fmt: skip
@@ -370,26 +378,31 @@ def read_config(path: Path) -> ModelConfig:
     defaults: dict[str, Any] = {"tie_word_embeddings": False, "rope_theta": 10000.0, "head_dim": None, "model_type": "llama"}
     raw = defaults | {"num_key_value_heads": raw.get("num_attention_heads")} | raw
     raw |= read_rope(raw, path)
-    for name, allowed in REFUSED.items():
+    for name, allowed in SUPPORTED.items():
         if raw.get(name, allowed[0]) not in allowed:
             raise ValueError(f"{path}: {name} = {raw[name]!r} is not supported here, only {allowed[0]!r}")
     qwen = raw["model_type"] == "qwen2"
-    raw = ({"bos_token_id": None, "eos_token_id": None} if qwen else {}) | raw
-    if missing := [f.name for f in fields(ModelConfig) if f.name not in raw]:
-        raise ValueError(f"{path}: {missing[0]} is missing")
-    settings: dict[str, Any] = {f.name: raw[f.name] for f in fields(ModelConfig)} | {"model_type": "qwen2" if qwen else "llama"}
-    try:
-        config = ModelConfig(**settings)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if config.head_dim == config.hidden_size / config.num_attention_heads:
+    raw = ({"bos_token_id": None, "eos_token_id": None} if qwen else {}) | raw  # which Qwen2 files may leave out
+    config: ModelConfig = config_of(ModelConfig, raw | {"model_type": "qwen2" if qwen else "llama"}, path)
+    if config.head_dim == config.hidden_size / config.num_attention_heads:  # the default, spelled out
         config = replace(config, head_dim=None)
+    # Qwen2 uses the window that it names only where use_sliding_window says so
     window = raw.get("sliding_window") if raw.get("use_sliding_window", not qwen) else None
     if window is None:
         return config
     if type(window) is not int or window < 1:
         raise ValueError(f"{path}: sliding_window = {window!r}: must be a whole number above 0, or null")
     return replace(config, max_position_embeddings=min(window, config.max_position_embeddings))  # a context in which the window hides nothing
+
+
+def config_of(kind, raw: dict, path: Path):
+    """kind(...) of its fields in raw. Raises ValueError, naming file and field, for one that is missing or refused."""
+    if missing := [f.name for f in fields(kind) if f.name not in raw]:
+        raise ValueError(f"{path}: {missing[0]} is missing")
+    try:
+        return kind(**{f.name: raw[f.name] for f in fields(kind)})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def read_rope(raw: dict, path: Path) -> dict:
@@ -403,6 +416,9 @@ def read_rope(raw: dict, path: Path) -> dict:
         raise ValueError(f"{path}: {name}.rope_type = {kind!r} is not supported here, only default, {', '.join(ROPE_SCALING)}")
     scaling = None if kind == "default" else {"rope_type": kind} | {field: rope.get(field) for field in ROPE_SCALING[kind]}
     return {"rope_scaling": scaling} | {field: rope[field] for field in ("rope_theta", "partial_rotary_factor") if field in rope}
+
+
+# ---- checks ----
 
 
 def check_config(config: ModelConfig) -> None:
@@ -426,13 +442,14 @@ def check_config(config: ModelConfig) -> None:
         raise ValueError(f"num_attention_heads {config.num_attention_heads} is no multiple of num_key_value_heads {config.num_key_value_heads}")
 
 
-# ---- files: read with a clear error, written atomically ----
-
-
 def check_sizes(config, names: list[str]) -> None:
+    """Raises ValueError, naming the field, unless each is a whole number from 1 to 2^31 - 1."""
     for name in names:
         if type(value := getattr(config, name)) is not int or not 1 <= value < 1 << 31:
             raise ValueError(f"{name} = {value!r}: must be a whole number above 0, and below 2^31")
+
+
+# ---- files: read with a clear error, written atomically ----
 
 
 def read_json(path: Path, kind: type = dict):

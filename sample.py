@@ -65,76 +65,12 @@ class SampleConfig:
             raise ValueError(f"--seed {self.seed}: must be a whole number from 0 to 2^63 - 1")
 
 
-# ---- the tree and its size ----
-
-
-def step_costs(
-    model: GPT,
-    heads: MedusaHeads,
-    tree_of: Callable[[int], Tree],
-    prompt: list[int],
-    sampling: Sampling,
-    sizes: Iterable[int] = SIZES,
-    rounds: int = 5,
-    steps: int = 5,
-) -> dict[int, float]:
-    """{N: seconds of a whole step over N nodes}, N = 1 being plain decoding.
-
-    All sizes in turn, and each compared with the plain steps of its own round: a slow minute of the machine hits both.
-    """
-    times = {1: []} | {len(tree_of(size)): [] for size in sizes}
-    prompt = prompt[: max(model.config.max_position_embeddings - 8 * steps, 1)]
-    config, model.config = model.config, replace(model.config, eos_token_id=None)  # a text that ends at once would leave nothing to time
-    try:
-        for _ in range(rounds):
-            for size in times:
-                arguments = (prompt, 8 * steps, sampling, torch.Generator(model.lm_head.weight.device).manual_seed(0))
-                sequence = plain_generate(model, *arguments) if size == 1 else medusa_generate(model, heads, tree_of(size), *arguments)
-                times[size].append(timed_run(islice(sequence, steps + 2)).times[1:])  # the first step of a tree lays out its plan
-    finally:
-        model.config = config
-    if not all(found for of_size in times.values() for found in of_size):
-        raise ValueError(f"the context of {config.max_position_embeddings} tokens is too short to time trees in: name one with --tree")
-    medians = {size: [statistics.median(found) for found in of_size] for size, of_size in times.items()}
-    plain = statistics.median(medians[1])
-    return {size: plain * statistics.median(a / b for a, b in zip(of_size, medians[1])) for size, of_size in medians.items()}
-
-
-def pick_tree(
-    choice: str, model: GPT, heads: MedusaHeads, heads_directory, sampling: Sampling, prompt: list[int], sizes: Iterable[int] = SIZES
-) -> tuple[Tree, str]:
-    """The tree that --tree names, and why it has its size."""
-    if choice.endswith(".json"):
-        paths = read_json(Path(choice), list)
-        if not all(isinstance(path, list) and all(type(rank) is int for rank in path) for path in paths):
-            raise ValueError("must be a JSON list of rank paths such as [[0], [1], [0, 0]]")
-        return tree_from_paths(paths), f"from {choice}"
-    if "x" in choice and all(width.isdecimal() for width in choice.split("x")):
-        widths = [int(width) for width in choice.split("x")]
-        if math.prod(widths) > MAX_LEAVES:
-            raise ValueError(f"{math.prod(widths)} paths are more than {MAX_LEAVES}: give smaller widths")
-        return cartesian_tree(widths), f"Cartesian, widths {choice}"
-    if choice != "auto" and not choice.isdecimal():
-        raise ValueError("neither auto, nor a number of nodes, nor widths such as 4x2x1, nor a .json file")
-    counts, nearest = read_calibration(heads_directory, sampling.temperature)
-    calibrated = f"calibrated at temperature {nearest}"
-    tree_of = cache(partial(calibrated_tree, counts))
-    if choice != "auto":
-        tree = tree_of(int(choice))
-        return tree, f"{calibrated}, {'size as asked for' if len(tree) == int(choice) else 'as large as the calibration goes'}"
-    costs = step_costs(model, heads, tree_of, prompt, sampling, sizes)
-    gains = {size: expected_tokens(tree_of(size), counts) * costs[1] / cost for size, cost in costs.items() if size > 1}
-    size = choose_size(lambda n: expected_tokens(tree_of(n), counts), costs, gains)
-    shown = ", ".join(f"{n}: {gain:.2f}x" for n, gain in gains.items())
-    return tree_of(size), f"{calibrated}; {size} nodes promise the most tokens a second here, by nodes {shown}"
-
-
-# ---- both ways, timed ----
+# ---- a decoding, timed ----
 
 
 @dataclass(frozen=True)
 class Run:
-    """One decoding: its tokens, and the seconds of each step after the prompt's."""
+    """One decoding: its tokens, the first of which came with the prompt, and the seconds of each step after that."""
 
     tokens: list[int]
     times: list[float]
@@ -163,6 +99,75 @@ def timed_run(steps: Iterable[list[int]], show: Callable[[list[int]], None] = la
         times.append(time.perf_counter() - start)
         tokens += emitted
         show(emitted)
+
+
+# ---- the tree and its size ----
+
+
+def step_costs(
+    model: GPT,
+    heads: MedusaHeads,
+    tree_of: Callable[[int], Tree],
+    prompt: list[int],
+    sampling: Sampling,
+    sizes: Iterable[int] = SIZES,
+    rounds: int = 5,
+    steps: int = 5,
+) -> dict[int, float]:
+    """{N: seconds of a whole step over N nodes}, N = 1 being plain decoding.
+
+    All sizes in turn, and each compared with the plain steps of its own round: a slow minute of the machine hits both.
+    """
+    times = {1: []} | {len(tree_of(size)): [] for size in sizes}
+    prompt = prompt[: max(model.config.max_position_embeddings - 8 * steps, 1)]  # room for the timed steps, of several tokens each
+    config, model.config = model.config, replace(model.config, eos_token_id=None)  # a text that ends at once would leave nothing to time
+    try:
+        for _ in range(rounds):
+            for size in times:
+                arguments = (prompt, 8 * steps, sampling, torch.Generator(model.lm_head.weight.device).manual_seed(0))
+                sequence = plain_generate(model, *arguments) if size == 1 else medusa_generate(model, heads, tree_of(size), *arguments)
+                times[size].append(
+                    timed_run(islice(sequence, steps + 2)).times[1:]
+                )  # without the prompt's own step, and the first of a tree, which lays out its plan
+    finally:
+        model.config = config
+    if not all(run for runs in times.values() for run in runs):
+        raise ValueError(f"the context of {config.max_position_embeddings} tokens is too short to time trees in: name one with --tree")
+    medians = {size: [statistics.median(run) for run in runs] for size, runs in times.items()}
+    plain = statistics.median(medians[1])
+    return {size: plain * statistics.median(a / b for a, b in zip(of_size, medians[1])) for size, of_size in medians.items()}  # a tree's step over a plain one
+
+
+def pick_tree(
+    choice: str, model: GPT, heads: MedusaHeads, heads_directory, sampling: Sampling, prompt: list[int], sizes: Iterable[int] = SIZES
+) -> tuple[Tree, str]:
+    """The tree that --tree names, and why it has its size."""
+    if choice.endswith(".json"):
+        paths = read_json(Path(choice), list)
+        if not all(isinstance(path, list) and all(type(rank) is int for rank in path) for path in paths):
+            raise ValueError("must be a JSON list of rank paths such as [[0], [1], [0, 0]]")
+        return tree_from_paths(paths), f"from {choice}"
+    if "x" in choice and all(width.isdecimal() for width in choice.split("x")):
+        widths = [int(width) for width in choice.split("x")]
+        if math.prod(widths) > MAX_LEAVES:
+            raise ValueError(f"{math.prod(widths)} paths are more than {MAX_LEAVES}: give smaller widths")
+        return cartesian_tree(widths), f"Cartesian, widths {choice}"
+    if choice != "auto" and not choice.isdecimal():
+        raise ValueError("neither auto, nor a number of nodes, nor widths such as 4x2x1, nor a .json file")
+    counts, nearest = read_calibration(heads_directory, sampling.temperature)
+    calibrated = f"calibrated at temperature {nearest}"
+    tree_of = cache(partial(calibrated_tree, counts))
+    if choice != "auto":
+        tree = tree_of(int(choice))
+        return tree, f"{calibrated}, {'size as asked for' if len(tree) == int(choice) else 'as large as the calibration goes'}"
+    costs = step_costs(model, heads, tree_of, prompt, sampling, sizes)
+    gains = {size: expected_tokens(tree_of(size), counts) * costs[1] / cost for size, cost in costs.items() if size > 1}
+    size = choose_size(lambda n: expected_tokens(tree_of(n), counts), costs, sizes=gains)
+    shown = ", ".join(f"{n}: {gain:.2f}x" for n, gain in gains.items())
+    return tree_of(size), f"{calibrated}; {size} nodes promise the most tokens a second here, by nodes {shown}"
+
+
+# ---- both ways, compared ----
 
 
 def difference_of(model: GPT, prompt: list[int], ours: list[int], plain: list[int], sampling: Sampling, seed: int) -> str:
@@ -200,7 +205,7 @@ def main() -> None:
     tokenizer, model = load_base(config.base, dtype, device)
     turns = [{"role": "user", "content": text}]
     prompt = chat_prompt(config.base, tokenizer, turns) if config.chat else tokenizer.opening(text)
-    text_limit(model, prompt, config.max_new_tokens)
+    text_limit(model, prompt, config.max_new_tokens)  # refuses now what could not be decoded
     printer = Printer(tokenizer, prompt)
     trace = None
 
@@ -228,7 +233,7 @@ def main() -> None:
     heads = MedusaHeads.from_pretrained(directory, dtype, device)
     check_fit(model, heads, ROOT)
     sizes = {1, *COMPILED_SIZES}
-    model = cast(GPT, Compiled(model, sizes)) if config.compile else model.pack()  # decoding asks for nothing that a Compiled has not
+    model = cast(GPT, Compiled(model, sizes)) if config.compile else model.pack()  # a Compiled has all that decoding asks of a GPT
     if config.compile:
         heads.compile(fullgraph=True, dynamic=False)
     try:
@@ -236,7 +241,7 @@ def main() -> None:
         check_fit(model, heads, tree)
     except ValueError as error:
         raise ValueError(f"--tree {config.tree}: {error}") from None
-    sizes.add(len(tree))
+    sizes.add(len(tree))  # Compiled looks into this set
     if config.trace:
         trace = Trace(tokenizer, heads, prompt, model.config.ends)
     ours = stream(decode(medusa_generate, heads, tree, accept=trace.accept if trace else accept))
@@ -245,7 +250,7 @@ def main() -> None:
     difference = difference_of(model, prompt, ours.tokens, plain.tokens, sampling, config.seed)
     print("\n" + compare(ours, plain, difference, tree, why))
     if trace:
-        trace.write(Path(config.trace), prompt=text, why=why, difference=difference, costs=[run.step_time for run in (ours, plain)])
+        trace.write(Path(config.trace), prompt=text, why=why, difference=difference, costs=[way.step_time for way in (ours, plain)])
 
 
 if __name__ == "__main__":

@@ -7,7 +7,10 @@
 
 Without other flags the heads are for the shipped base in data/base, and learn from text distilled from it. Every mode has its own
 flags: `python train.py --mode MODE --help`. A run that was stopped goes on with `--resume`; on several GPUs a run is started with
-`torchrun --nproc-per-node N train.py ...`. Dimension key: B rows, T tokens, D model width, V vocabulary, K heads.
+`torchrun --nproc-per-node N train.py ...`. In data/: distilled.py, text that the base writes; rows.py, what a step trains on; lora.py, what of
+a base learns, and its teacher; calibration.py, the tree; checkpoint.py, --resume.
+
+Dimension key: B rows, T tokens, D model width, V vocabulary, K heads.
 """
 
 import json
@@ -30,7 +33,7 @@ from data.command import Common, OneLineParser, add_options, option, run
 from data.corpus import documents, packed, seeded, windows
 from data.distilled import DistillConfig, continued, distill, distilled_rows
 from data.lora import merge_adapters, trained_base
-from data.machine import autocast, check_kind, is_first, say, sum_over_processes
+from data.machine import autocast, check_kind, is_first, process_of, say, sum_over_processes
 from data.perplexity import bits_per_byte, perplexity
 from data.rows import rows_to_train
 from data.shards import base_digest, digest_of
@@ -154,11 +157,25 @@ def learning_rate(step: int, lr: float, warmup: int, steps: int) -> float:
 
 
 def sine_ramp(step: int, steps: int) -> float:
-    """From 0 at the first step along a sine to nearly 1 at the last: the weight of the heads' loss beside the base's  (paper, "Medusa-2")"""
+    """sin(pi/2 * step / steps), from 0 at the first step to nearly 1 at the last: a factor of the weight of the heads' loss  (paper, "Medusa-2")"""
     return math.sin(math.pi / 2 * step / steps)
 
 
-CHUNK_LOGITS = 1 << 24  # logits of heads, base and teacher that stand in memory at once, but for those of one position at least
+CHUNK_LOGITS = 1 << 24  # at most so many logits of heads, base and teacher stand in memory at once; a chunk is one position at least
+
+
+def targets_ahead(tokens: Tensor, mask: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What of tokens (B, T) is to be fed, given mask (B, T) bool, True where a token carries loss as a target; and the targets of each position.
+
+    Returns the tokens to feed (B, t), up to the last target; which of these positions have a target at all (B, t) bool, n of them; and
+    for each of the n a row of its own token and the K + 1 behind it, (n, K + 2), and which of these carry loss. Head k's is in column k + 1.
+    """
+    width = max([2, *(mask.any(0).nonzero()[:, 0] + 1).tolist()])  # behind the last target nothing is learnt
+    tokens, mask = tokens[:, :width], mask[:, :width]
+    ahead, carries = (F.pad(rows, (0, K)).unfold(1, K + 2, 1) for rows in (tokens, mask))  # (B, t, K + 2)
+    used = carries[..., 1:].any(-1)  # (B, t)
+    used[0, 0] |= ~used.any()  # one at least, so that there is a gradient
+    return tokens[:, :-1], used, ahead[used], carries[used]
 
 
 def backpropagate(
@@ -167,9 +184,9 @@ def backpropagate(
     """Add the gradient of weights[0] * L_base + weights[1] * L_medusa to the parameters.
 
     tokens (B, T), mask (B, T) bool, counts (K + 1,): the targets that carry loss in the whole batch, of which these rows are a part,
-    for the base and each head. L_base is cross-entropy, or, given teacher, a function that makes hidden states of tokens and its LM
-    head, the KL divergence to it. With weights[0] = 0 the base is frozen, and `model` any
-    function from tokens to its hidden states that has its lm_head.
+    for the base and each head. teacher is a pair, a function from tokens to hidden states and its LM head: L_base is the KL divergence
+    to it, or cross-entropy without one. With weights[0] = 0 the base is frozen, and `model` may be anything that makes hidden states of
+    tokens and has an lm_head (data/states.py).
     Returns (2K + 1,): the losses of base and heads, and the share of targets that each head's first guess met.
 
     K x V logits of all positions would fill the memory. So the hidden states are cut off from the base, the loss is taken
@@ -177,20 +194,15 @@ def backpropagate(
     """
     weight_base, weight_heads = weights
     K, V, truncated = heads.config.num_heads, heads.config.vocab_size, heads.config.truncated_vocab_size
-    width = max([2, *(mask.any(0).nonzero()[:, 0] + 1).tolist()])  # behind the last target nothing is learnt
-    tokens, mask = tokens[:, :width], mask[:, :width]
-    ahead, carries = (F.pad(rows, (0, K)).unfold(1, K + 2, 1) for rows in (tokens, mask))  # (B, T - 1, K + 2): a position's token and those to come
-    places = carries[..., 1:].any(-1)  # (B, T - 1)
-    places[0, 0] |= ~places.any()  # one at least, so that there is a gradient
-    ahead, carries = ahead[places], carries[places]  # (n, K + 2), n positions in all
+    tokens, used, ahead, carries = targets_ahead(tokens, mask, K)  # (B, t) twice, (n, K + 2) twice
     targets = heads.places(ahead)  # what a truncated vocabulary leaves out is no target of the heads
     with torch.set_grad_enabled(weight_base > 0):
-        hidden = model(tokens[:, :-1])[places]  # (n, D)
+        hidden = model(tokens)[used]  # (n, D)
     cut = hidden.detach().requires_grad_(weight_base > 0)
     figures = torch.zeros(2 * K + 1, device=tokens.device)
     if teacher and weight_base > 0:
         with torch.no_grad():
-            goal, goal_head = teacher[0](tokens[:, :-1])[places], teacher[1]  # (n, D)
+            teacher_hidden, teacher_head = teacher[0](tokens)[used], teacher[1]  # (n, D)
     chunk = max(CHUNK_LOGITS // (K * truncated + 2 * V * (weight_base > 0)), 1)
     for start in range(0, len(cut), chunk):
         part = slice(start, start + chunk)
@@ -198,16 +210,16 @@ def backpropagate(
         if weight_base > 0:
             logits = model.lm_head(cut[part])  # (chunk, V)
             if teacher:
-                loss = distillation_loss(logits, goal_head(goal[part]).detach(), carries[part, 1], counts[0])
+                loss = distillation_loss(logits, teacher_head(teacher_hidden[part]).detach(), carries[part, 1], counts[0])
             else:
-                loss = cross_entropy_ahead(logits[:, None], ahead[part], carries[part], 1, counts[0])
+                loss = cross_entropy_ahead(logits[:, None], ahead[part], carries[part], 1, counts[0])  # each position as a row of one
             figures[0] += loss.detach()
             loss = weight_base * loss
         if weight_heads > 0:
             guesses = heads(cut[part], heads.shortened(model.lm_head))  # (K, chunk, truncated V)
-            goals, known = targets[part], carries[part] & (targets[part] >= 0)
-            medusa, per_head = medusa_loss(guesses[:, :, None], goals, known, decay, counts[1:])
-            hits = ((guesses.argmax(-1).mT == goals[:, 2:]) & known[:, 2:]).sum(0)  # (K,)
+            wanted, known = targets[part], carries[part] & (targets[part] >= 0)  # (chunk, K + 2)
+            medusa, per_head = medusa_loss(guesses[:, :, None], wanted, known, decay, counts[1:])
+            hits = ((guesses.argmax(-1).mT == wanted[:, 2:]) & known[:, 2:]).sum(0)  # (K,)
             figures[1:] += torch.cat((per_head.detach(), hits / counts[1:].clamp(min=1)))
             loss = loss + weight_heads * medusa
         if loss.requires_grad:
@@ -215,6 +227,21 @@ def backpropagate(
     if weight_base > 0:
         hidden.backward(cut.grad)
     return figures
+
+
+def is_matrix(parameter: nn.Parameter) -> bool:
+    """Weight decay is for matrices, not for gains and biases; the biases of heads are (J, K, 1, D)."""
+    return parameter.dim() > 1 and parameter.shape[-2] > 1
+
+
+def adamw(config: Fit, parts: dict[str, dict[str, nn.Parameter]], device: torch.device) -> torch.optim.AdamW:
+    """AdamW over two groups of each part: matrices, and gains and biases."""
+    groups = [
+        {"part": part, "params": [p for p in parameters.values() if matrix == is_matrix(p)], "weight_decay": config.weight_decay * matrix}
+        for part, parameters in parts.items()
+        for matrix in (True, False)
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
 
 
 def fit(
@@ -230,25 +257,22 @@ def fit(
 ) -> None:
     """AdamW on all parts, to the last step. What a step does depends on its number alone, so that a run can go on where it was stopped.
 
+    steps         config.steps, and in Medusa-2 those of the first stage too
     rows_of_step  step -> tokens (B, T) and mask (B, T) of the whole batch
     step_on_rows  (step, tokens, mask, counts) of some of these rows -> the figures of `backpropagate`, which has added the gradients
     parts         name -> its parameters by name; each part is clipped by itself, and has the learning rate that `rates` gives
+    K             heads
     inputs        names what the run depends on besides its settings
     """
-    process, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    groups = [
-        {"part": part, "params": [p for name, p in parameters.items() if matrix == is_matrix(p)], "weight_decay": config.weight_decay * matrix}
-        for part, parameters in parts.items()
-        for matrix in (True, False)
-    ]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
+    process, processes = process_of()
+    optimizer = adamw(config, parts, device)
     log = Path(config.out) / "log.jsonl"
     first = resume(config, parts, optimizer, inputs)
     lines = log.read_text().splitlines()[:first] if first and log.exists() else []
     bar = tqdm(range(first, steps), desc="training", unit="step", mininterval=1, initial=first, total=steps, disable=process > 0)
     for step in bar:
         tokens, mask = rows_of_step(step)
-        counts = torch.stack([mask[:, ahead:].sum() for ahead in range(1, K + 2)]).to(device)
+        counts = torch.stack([mask[:, ahead:].sum() for ahead in range(1, K + 2)]).to(device)  # (K + 1,), of base and heads
         now = rates(step)
         for group in optimizer.param_groups:
             group["lr"] = now[group["part"]]
@@ -266,18 +290,13 @@ def fit(
             )
         optimizer.step()
         optimizer.zero_grad()
-        record = {"step": step, "base": figures[0], "heads": figures[1 : K + 1], "top1": figures[K + 1 :], "lr": now, "norm": norms}  # 0: weight 0
+        record = {"step": step, "base": figures[0], "heads": figures[1 : K + 1], "top1": figures[K + 1 :], "lr": now, "norm": norms}  # losses of weight 0 are 0
         lines.append(json.dumps(record))
         bar.set_postfix(base=f"{figures[0]:.2f}", heads=" ".join(f"{value:.2f}" for value in figures[1 : K + 1]))
         if process == 0 and ((step + 1) % config.save_every == 0 or step + 1 == steps):
             log.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(log, lambda temporary: temporary.write_text("\n".join(lines) + "\n", encoding="utf-8"))
             save_checkpoint(config, step + 1, parts, optimizer, inputs)
-
-
-def is_matrix(parameter: nn.Parameter) -> bool:
-    """What weight decay is for; gains and biases are none."""
-    return parameter.dim() > 1 and parameter.shape[-2] > 1
 
 
 # ---- base ----
@@ -293,7 +312,7 @@ def train_base(config: BaseConfig) -> None:
     tokens, held_out_tokens = packed(texts, tokenizer), packed(held_out, tokenizer)
     torch.manual_seed(seeded(config.seed).initial_seed())
     model = GPT(model_config).to(device)
-    heads = MedusaHeads(MedusaConfig(config.hidden_size, config.vocab_size)).to(device)
+    heads = MedusaHeads(MedusaConfig(config.hidden_size, config.vocab_size)).to(device)  # trained along, then dropped: --look-ahead
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokens):,} tokens of text, {dtype} on {device}")
 
     def rows_of_step(step: int) -> tuple[Tensor, Tensor]:
@@ -333,16 +352,17 @@ def heads_to_train(config: Medusa1Config, model: GPT, device: torch.device) -> M
 
 def schedule(config: Medusa1Config, step: int) -> tuple[tuple[float, float], dict[str, float]]:
     """The weights of the base's and the heads' losses, and the learning rates. Medusa-1, and Medusa-2's first stage: heads alone."""
-    alone = config.heads_steps if isinstance(config, Medusa2Config) else config.steps
-    if step < alone or not isinstance(config, Medusa2Config):
+    if not isinstance(config, Medusa2Config) or step < config.heads_steps:
+        alone = config.heads_steps if isinstance(config, Medusa2Config) else config.steps
         return (0.0, 1.0), {"base": 0.0, "heads": learning_rate(step, config.lr, config.warmup, alone)}
-    step -= alone
+    step -= config.heads_steps
     rate = learning_rate(step, config.lr, config.warmup, config.steps)
     return (1.0, config.lambda_0 * (sine_ramp(step, config.steps) if config.ramp else 1.0)), {"base": rate / config.lr_ratio, "heads": rate}
 
 
 def train_medusa(config: Medusa1Config) -> None:
     """Medusa-1, and with a Medusa2Config Medusa-2."""
+    # what learns, and from what
     joint = isinstance(config, Medusa2Config)
     if not joint:
         check_kind(config.out, heads=True)
@@ -353,7 +373,7 @@ def train_medusa(config: Medusa1Config) -> None:
     text = packed(documents(True, config.text), tokenizer)
     before = perplexity(model, text) if is_first() and joint else None
     shards = distilled_rows(config)
-    rows_of_step, targets, told = rows_to_train(config, shards, tokenizer, model)
+    rows_of_step, targets, frozen_base = rows_to_train(config, shards, tokenizer, model)
     if config.truncated_vocab_size and heads.token_map is not None:
         heads.token_map.copy_(targets.bincount(minlength=model.config.vocab_size).topk(config.truncated_vocab_size).indices)
     held_out = held_out_rows(shards, model.config.vocab_size, heads.config.num_heads)
@@ -364,16 +384,18 @@ def train_medusa(config: Medusa1Config) -> None:
 
     def step_on_rows(step: int, tokens: Tensor, mask: Tensor, counts: Tensor) -> Tensor:
         weights, _ = schedule(config, step)
-        for p in parts.get("base", {}).values():
+        for p in parts.get("base", {}).values():  # which stands still in the first stage
             p.requires_grad_(weights[0] > 0)
         with autocast(device, dtype):
-            return backpropagate(model if weights[0] > 0 else told, heads, tokens, mask, counts, weights, config.decay, teacher)
+            return backpropagate(model if weights[0] > 0 else frozen_base, heads, tokens, mask, counts, weights, config.decay, teacher)
 
     inputs = digest_of(base_digest(config.base), targets)
     steps = config.steps + (config.heads_steps if joint else 0)
     fit(config, steps, rows_of_step, step_on_rows, parts, lambda step: schedule(config, step)[1], heads.config.num_heads, device, inputs)
     if not is_first():
         return
+
+    # what it leaves: base, heads, calibration
     base, out = config.base, config.out
     if joint:
         base, out = f"{config.out}/base", f"{config.out}/heads"
@@ -381,6 +403,7 @@ def train_medusa(config: Medusa1Config) -> None:
         copy_tokenizer(config.base, base)
         model.save_pretrained(base, disk_dtype(config.base))
         model = load_base(base, device=device)[1]
+        # the base has changed: it continues the held-out prompts anew
         held_out = {t: continued(model, *rows, Sampling(float(t)), config.seed) for t, rows in held_out.items()}
     say("the heads are trained; calibrating on held-out rows, and measuring the base's perplexity")
     heads = heads.to(disk_dtype(base)).float().eval()  # as they will stand on disk
@@ -396,7 +419,7 @@ def train_medusa(config: Medusa1Config) -> None:
 def main() -> None:
     chooser = OneLineParser(add_help=False)
     chooser.add_argument("--mode", choices=MODES, default="medusa1")
-    mode = chooser.parse_known_args()[0].mode
+    mode = chooser.parse_known_args()[0].mode  # which flags there are depends on it
     parser = OneLineParser(description=MODES[mode].__doc__)
     parser.add_argument("--mode", choices=MODES, default="medusa1", help="what to do; the flags below are those of this mode (default: medusa1)")
     add_options(parser, MODES[mode])
@@ -404,14 +427,13 @@ def main() -> None:
     config = MODES[arguments.pop("mode")](**arguments)
     if "LOCAL_RANK" in os.environ:  # one of several processes that torchrun started
         backend = "nccl" if torch.cuda.is_available() and config.device in ("auto", "cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))  # the others wait while the first distils
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # the others wait while the first calibrates
     try:
         if isinstance(config, BaseConfig):
             train_base(config)
         elif isinstance(config, DistillConfig):
             out = "" if config.base == SHIPPED_BASE else f" --out {Path(config.base) / 'heads'}"  # where sample.py looks for them
-            if is_first():  # several processes would write the same rows
-                print(f"next: python train.py --mode medusa1 --base {config.base} --distilled {distill(config)}{out}")
+            say(f"next: python train.py --mode medusa1 --base {config.base} --distilled {distill(config)}{out}")
         elif isinstance(config, Medusa1Config):
             train_medusa(config)
     finally:

@@ -3,7 +3,7 @@
 Medusa paper, "Tree attention" (what a node sees) and "Optimized tree construction" (which nodes to keep).
 
 Node 0 is the root, a token already drawn from the base model. A node at depth d holds one of the top guesses of head d; its
-`rank` says which (0 is the likeliest). Dimension key: N nodes, the root included; K heads.
+`rank` says which (0 is its first). Dimension key: N nodes, the root included; K heads.
 """
 
 import heapq
@@ -169,21 +169,22 @@ def best_first_tree(log_probs: Tensor, n_nodes: int) -> Tree:
     """The tree of n_nodes nodes, the root included, that is the best if each head is right with its own probability, whatever the others guess.
 
     log_probs  (K, V) of the heads at one position; a node's worth is the product of the probabilities along its path.
-    It never grows from a node to its first child or to its next sibling, so the best node not yet taken is one of these of a node
-    that was. Ties go to the shorter path, then to the lower ranks. If fewer paths exist, the tree is that much smaller.
+    It never grows from a node to its first child or to its next sibling, so the best node not yet taken is the first child or the next
+    sibling of one that was. Ties go to the shorter path, then to the lower ranks. If fewer paths exist, the tree is that much smaller.
     """
     if n_nodes < 2:
         raise ValueError(f"n_nodes = {n_nodes}: a best-first tree needs at least one node below the root")
     ranked = log_probs.topk(min(n_nodes - 1, log_probs.shape[-1])).values.tolist()  # K x guesses, the likeliest first
-    heap: list[tuple[float, int, Path, float]] = [(-ranked[0][0], 1, (0,), 0.0)]  # minus a path's log-probability, its length, itself, minus that of its parent
+    # (cost, depth, path, cost of its parent), where cost is minus the log-probability
+    heap: list[tuple[float, int, Path, float]] = [(-ranked[0][0], 1, (0,), 0.0)]
     paths = []
     while heap and len(paths) < n_nodes - 1:
-        worth, depth, path, parent = heapq.heappop(heap)
+        cost, depth, path, parent_cost = heapq.heappop(heap)
         paths.append(path)
         if depth < len(ranked):
-            heapq.heappush(heap, (worth - ranked[depth][0], depth + 1, (*path, 0), worth))
+            heapq.heappush(heap, (cost - ranked[depth][0], depth + 1, (*path, 0), cost))
         if (rank := path[-1] + 1) < len(ranked[0]):
-            heapq.heappush(heap, (parent - ranked[depth - 1][rank], depth, (*path[:-1], rank), parent))
+            heapq.heappush(heap, (parent_cost - ranked[depth - 1][rank], depth, (*path[:-1], rank), parent_cost))
     return tree_from_paths(paths)
 
 
@@ -206,8 +207,8 @@ def replay(texts: Iterable[Sequence[Sequence[int]]], tree: Tree) -> list[Path]:
     for positions in texts:
         at = 0
         while at < len(positions):
-            starts.append(tuple(positions[at]))
-            at += 1 + max(depth for depth in range(len(starts[-1]) + 1) if starts[-1][:depth] in nodes)
+            starts.append(ranks := tuple(positions[at]))
+            at += 1 + max(depth for depth in range(len(ranks) + 1) if ranks[:depth] in nodes)
     return starts
 
 

@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 
 def in_a_child(work: Callable[[], int], seconds: float, errors: str = os.devnull) -> int | None:
@@ -27,6 +28,8 @@ def in_a_child(work: Callable[[], int], seconds: float, errors: str = os.devnull
             sys.excepthook(*sys.exc_info())
         sys.stderr.flush()
         os._exit(code)
+    with suppress(OSError):  # it may have done so itself, or be gone
+        os.setpgid(pid, pid)
     until, done = time.monotonic() + seconds, 0
     try:
         while time.monotonic() < until:

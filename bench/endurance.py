@@ -1,12 +1,14 @@
 """A long life: many texts decoded in one process, over and over. Does it hold its memory and its speed, and is its text still the plain one?
 
 The tokens are decoded in tenths, and every tenth decodes the same prompts, so that their speeds compare. A machine has slow minutes,
-so some texts of each tenth are decoded in turn by a young process, started for that tenth: what age alone costs is between the two.
+so some texts of each tenth are decoded in turn by a young process, started for that tenth. The speed of the one over that of the other
+is measured alike in every tenth; what age costs is how it changes from the first, when both are young, to the last.
 Texts are drawn at random and decoded plainly beside it, off the clock.
 """
 
 import math
 import random
+import signal
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -69,6 +71,7 @@ class Decoder:
 
 def be_young(*arguments) -> None:
     global young
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the old one, which ends this one
     young = Decoder(*arguments)
 
 

@@ -1,4 +1,4 @@
-"""Our base and heads in vLLM, as they are: its greedy text against ours, and what its speculative decoding counted.
+"""Our base and heads in vLLM: its greedy text against ours, and what its speculative decoding counted.
 
     pip install -r bench/requirements-vllm.txt
     python bench/serve_vllm.py --base data/base --heads data/heads --out out/served
@@ -80,6 +80,8 @@ def main() -> None:
     add_options(parser, Config)
     config = Config(**vars(parser.parse_args()))
     check_out(config.out)
+    if Path(config.out).resolve() in (Path(config.base).resolve(), Path(config.heads).resolve()):
+        raise ValueError(f"--out {config.out} would overwrite what is to be served: name another directory")
     vllm = import_vllm()
     write_served(config.base, config.heads, config.out)
     tokenizer, model = load_base(config.base)

@@ -5,9 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from data.machine import check_out, pick_device, pick_precision
+from data.machine import check_out, pick_device, pick_precision, process_of
 from data.packages import optional
 from data.shards import metadata_of
 from model import read_safetensors, write_safetensors
@@ -22,7 +21,7 @@ def checkpoint_path(config) -> Path:
 def prepare(config) -> tuple[torch.device, torch.dtype]:
     """What can go wrong is looked at before the work: the device of the run, and the dtype of its matmuls."""
     check_out(config.out)
-    processes = dist.get_world_size() if dist.is_initialized() else 1
+    processes = process_of()[1]
     if config.batch < processes * config.accumulate:
         raise ValueError(f"--batch {config.batch} is less than {processes} processes x --accumulate {config.accumulate}")
     path = checkpoint_path(config)

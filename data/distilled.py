@@ -13,7 +13,7 @@ from data.calibration import CALIBRATION_TEMPERATURES
 from data.chat import turn_prompts
 from data.command import Common, option
 from data.corpus import cache_directory, documents, packed, seeded, windows
-from data.machine import check_out, is_first, pick_device, pick_precision
+from data.machine import check_out, pick_device, pick_precision, process_of
 from data.shards import base_digest, digest_of, metadata_of, write_shard
 from data.states import states_path, write_states
 from data.tokenizer import SHIPPED_BASE, load_base
@@ -37,7 +37,8 @@ class DistillConfig(Common):
     temperature: float = option(0.7, "sampling temperature")
     top_p: float = option(1.0, "nucleus")
     states: bool = option(
-        False, "keep the base's last hidden states too, 2 bytes a number: --mode medusa1 reads them, in place of running the base in each step"
+        False,
+        "keep the base's last hidden states too, 2 bytes a number: --mode medusa1 reads them in place of running the base in each step, and so does the first stage of medusa2",
     )
 
     def __post_init__(self):
@@ -98,7 +99,8 @@ def turns_of_shard(prompts: list[list[int]], i: int, rows: int, shards: int) -> 
 
 
 def distill(config: DistillConfig) -> Path:
-    """Write config.shards shards of training rows and one of validation rows; returns their directory."""
+    """Write config.shards shards of training rows and one of validation rows for each temperature, dealt out to the processes of the run;
+    returns their directory when all are there."""
     if config.out:
         check_out(config.out)
     device = pick_device(config.device)
@@ -117,7 +119,9 @@ def distill(config: DistillConfig) -> Path:
     made = f"{base_digest(config.base)} {settings}"
     directory = Path(config.out) if config.out else cache_directory() / f"distilled-{settings}"
     shards = [("validation", 0, t) for t in CALIBRATION_TEMPERATURES] + [("train", i, config.temperature) for i in range(config.shards)]
-    for number, (side, i, temperature) in enumerate(tqdm(shards, desc="distilling", unit="shard", disable=not is_first())):
+    process, processes = process_of()
+    mine = list(enumerate(shards))[process::processes]
+    for number, (side, i, temperature) in tqdm(mine, desc="distilling", unit="shard", disable=process > 0):
         path = directory / (f"train-{i:05d}.safetensors" if side == "train" else f"validation-{temperature}.safetensors")
         if path.exists() and metadata_of(path).get("base") != made:
             raise ValueError(f"{path} was written by another base, from other text or with other settings: remove {directory}, or give another --out")
@@ -134,6 +138,8 @@ def distill(config: DistillConfig) -> Path:
             if states is not None:
                 write_states(path, states, tokens, carries, made)
             write_shard(path, tokens, carries, model.config.vocab_size, made)
+    if processes > 1:
+        dist.barrier()
     return directory
 
 
@@ -145,7 +151,7 @@ def distill_digest(config: DistillConfig, *prompts: Tensor | list) -> str:
 
 
 def distilled_rows(config) -> Path:
-    """The directory of the rows that a run of train.py trains and calibrates on; made first, by one process, if it has to be."""
+    """The directory of the rows that a run of train.py trains and calibrates on; made first, if it has to be."""
     base = base_digest(config.base)
     if config.distilled:
         for path in Path(config.distilled).glob("*.safetensors"):
@@ -156,7 +162,4 @@ def distilled_rows(config) -> Path:
         return SHIPPED_ROWS
     shards = DistillConfig.shards if config.data == "distilled" else 0  # the held-out rows come along with any
     more = DistillConfig(base=config.base, text=config.text, seed=config.seed, device=config.device, precision=config.precision, shards=shards)
-    directory = distill(more) if is_first() else None
-    if dist.is_initialized():
-        dist.barrier()
-    return directory or distill(more)  # all there, for the other processes
+    return distill(more)

@@ -32,9 +32,14 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
 
+def process_of() -> tuple[int, int]:
+    """The number of this process, from 0, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def is_first() -> bool:
     """Of several processes, the one that writes and speaks."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return process_of()[0] == 0
 
 
 def say(line: str) -> None:

@@ -28,17 +28,18 @@ MARGINALS = """heads = Counter()
     return sorted((path for path in counts if path), key=lambda path: (-worth[path], len(path), path))"""
 EYE = 'torch.eye(len(self), dtype=torch.bool, device="cpu")'
 INHERIT = "mask[node] |= mask[parent]"
-DRAWS = "draws = base_probs.argmax(-1) if sampling.temperature == 0 else draw(base_probs, noise)"
-PASSES = "passes = [token == draws[parent] for token, parent in zip(tokens, tree.parents)]"
+DRAWS = "draws = logits.argmax(-1) if sampling.temperature == 0 else draw(base_probs, noise)"
+PASSES = "passes = [guess == drawn[parent] for guess, parent in zip(guesses, tree.parents)]"
 REDRAW = """passes = [
-            token == (draw(base_probs[parent : parent + 1], torch.empty_like(base_probs[:1]).exponential_()).item() if sampling.temperature else draws[parent])
-            for token, parent in zip(tokens, (0, *tree.parents[1:]))
+            guess == (draw(base_probs[parent : parent + 1], torch.empty_like(base_probs[:1]).exponential_()).item() if sampling.temperature else drawn[parent])
+            for guess, parent in zip(guesses, (0, *tree.parents[1:]))
         ]"""
 CARRIES = "carries = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask[:, ahead : ahead + n]"
 COUNT = "(carries.sum() if count is None else count).clamp(min=1)"
 KEEP = "self.data[..., start : start + len(rows), :] = self.data.index_select(4, index)"
 THRESHOLD = "torch.clamp((math.sqrt(epsilon) if delta is None else delta) * torch.exp(-entropy), max=epsilon)"
-BONUS = "[tokens[node] for node in path[1:]] + [draws[last]]"
+BONUS = "[guesses[node] for node in path[1:]] + [drawn[path[-1]]]"
+LONGER = "reached[node] = [*reached[parent][0], node], reached[parent][1] + scores[node]"
 
 WRONG = {
     1: {
@@ -94,27 +95,28 @@ WRONG = {
         "entropy with its sign lost": ("medusa.py", {"torch.exp(-entropy)": "torch.exp(entropy)"}, FORMULA),
         "maximum for minimum": ("medusa.py", {"torch.exp(-entropy), max=epsilon)": "torch.exp(-entropy), min=epsilon)"}, FORMULA),
         "0 log 0": ("medusa.py", {"torch.xlogy(base_probs, base_probs)": "(base_probs * base_probs.log())"}, FORMULA),
-        "argmax root": ("medusa.py", {DRAWS: "draws = base_probs.argmax(-1)"}, "it is not the argmax"),
-        "root drawn at the root": ("medusa.py", {"+ [draws[last]]": "+ [draws[0]]"}, "the next root is not drawn"),
+        "argmax root": ("medusa.py", {DRAWS: "draws = logits.argmax(-1)"}, "it is not the argmax"),
+        "root drawn at the root": ("medusa.py", {"+ [drawn[path[-1]]]": "+ [drawn[0]]"}, "the next root is not drawn"),
         "probability at the child": ("medusa.py", {"base_probs[parents, tokens]": "base_probs.gather(1, tokens[:, None])[:, 0]"}, "pass the rule at their parents"),
         "threshold at the child": ("medusa.py", {"sampling.epsilon)[parents])": "sampling.epsilon))"}, "pass the rule at their parents"),
-        "last token decides": ("medusa.py", {"reached[tree.parents[node]] + scores[node]": "scores[node]"}, "whose tokens together are likeliest wins"),
-        "likeliest before deepest": ("medusa.py", {"(tree.depths[node], reached[node]))": "reached[node])"}, "a deeper node was passed over"),
+        "last token decides": ("medusa.py", {"reached[parent][1] + scores[node]": "scores[node]"}, "whose tokens together are likeliest wins"),
+        "likeliest before deepest": ("medusa.py", {"(len(found[0]), found[1]))": "found[1])"}, "a deeper node was passed over"),
         "parent's rejection forgotten": ("medusa.py", {
-            "if passes[node] and tree.parents[node] in reached:": "if passes[node]:", "reached[tree.parents[node]] + ": "reached.get(tree.parents[node], 0.0) + ",
+            "if passes[node] and parent in reached:": "if passes[node]:",
+            LONGER: "reached[node] = tree.mask[node].nonzero()[:, 0].tolist(), reached.get(parent, ([], 0.0))[1] + scores[node]",
         }, "that does not pass the rule"),
         "race lost": ("medusa.py", {"(probs / noise).argmax(-1)": "(probs * noise).argmax(-1)"}, "tokens are not drawn with their probabilities"),
         "epsilon of the default": ("medusa.py", {"typical_threshold(base_probs, sampling.epsilon)": "typical_threshold(base_probs)"}, "rejected although the threshold is next to 0"),
     },
     5: {
         "redraw for each child": ("medusa.py", {PASSES: REDRAW}, "one draw for each node, for all its children"),
-        "the child's own draw": ("medusa.py", {PASSES: "passes = [token == drawn for token, drawn in zip(tokens, draws)]"}, "the rule at"),
-        "padding 0 accepted": ("medusa.py", {PASSES: PASSES.replace("token == draws[parent]", "token in (0, draws[parent])")}, "that does not pass the rule at its parent"),
-        "argmax for a draw": ("medusa.py", {DRAWS: "draws = base_probs.argmax(-1)"}, "the next root is not the draw of the last accepted node"),
-        "next root at the root": ("medusa.py", {"+ [draws[last]]": "+ [draws[0]]"}, "the next root is not the draw of the last accepted node"),
-        "nothing accepted": ("medusa.py", {"(tree.depths[node], reached[node]))": "(-tree.depths[node], reached[node]))"}, "a deeper node was passed over"),
+        "the child's own draw": ("medusa.py", {PASSES: "passes = [guess == own for guess, own in zip(guesses, drawn)]"}, "the rule at"),
+        "padding 0 accepted": ("medusa.py", {PASSES: PASSES.replace("guess == drawn[parent]", "guess in (0, drawn[parent])")}, "that does not pass the rule at its parent"),
+        "argmax for a draw": ("medusa.py", {DRAWS: "draws = logits.argmax(-1)"}, "the next root is not the draw of the last accepted node"),
+        "next root at the root": ("medusa.py", {"+ [drawn[path[-1]]]": "+ [drawn[0]]"}, "the next root is not the draw of the last accepted node"),
+        "nothing accepted": ("medusa.py", {"(len(found[0]), found[1]))": "(-len(found[0]), found[1]))"}, "a deeper node was passed over"),
         "first root again": ("medusa.py", {BONUS: BONUS.replace("path[1:]", "path")}, "a step earns the guesses on the path"),
-        "no next root": ("medusa.py", {BONUS: "[tokens[node] for node in path[1:]]"}, "a step earns the guesses on the path"),
+        "no next root": ("medusa.py", {BONUS: "[guesses[node] for node in path[1:]]"}, "a step earns the guesses on the path"),
         "top-k forgotten": ("medusa.py", {"base_probs = base_distribution(logits, sampling)  #": "base_probs = base_distribution(logits, Sampling(sampling.temperature))  #"}, "texts do not come with the base model's probabilities"),
         "guesses without the noise": ("medusa.py", {"return logits if noise is None or sampling.typical else": "return logits if True else"}, "rank by their race with the same noise"),
         "guesses without the temperature": ("medusa.py", {"tempered(logits, sampling.temperature).softmax(-1) / noise": "logits.softmax(-1) / noise"}, "at the temperature"),
@@ -138,9 +140,9 @@ WRONG = {
                                         "tree.cut(end - length - 1)": "tree.cut(max(end - length - 2, 0))"}, "and no further"),
         "heads at every node": ("medusa.py", {"        tokens = propose(": "        [heads(state, lm_head) for state in states]\n        tokens = propose("}, "the heads run once a step"),
         "heads at the root": ("medusa.py", {"states[path[-1]], emitted[-1]": "states[0], emitted[-1]"}, "head k does not fill depth k"),
-        "rows of the tree not committed": ("medusa.py", {"        cache.keep(past, path)\n": "        cache.length = past + len(path)\n"}, NOT_PLAIN),
+        "rows of the tree not committed": ("medusa.py", {"        cache.keep(past, path)  #": "        cache.length = past + len(path)  #"}, NOT_PLAIN),
         "noise stands still": ("medusa.py", {"        noise.advance(len(emitted))\n": ""}, NOT_PLAIN),
-        "root forgotten": ("medusa.py", {"        past = length - 1\n": "        past = length\n"}, "without the root in the past"),
+        "root forgotten": ("medusa.py", {"        past = length - 1  #": "        past = length  #"}, "without the root in the past"),
     },
     7: {
         "product of marginals": ("tree.py", {RANKED: MARGINALS, "import torch\n": "import math\n\nimport torch\n"}, "do not multiply marginals"),

@@ -482,6 +482,7 @@ OURS = [way for way in decode.WAYS if not way.startswith("transformers")]
 def test_every_subcommand_measures_and_predict_reads_what_they_wrote(small, call, tmp_path, monkeypatch):
     monkeypatch.setattr(decode, "pick_tree", lambda *_: (calibrated_tree([(0, 0), (1, 0)], 3), "said so"))
     monkeypatch.setattr(endurance, "ProcessPoolExecutor", lambda n, mp_context, **more: ThreadPoolExecutor(n, **more))  # twenty processes take long
+    monkeypatch.setattr(endurance.signal, "signal", lambda *_: None)  # a thread may not
     runs = {
         "decode": [*DECODING, "--rounds", "2", "--ways", *OURS],
         "typical": DECODING,
@@ -516,6 +517,33 @@ def test_every_subcommand_measures_and_predict_reads_what_they_wrote(small, call
         assert len(section["tenths"]) == 10
         assert all((row["tokens"], row["checked"], row["the plain text"]) == (16, 2, 2) and row["tokens/s"] > 0 for row in section["tenths"])
         assert all(0 < row["share of a young process"] < 100 for row in section["tenths"])
+
+
+def test_what_age_costs_is_measured_against_a_process_of_each_tenth(monkeypatch, tmp_path):
+    started, taken = [], []
+
+    class Decoder:
+        """The first one, which is old, takes 2 seconds a text, and the n-th young one n."""
+
+        def __init__(self, config, temperature):
+            self.prompts, self.seconds = [[0]] * 6, len(started) or 2
+            started.append(self)
+
+        def timed(self, number):
+            taken.append((started.index(self), number))
+            return [number] * 8, self.seconds
+
+        def plain(self, number):
+            return [number if number else 1] * 8
+
+    monkeypatch.setattr(endurance, "Decoder", Decoder)
+    monkeypatch.setattr(endurance, "ProcessPoolExecutor", lambda n, mp_context, **more: ThreadPoolExecutor(n, **more))
+    monkeypatch.setattr(endurance.signal, "signal", lambda *_: None)  # a thread may not
+    found = endurance.endure(endurance.EnduranceConfig(checks=6, pairs=3), 0.0)["tenths"]
+    assert len(started) == 11 and [row["share of a young process"] for row in found] == [n / 2 for n in range(1, 11)]
+    assert all((row["tokens"], row["tokens/s"], row["checked"], row["the plain text"]) == (48, 4.0, 6, 5) for row in found)
+    assert taken[:10] == [(1, 0), (0, 0), (1, 0), (0, 1), (0, 2), (1, 2), (0, 3), (0, 4), (1, 4), (0, 5)]
+    assert endurance.growth({"tenths": found}, "share of a young process") == 9
 
 
 def test_held_out_turns_are_the_last_ones_and_must_be_enough(monkeypatch):

@@ -1,7 +1,10 @@
 """Laws of checkpoints that others made: the family's spellings mean what they mean there, shards add up, chat turns are the template's."""
 
+import copy
 import importlib
 import json
+import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +14,7 @@ import torch
 from hypothesis import given, strategies as st
 from safetensors.torch import load_file, save_file
 
+from bench import serve_vllm
 from bench.serve_vllm import write_served
 from data import tokenizer as tokenizer_module
 from data.chat import chat_prompt, chat_text
@@ -306,3 +310,44 @@ def test_heads_of_another_model_are_not_served(tmp_path):
     with pytest.raises(ValueError, match="another model"):
         write_served(tmp_path / "base", tmp_path / "heads", tmp_path / "served")
     assert not (tmp_path / "served").exists()
+
+
+class Engine:
+    """In place of vLLM's: greedy decoding of the directory that it is given, up to the tokens that end a text."""
+
+    def __init__(self, base, speculative_config, **more):
+        self.model, self.heads = GPT.from_pretrained(base), MedusaHeads.from_pretrained(speculative_config["model"])
+        assert speculative_config["num_speculative_tokens"] == self.heads.config.num_heads and more["dtype"] == "float32"
+
+    def generate(self, prompts, asked):
+        model = copy.deepcopy(self.model)
+        model.config = replace(model.config, eos_token_id=asked.stop_token_ids)
+        texts = [[token for step in generate(model, prompt["prompt_token_ids"], asked.max_tokens) for token in step] for prompt in prompts]
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=text)]) for text in texts]
+
+    def get_metrics(self):
+        return [SimpleNamespace(name="vllm:spec_decode_num_drafts", value=5), SimpleNamespace(name="other", value=6)]
+
+
+def test_vllm_is_asked_for_the_texts_that_we_decode_and_its_counters_stand_beside_ours(tmp_path, monkeypatch, capsys):
+    base = write_base(tmp_path)
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | {"eos_token_id": list(range(0, 290, 3))}))  # texts end soon
+    random_heads(GPT.from_pretrained(base), 3, 0, truncated=40).save_pretrained(tmp_path / "heads")
+    vllm = SimpleNamespace(LLM=Engine, SamplingParams=SimpleNamespace)
+    monkeypatch.setattr(serve_vllm, "import_vllm", lambda: vllm)
+    monkeypatch.setattr(serve_vllm, "held_out_prompts", lambda tokenizer, n, length: [[seed] * length for seed in range(n)])
+    flags = ["--base", base, "--heads", tmp_path / "heads", "--out", tmp_path / "served", "--prompts", "4", "--prompt-tokens", "6", "--new-tokens", "12"]
+    monkeypatch.setattr(sys, "argv", ["serve_vllm.py", *map(str, flags)])
+    serve_vllm.main()
+    said = capsys.readouterr().out
+    assert "equals ours on 4 of 4 prompts" in said and re.search(r"spec_decode_num_drafts +5\n", said) and "other" not in said
+    steps, accepted = re.search(r"ours, the same chain: steps, accepted +(\d+), (\[.*\])", said).groups()
+    assert 0 < int(steps) < 4 * 11 and len(json.loads(accepted)) == 3
+
+
+@pytest.mark.parametrize("taken", ["base", "heads"])
+def test_what_is_to_be_served_is_not_overwritten(taken, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["serve_vllm.py", "--base", str(tmp_path / "base"), "--heads", str(tmp_path / "heads"), "--out", str(tmp_path / taken)])
+    with pytest.raises(ValueError, match=f"--out {tmp_path / taken} would overwrite"):
+        serve_vllm.main()

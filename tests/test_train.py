@@ -811,6 +811,19 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_shards(stop, base, text, whol
     assert contents(tmp_path / "stopped") == whole
 
 
+@pytest.mark.parametrize("processes", [2, 7])
+def test_several_processes_share_the_shards_among_them(processes, base, text, whole, tmp_path, monkeypatch):
+    """Each writes some, none twice, and all wait for each other: what they return is there."""
+    directory, waited, written = tmp_path / "shared", [], []
+    monkeypatch.setattr(data.distilled.dist, "barrier", lambda: waited.append(True))
+    for process in range(processes):
+        monkeypatch.setattr(data.distilled, "process_of", lambda: (process, processes))
+        distill(distilling(base, text, out=str(directory)))
+        written.append(len(contents(directory)) - sum(written) if directory.exists() else 0)
+    assert contents(directory) == whole and len(waited) == processes
+    assert written == [len(range(process, 6, processes)) for process in range(processes)]
+
+
 @pytest.mark.parametrize("change", ["config", "weights", "garbage", "settings", "text"])
 def test_shards_of_another_base_or_making_are_never_taken_for_ones_own(change, base, text, tmp_path):
     config = distilling(base, text, out=str(tmp_path / "rows"))
