@@ -68,7 +68,7 @@ def test_every_blanked_function_is_found_and_none_twice():
 COMMONPLACE = {
     "return counts",
     "return Tree(tuple(parents), tuple(ranks))",
-    "for node in range(1, len(tree)):",
+    "for node, parent in enumerate(tree.parents[1:], start=1):",
     "if sampling.typical:",
     "if not paths:",
 }  # these stand in the tests as well, and tell nothing

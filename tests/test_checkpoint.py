@@ -192,8 +192,7 @@ def test_a_checkpoint_is_neither_overlooked_nor_invented(mode, tmp_path, monkeyp
 @pytest.mark.parametrize("processes", [1, 2])
 def test_each_part_of_each_process_has_a_row_at_least(processes, tmp_path, monkeypatch):
     if processes == 2:
-        monkeypatch.setattr("data.checkpoint.dist.is_initialized", lambda: True)
-        monkeypatch.setattr("data.checkpoint.dist.get_world_size", lambda: processes)
+        monkeypatch.setattr("data.checkpoint.process_of", lambda: (0, processes))
     config = Medusa1Config(out=str(tmp_path / "out"), batch=3 * processes, accumulate=3, device="cpu")
     assert prepare(config) == (torch.device("cpu"), torch.float32)
     with pytest.raises(ValueError, match=f"--batch {3 * processes - 1} is less than {processes} processes x --accumulate 3"):
