@@ -207,8 +207,8 @@ def replay(texts: Iterable[Sequence[Sequence[int]]], tree: Tree) -> list[Path]:
     for positions in texts:
         at = 0
         while at < len(positions):
-            starts.append(ranks := tuple(positions[at]))
-            at += 1 + max(depth for depth in range(len(ranks) + 1) if ranks[:depth] in nodes)
+            starts.append(start := tuple(positions[at]))
+            at += 1 + max(depth for depth in range(len(start) + 1) if start[:depth] in nodes)
     return starts
 
 

@@ -74,6 +74,13 @@ EQUIVALENT = {  # (module, line with the fault): why no test can tell
     ("medusa.py", "if 0 < sampling.top_k <= logits.shape[-1]:"): "then nothing is left out",
     ("medusa.py", "self.like = at_least_float32(like[ -1, :0]).new_empty(like.shape[0])  # (V,)"): "only its dtype and device are taken",
     ("medusa.py", "reached = {0: ([0], 1.0)}  # accepted node: its path, and the log-likelihood of that. What passes and scores say of the root is never looked at"): "every path begins there",
+    ("medusa.py", "states = model(tokens[None], cache=cache)[ -1, -1:]  # (1, D)"): "of a batch of one the last row is the first",
+    ("medusa.py", "return logits if noise is None or sampling.typical else tempered(logits, sampling.temperature).softmax(1) / noise"):
+        "of (K, V) the last dimension is the second",
+    ("medusa.py", "reached = {0: ([0], -1.0)}  # accepted node: its path, and the log-likelihood of that. What passes and scores say of the root is never looked at"):
+        "every path begins there",
+    ("medusa.py", "if plan.depth > end - length - 2:  # a node must leave room for the token it earns"): "a tree that is cut at its own depth is itself",
+    ("medusa.py", "if sampling.temperature > -1 or sampling.typical:"): "greedy decoding does not look at what it computes then",
     ("medusa.py", "noise.advance( 2)"): "plain decoding has looked one position ahead, and no further",
     ("train.py", "used[ -1, 0] |= ~used.any()  # one at least, so that there is a gradient"): "any position without a target will do",
     ("train.py", 'bar = tqdm(range(first, steps), desc="training", unit="step", mininterval= 2, initial=first, total=steps, disable=process > 0)'):

@@ -110,7 +110,7 @@ WRONG = {
     },
     5: {
         "redraw for each child": ("medusa.py", {PASSES: REDRAW}, "one draw for each node, for all its children"),
-        "the child's own draw": ("medusa.py", {PASSES: "passes = [guess == own for guess, own in zip(guesses, drawn)]"}, "the rule at"),
+        "the child's own draw": ("medusa.py", {PASSES: "passes = [guess == own for guess, own in zip(guesses, drawn)]"}, "pass the rule"),
         "padding 0 accepted": ("medusa.py", {PASSES: PASSES.replace("guess == drawn[parent]", "guess in (0, drawn[parent])")}, "that does not pass the rule at its parent"),
         "argmax for a draw": ("medusa.py", {DRAWS: "draws = logits.argmax(-1)"}, "the next root is not the draw of the last accepted node"),
         "next root at the root": ("medusa.py", {"+ [drawn[path[-1]]]": "+ [drawn[0]]"}, "the next root is not the draw of the last accepted node"),
@@ -128,7 +128,7 @@ WRONG = {
         "length to the last row": ("model.py", {"self.length = start + len(rows)": "self.length = start + max(rows, default=-1) + 1"}, "the length is not that of the past and the kept rows"),
         "views left behind": ("model.py", {KEEP: "self.data = torch.cat((self.data[..., :start, :], self.data.index_select(4, index), self.data[..., start + len(rows) :, :]), dim=4)"},
                               "layers no longer look at the data"),
-        "position by index": ("medusa.py", {"plan.depths + past": "torch.arange(len(tokens)) + past"}, "positions are past + depth"),
+        "position by index": ("medusa.py", {"plan.depths + past": "torch.arange(len(tokens)) + past"}, NOT_PLAIN),
         "position one too far": ("medusa.py", {"plan.depths + past": "plan.depths + past + 1"}, "it can earn nothing"),
         "no mask": ("medusa.py", {"plan.mask(past), cache)[0]": "None, cache)[0]"}, NOT_PLAIN),
         "EOS kept": ("medusa.py", {"emitted := until_end(emitted, ends)": "emitted"}, "tokens behind EOS were kept"),

@@ -1,5 +1,6 @@
 """Laws of Medusa: the heads and their loss, the three rules of acceptance, and that a tree changes the speed of a text, never the text."""
 
+import itertools
 import json
 import math
 from collections import defaultdict
@@ -305,6 +306,13 @@ def test_base_distribution_equals_its_definition(logits, temperature, top_k, top
     rows = torch.tensor([logits, logits[::-1]], dtype=torch.float64)
     expected = torch.tensor([distribution(row, temperature, top_k, top_p) for row in rows.tolist()], dtype=torch.float64)
     torch.testing.assert_close(base_distribution(rows, sampling), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, 3, 0.9)], ids=["greedy", "drawn"])
+def test_base_distribution_is_that_of_each_row_however_rows_are_stacked(sampling):
+    logits = torch.randn(2, 3, 5, generator=rng(0), dtype=torch.float64)
+    for i, j in itertools.product(range(2), range(3)):
+        assert torch.equal(base_distribution(logits, sampling)[i, j], base_distribution(logits[i, j], sampling))
 
 
 def test_a_nucleus_of_1_leaves_out_nothing_however_unlikely():
@@ -1038,6 +1046,14 @@ def refuses(directory, *says) -> None:
     with pytest.raises(ValueError) as error:
         MedusaHeads.from_pretrained(directory)
     assert all(word in str(error.value) for word in says), str(error.value)
+
+
+@pytest.mark.parametrize("said", [{}, {"medusa_fc_bias": None}], ids=str)
+def test_a_config_that_says_nothing_of_biases_means_that_there_are_some(saved, said):
+    settings = json.loads((saved / "config.json").read_text())
+    settings.pop("medusa_fc_bias")
+    (saved / "config.json").write_text(json.dumps(settings | said))
+    assert MedusaHeads.from_pretrained(saved).bias.shape == (2, 3, 1, 6)
 
 
 @pytest.mark.parametrize("name", ["blocks.0.layers.1.weight", "blocks.2.layers.0.bias", "lm_heads.1.weight"])
