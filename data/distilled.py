@@ -118,13 +118,15 @@ def distill(config: DistillConfig) -> Path:
     settings = distill_digest(config, *sides.values())
     made = f"{base_digest(config.base)} {settings}"
     directory = Path(config.out) if config.out else cache_directory() / f"distilled-{settings}"
-    shards = [("validation", 0, t) for t in CALIBRATION_TEMPERATURES] + [("train", i, config.temperature) for i in range(config.shards)]
-    process, processes = process_of()
-    mine = list(enumerate(shards))[process::processes]
-    for number, (side, i, temperature) in tqdm(mine, desc="distilling", unit="shard", disable=process > 0):
-        path = directory / (f"train-{i:05d}.safetensors" if side == "train" else f"validation-{temperature}.safetensors")
+    shards = [("validation", 0, t, directory / f"validation-{t}.safetensors") for t in CALIBRATION_TEMPERATURES]
+    shards += [("train", i, config.temperature, directory / f"train-{i:05d}.safetensors") for i in range(config.shards)]
+    for *_, path in shards:  # all of them, so that no process begins beside what it may not touch
         if path.exists() and metadata_of(path).get("base") != made:
             raise ValueError(f"{path} was written by another base, from other text or with other settings: remove {directory}, or give another --out")
+    directory.mkdir(parents=True, exist_ok=True)
+    process, processes = process_of()
+    mine = list(enumerate(shards))[process::processes]
+    for number, (side, i, temperature, path) in tqdm(mine, desc="distilling", unit="shard", disable=process > 0):
         keeps = config.states and side == "train"
         if not path.exists() or keeps and not metadata_of(states_path(path)).get("rows", "").startswith(made):
             if config.chat:
