@@ -123,7 +123,6 @@ def distill(config: DistillConfig) -> Path:
     for *_, path in shards:  # all of them, so that no process begins beside what it may not touch
         if path.exists() and metadata_of(path).get("base") != made:
             raise ValueError(f"{path} was written by another base, from other text or with other settings: remove {directory}, or give another --out")
-    directory.mkdir(parents=True, exist_ok=True)
     process, processes = process_of()
     mine = list(enumerate(shards))[process::processes]
     for number, (side, i, temperature, path) in tqdm(mine, desc="distilling", unit="shard", disable=process > 0):

@@ -177,6 +177,13 @@ def solutions(number: int) -> dict[str, dict[str, str]]:
     return found | {name: rewritten(bodies) for name, bodies in RIGHT[number].items()}
 
 
+@EACH_SET
+def test_every_solution_is_made_of_what_stands_once_in_the_reference(number):
+    made = solutions(number)
+    assert len(made) == 2 + len(WRONG[number]) + len(RIGHT[number])
+    assert all(reference(name) != content for files in made.values() for name, content in files.items())
+
+
 def test_the_reference_passes_set_1_the_starter_fails_it_and_a_wrong_solution_is_told_why(tmp_path):
     chosen = "reference", "starter", "sibling visible"
     everything = solutions(1)
