@@ -110,7 +110,6 @@ class MedusaHeads(nn.Module):
     def save_pretrained(self, directory) -> None:
         """Write a vLLM Medusa speculator directory: config.json and model.safetensors. A shared LM head stays with the base."""
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         constants = {"architectures": ["MedusaModel"], "model_type": "medusa", "medusa_fc_bias": True}
         write_safetensors(directory / "model.safetensors", {name: part.cpu().contiguous() for name, part in self.parts().items()})
         write_json(directory / "config.json", constants | asdict(self.config))
@@ -479,7 +478,7 @@ def medusa_generate(
         if plan.depth > end - length - 1:  # a node must leave room for the token it earns
             plan = Plan(tree.cut(end - length - 1), end, lm_head.weight)
         past = length - 1  # rows in the cache: all of the text but the root
-        tokens = propose(heads, guess_head, states[path[-1]], emitted[-1], plan, sampling, noise)  # propose: (N,)
+        tokens = propose(heads, guess_head, states[path[-1]], emitted[-1], plan, sampling, noise)  # (N,)
         states = model(tokens[None], plan.depths + past, plan.mask(past), cache)[0]  # verify: (N, D)
-        path, emitted = accept(plan.tree, tokens, lm_head(states), sampling, noise.at(plan.tree.depths))  # accept
+        path, emitted = accept(plan.tree, tokens, lm_head(states), sampling, noise.at(plan.tree.depths))
         cache.keep(past, path)  # commit

@@ -252,7 +252,6 @@ class GPT(nn.Module):
     def save_pretrained(self, directory, dtype: torch.dtype | None = None) -> None:
         """Write config.json and model.safetensors in the Hugging Face layout, each atomically."""
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         state = {name: t.detach().to(dtype or t.dtype).cpu().contiguous() for name, t in to_llama(self.state_dict(), self.config).items()}
         dtype_name = str(next(iter(state.values())).dtype).removeprefix("torch.")
         about = {"architectures": [ARCHITECTURES[self.config.model_type]], "head_dim": self.config.head_size, "dtype": dtype_name}
@@ -489,7 +488,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def write_atomically(path: Path, write) -> None:
-    """write(temporary path), then rename: a reader, or a kill at any moment, sees the old file or the new one, never half."""
+    """write(temporary path), then rename: a reader, or a kill at any moment, sees the old file or the new one, never half. Makes the directory, too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)

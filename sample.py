@@ -126,16 +126,15 @@ def step_costs(
             for size in times:
                 arguments = (prompt, 8 * steps, sampling, torch.Generator(model.lm_head.weight.device).manual_seed(0))
                 sequence = plain_generate(model, *arguments) if size == 1 else medusa_generate(model, heads, tree_of(size), *arguments)
-                times[size].append(
-                    timed_run(islice(sequence, steps + 2)).times[1:]
-                )  # without the prompt's own step, and the first of a tree, which lays out its plan
+                decoded = timed_run(islice(sequence, steps + 2))
+                times[size].append(decoded.times[1:])  # the first step of a tree lays out its plan
     finally:
         model.config = config
     if not all(run for runs in times.values() for run in runs):
         raise ValueError(f"the context of {config.max_position_embeddings} tokens is too short to time trees in: name one with --tree")
     medians = {size: [statistics.median(run) for run in runs] for size, runs in times.items()}
     plain = statistics.median(medians[1])
-    return {size: plain * statistics.median(a / b for a, b in zip(of_size, medians[1])) for size, of_size in medians.items()}  # a tree's step over a plain one
+    return {size: plain * statistics.median(a / b for a, b in zip(of_size, medians[1])) for size, of_size in medians.items()}
 
 
 def pick_tree(

@@ -294,7 +294,6 @@ def fit(
         lines.append(json.dumps(record))
         bar.set_postfix(base=f"{figures[0]:.2f}", heads=" ".join(f"{value:.2f}" for value in figures[1 : K + 1]))
         if process == 0 and ((step + 1) % config.save_every == 0 or step + 1 == steps):
-            log.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(log, lambda temporary: temporary.write_text("\n".join(lines) + "\n", encoding="utf-8"))
             save_checkpoint(config, step + 1, parts, optimizer, inputs)
 

@@ -370,7 +370,6 @@ def main() -> None:
                 faults.append({"case": number, "kind": kind, "fault": fault.replace(folder, "")})
             shutil.rmtree(work)
     if config.only < 0:
-        Path(config.out).mkdir(parents=True, exist_ok=True)
         command = f"python bench/fuzz.py --cases {config.cases} --seed {config.seed}"
         about = {"command": command, "machine": machine(), "date": date.today().isoformat()}
         write_json(Path(config.out) / "fuzz.json", about | {"cases": {kind: dict(counts[kind]) for kind in sorted(counts)}, "faults": faults})

@@ -100,7 +100,6 @@ def started(name: str, config: Bench, again: bool) -> dict:
 def write(name: str, config: Bench, content: dict, table: Callable[[dict], str], draw: Callable) -> None:
     """OUT/name.json, .md and .png, each atomically."""
     folder = Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{name}.json", content)
     measured = f"`{content['command']}` on {content['machine']}; {', '.join(sorted({result['date'] for result in content['results'].values()}))}."
     text = table(content["results"]) + f"\n\n{measured}\n"

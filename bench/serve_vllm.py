@@ -45,7 +45,6 @@ def write_served(base, heads, out) -> None:
     state.pop("token_map", None)
     if loaded.config.original_lm_head:
         state["lm_heads.0.weight"] = model.lm_head.weight.detach()
-    Path(out).mkdir(parents=True, exist_ok=True)
     write_safetensors(Path(out) / "model.safetensors", state)
     write_json(Path(out) / "config.json", settings | {"truncated_vocab_size": loaded.config.vocab_size})
 

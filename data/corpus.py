@@ -7,6 +7,7 @@ in every version. Token arrays are cached in the user's cache directory, under a
 import hashlib
 import os
 import sysconfig
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -83,10 +84,8 @@ def pack(documents: list[str], tokenizer: AnyTokenizer) -> np.ndarray:
     for text in documents:
         digest.update(len(text).to_bytes(8, "big") + text.encode())
     path = cache_directory() / f"tokens-{digest.hexdigest()[:16]}.npy"
-    try:
+    with suppress(OSError, EOFError, ValueError):  # not there, or broken: made (again) from the documents
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, EOFError, ValueError):  # not there, or broken: made (again) from the documents
-        path.parent.mkdir(parents=True, exist_ok=True)
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     tokens = np.concatenate([np.array([tokenizer.bos, *tokenizer.encode(text), tokenizer.eos], dtype) for text in documents])
 

@@ -39,7 +39,6 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 def write_shard(path: Path, tokens: Tensor, carries: Tensor, vocab_size: int, base: str) -> None:
     """tokens (R, T) and carries (R, T) bool; base: the digest of the base that wrote them, and of its settings."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     narrow = torch.int16 if vocab_size <= 1 << 15 else torch.int32
     write_safetensors(path, {"tokens": tokens.to(narrow).cpu(), "loss": carries.cpu()}, {"base": base})
 

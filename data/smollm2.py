@@ -106,7 +106,6 @@ def convert(path: Path, out: Path, dtype: torch.dtype) -> None:
     config = model_config(field, tied="output.weight" not in {tensor.name for tensor in reader.tensors})
     tokens = field("tokenizer.ggml.tokens")
     special = {f"{name}_token": tokens[field(f"tokenizer.ggml.{name}_token_id")] for name in ("bos", "eos")}
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "tokenizer.json", tokenizer_json(tokens, field("tokenizer.ggml.token_type"), field("tokenizer.ggml.merges")))
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "model_max_length": config.max_position_embeddings}
     write_json(out / "tokenizer_config.json", about | special | {"chat_template": field("tokenizer.chat_template")})

@@ -27,7 +27,6 @@ def lengths(carries: Tensor) -> Tensor:
 def write_states(shard: Path, states: Tensor, tokens: Tensor, carries: Tensor, base: str) -> None:
     """states (R, T - 1, D); tokens (R, T), carries (R, T) bool and base as those of the shard."""
     kept = [row[:n] for row, n in zip(states, lengths(carries).tolist())]
-    shard.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(states_path(shard), {"states": torch.cat(kept).cpu()}, {"rows": f"{base} {digest_of(tokens.cpu())}"})
 
 

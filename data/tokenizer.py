@@ -40,9 +40,7 @@ class Tokenizer:
             raise ValueError(f"{path} cannot be read as a SentencePiece model: {error}") from None
 
     def save(self, directory) -> None:
-        path = Path(directory) / "tokenizer.model"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda temporary: temporary.write_bytes(self.model))
+        write_atomically(Path(directory) / "tokenizer.model", lambda temporary: temporary.write_bytes(self.model))
 
     def encode(self, text: str) -> list[int]:
         first, *rest = (self.processor.encode(part) for part in text.split(META_SPACE))
@@ -127,7 +125,6 @@ def disk_dtype(directory) -> torch.dtype:
 
 def copy_tokenizer(source, target) -> None:
     """All that belongs to the tokenizer, chat template included, into a directory that may not be there yet."""
-    Path(target).mkdir(parents=True, exist_ok=True)
     for path in (Path(source) / name for name in FILES):
         if path.exists():
             write_atomically(Path(target) / path.name, lambda temporary: temporary.write_bytes(path.read_bytes()))

@@ -155,7 +155,6 @@ def main() -> None:
     check_out(str(out.parent))
     turns = list(dict.fromkeys(corpus_turns() + written_turns(config.written, config.seed)))
     random.Random(config.seed).shuffle(turns)
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, lambda temporary: temporary.write_text("".join(json.dumps(turn) + "\n" for turn in turns), encoding="utf-8"))
     print(f"{out}: {len(turns)} turns")
 
