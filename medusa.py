@@ -417,8 +417,8 @@ class Plan:
         self.bias[:, capacity:].masked_fill_(~tree.mask.to(like.device), -math.inf)
 
     def mask(self, past: int) -> Tensor:
-        """(N, past + N): the whole past, then the ancestors. A slice of one buffer, so that nothing is built in a step."""
-        return self.bias[:, self.capacity - past :]
+        """(N, past + N): the whole past, then the ancestors. A copy, since attention on CUDA asks for rows that begin at aligned addresses."""
+        return self.bias[:, self.capacity - past :].contiguous()
 
 
 def favour(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Tensor:

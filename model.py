@@ -24,6 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention plans anew for every length that the text has, and takes tens of milliseconds
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -144,12 +146,14 @@ class Attention(nn.Module):
                 keys[:, :, start : start + T] = k
                 values[:, :, start : start + T] = v
                 k, v = keys[:, :, : start + T], values[:, :, : start + T]  # (B, nkv, S + T, hs)
-        if T == 1 and mask is None:  # a group's queries as rows of one product: its keys and values are read once
-            y = F.scaled_dot_product_attention(q.reshape(B, self.nkv, -1, self.hs), k, v)  # (B, nkv, nh / nkv, hs)
+        group = self.nh // self.nkv
+        if T == 1 and mask is None or group > 1 and q.is_cuda and mask is not None and mask.dim() == 2:
+            # a group's queries as rows of one product: its keys and values are read once, and CUDA has a kernel for it
+            rows = mask if mask is None else mask.repeat(group, 1)  # (group * T, S + T)
+            y = F.scaled_dot_product_attention(q.reshape(B, self.nkv, -1, self.hs), k, v, rows).reshape(q.shape)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.nh != self.nkv)  # (B, nh, T, hs)
-            y = y.transpose(1, 2)
-        return self.o_proj(y.reshape(B, T, -1))  # (B, T, D)
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=group > 1)  # (B, nh, T, hs)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
 
 class MLP(nn.Module):

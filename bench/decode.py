@@ -42,6 +42,8 @@ WAYS = (
 class DecodeConfig(Decoding):
     """Sections: greedy, lossless-0.7, lossless-1.0, typical. Each compares all ways."""
 
+    device: str = option("auto", "auto, cpu, cuda or mps")
+    dtype: str = option("float32", "of weights and cache", choices=("float32", "float64", "bfloat16", "float16"))
     compile: bool = option(False, "compile the steps of all our ways with torch.compile")
     rounds: int = option(5, "times that every way decodes every prompt; speeds are medians over the rounds")
     ways: list[str] = option([], f"some of {' '.join(WAYS)}; plain is always there; default: all")
@@ -96,7 +98,7 @@ def step_starts(config: DecodeConfig, temperature: float) -> list[tuple[int, ...
     """The rank paths behind calibration.json: of the base's own text, where steps start."""
     _, model, heads = load(config)
     shards = distilled_rows(Medusa1Config(base=config.base, distilled=config.distilled))
-    rows = held_out_rows(shards, model.config.vocab_size, heads.config.num_heads)[str(temperature)]
+    rows = [part.to(heads.weight.device) for part in held_out_rows(shards, model.config.vocab_size, heads.config.num_heads)[str(temperature)]]
     texts = [paths_of(ranks, heads.config.truncated_vocab_size) for ranks in head_ranks(model, heads, *rows, Sampling(temperature))]
     return replay(texts, calibrated_tree((ranks for text in texts for ranks in text), CALIBRATION_NODES))
 
@@ -131,17 +133,18 @@ class Clock:
         pass
 
 
-def open_peer(base: str, ends: tuple[int, ...]):
-    """The same weights in transformers; these tokens end a text there too."""
-    peer = need("transformers").AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True).eval()
-    peer.generation_config.eos_token_id = list(ends) or None
+def open_peer(base: str, model: GPT):
+    """The same weights in transformers, in the dtype and on the device of our model; what ends a text here ends it there too."""
+    weight = model.lm_head.weight
+    peer = need("transformers").AutoModelForCausalLM.from_pretrained(base, dtype=weight.dtype, local_files_only=True).to(weight.device).eval()
+    peer.generation_config.eos_token_id = list(model.config.ends) or None
     peer.generation_config.pad_token_id = 0
     return peer
 
 
 def peer_way(peer, new_tokens: int, sampling: Sampling, lookup: int | None, prompt: list[int], seed: int) -> Timing:
     torch.manual_seed(seed)
-    clock, tokens = Clock(), torch.tensor([prompt])
+    clock, tokens = Clock(), torch.tensor([prompt], device=peer.device)
     drawing = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0} if sampling.temperature else {"do_sample": False}
     more = {"prompt_lookup_num_tokens": lookup} if lookup else {}
     text = peer.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new_tokens, streamer=clock, **drawing, **more)
@@ -157,7 +160,7 @@ def ways_of(config: DecodeConfig, model: GPT, heads: MedusaHeads, sampling: Samp
     nodes = {"dynamic-16": 16} | ({"dynamic-cost-chosen": len(trees["cost-chosen"])} if "cost-chosen" in trees else {})
 
     def seeded(seed: int) -> torch.Generator:
-        return torch.Generator().manual_seed(seed)
+        return torch.Generator(model.lm_head.weight.device).manual_seed(seed)
 
     ways = {"plain": lambda prompt, seed: ours(generate(model, prompt, n, sampling, seeded(seed)))}
     ways |= {name: lambda prompt, seed, tree=tree: ours(medusa_generate(model, heads, tree, prompt, n, sampling, seeded(seed))) for name, tree in trees.items()}
@@ -165,7 +168,7 @@ def ways_of(config: DecodeConfig, model: GPT, heads: MedusaHeads, sampling: Samp
         name: lambda prompt, seed, size=size: ours(dynamic_generate(model, heads, size, prompt, n, sampling, seeded(seed))) for name, size in nodes.items()
     }
     if not sampling.typical and any(way.startswith("transformers") for way in config.chosen):
-        peer = open_peer(config.base, model.config.ends)
+        peer = open_peer(config.base, model)
         ways["transformers"] = partial(peer_way, peer, n, sampling, None)
         ways |= {f"transformers-lookup-{count}": partial(peer_way, peer, n, sampling, count) for count in LOOKUPS}
     return {name: ways[name] for name in config.chosen if name in ways}

@@ -3,7 +3,8 @@
     speed-up(N) = expected tokens per step of the best tree of N nodes  x  time of a plain step / c(N)
 
 The tokens come from the acceptance table (calibration.json); c(N) was measured ("here"), or follows from bandwidth and FLOP rate
-("device"; see roofline.py). "here" is held against the speed-ups that `decode` measured.
+("device"; see roofline.py). "here" is held against the speed-ups that `decode` measured; with --device, "device" against steps of a model of that shape with random
+weights, whose cost is that of trained ones.
 """
 
 from collections import Counter
@@ -11,17 +12,24 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from bench.decode import RULES, SIZES
 from bench.results import Bench, markdown, measure, read_results
 from bench.roofline import Device, plain_seconds, tree_seconds
 from data.calibration import CALIBRATION_TEMPERATURES, read_calibration
 from data.command import option
-from medusa import MedusaConfig
-from model import ModelConfig, check_sizes, read_config, read_json
+from data.compiled import Compiled
+from data.machine import pick_device
+from medusa import MedusaConfig, MedusaHeads, Sampling
+from model import GPT, ModelConfig, check_sizes, read_config, read_json
+from sample import step_costs
 from tree import calibrated_tree, choose_size, expected_tokens
 
 SEVEN_B = ModelConfig(32000, 4096, 11008, 32, 32, 32, 4096, tie_word_embeddings=False)  # Llama 2's shape
 SHOWN = (2, 4, 8, 16, 32, 64, 128, 256)
+WIDTHS = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}  # bytes of a weight that can be timed
+TIMED_COMPILED = (16, 64)  # each is compiled for itself
 
 
 @dataclass(frozen=True)
@@ -35,11 +43,14 @@ class PredictConfig(Bench):
     width: int = option(2, "bytes of a weight")
     context: int = option(512, "tokens in the cache")
     model: str = option("", "directory of a config.json of the Llama family; default: a 7B model of Llama 2's shape")
+    device: str = option("", "cpu, cuda or mps: time the steps of such a model there too, with random weights")
 
     def __post_init__(self):
         check_sizes(self, ["width", "context"])
         if not self.bandwidth > 0 or not self.flops > 0:
             raise ValueError("--bandwidth and --flops must be above 0")
+        if self.device and self.width not in WIDTHS:
+            raise ValueError(f"--width {self.width}: with --device it must be one of {', '.join(map(str, WIDTHS))}")
 
 
 def predictions(counts: Counter, plain: float, cost: dict[int, float]) -> dict[int, dict[str, float]]:
@@ -96,6 +107,23 @@ def predict_here(config: PredictConfig) -> dict:
 # ---- any other ----
 
 
+@torch.inference_mode()
+def measured_seconds(config: PredictConfig, shape: ModelConfig, heads_shape: MedusaConfig) -> dict[str, dict[int, float]]:
+    """{way: {N: seconds of a step}}, N = 1 being plain decoding; eager and compiled. Weights are random: what a step costs depends on the shapes alone."""
+    counts, _ = read_calibration(config.heads, 0.0)
+    with pick_device(config.device):
+        model = GPT(shape).to(WIDTHS[config.width]).eval()
+        heads = MedusaHeads(heads_shape).to(WIDTHS[config.width]).eval()
+    prompt = torch.randint(shape.vocab_size, (config.context,), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def timed(model, sizes) -> dict[int, float]:
+        return step_costs(model, heads, lambda n: calibrated_tree(counts, n), prompt, Sampling(), sizes)
+
+    found = {"eager": timed(model, [n for n in SHOWN if n <= len(counts)])}
+    heads.compile(fullgraph=True, dynamic=False)
+    return found | {"compiled": timed(Compiled(model, {1, *TIMED_COMPILED}), TIMED_COMPILED)}
+
+
 def predict_device(config: PredictConfig) -> dict:
     """The heads have the shape of --heads, at the width of the model; they are taken to be right as often as those."""
     model = read_config(Path(config.model) / "config.json") if config.model else SEVEN_B
@@ -105,7 +133,9 @@ def predict_device(config: PredictConfig) -> dict:
     heads = MedusaConfig(model.hidden_size, model.vocab_size, *sizes)
     device = Device(config.bandwidth * 1e12, config.flops * 1e12)
     plain = plain_seconds(device, model, config.context, config.width)
-    temperatures = {}
+    temperatures, measured = {}, {}
+    if config.device:
+        measured = {way: {str(n): s for n, s in of_way.items()} for way, of_way in measured_seconds(config, model, heads).items()}
     for temperature in CALIBRATION_TEMPERATURES:
         counts, _ = read_calibration(config.heads, temperature)
         cost = {n: tree_seconds(device, model, heads, n, config.context, config.width) for n in range(2, len(counts) + 1)}
@@ -114,7 +144,7 @@ def predict_device(config: PredictConfig) -> dict:
         shown = {str(n): predicted[n] for n in sorted({*SHOWN, best} & predicted.keys())}
         temperatures[str(temperature)] = {"sizes": shown, "best": best, "as far as the table goes": best == max(predicted)}
     about = f"{config.model or 'a 7B model'}, {config.width} bytes a weight, context {config.context}, {config.bandwidth} TB/s, {config.flops:g} TFLOP/s"
-    return {"about": about, "plain tokens/s": 1 / plain, "temperatures": temperatures}
+    return {"about": about, "plain tokens/s": 1 / plain, "temperatures": temperatures, "measured": measured}
 
 
 # ---- what is shown ----
@@ -137,6 +167,16 @@ def here_table(result: dict) -> str:
     return "\n\n".join(parts)
 
 
+def measured_table(measured: dict, plain: float) -> str:
+    """Beside the prediction, `plain` seconds a step."""
+    rows = [
+        [way, n, f"{1e3 * s:.2f}", "" if n == "1" else f"{s / of_way['1']:.3f}", f"{s / plain:.2f}" if n == "1" else ""]
+        for way, of_way in measured.items()
+        for n, s in of_way.items()
+    ]
+    return "Measured there, random weights; N = 1 is plain decoding\n\n" + markdown(["way", "N", "ms a step", "step cost", "over the least"], rows)
+
+
 def device_table(result: dict) -> str:
     rows = [
         [t, size, f"{row['tokens/step']:.2f}", f"{row['step cost']:.3f}", f"{row['speed-up']:.2f}x", "best" if int(size) == found["best"] else ""]
@@ -148,6 +188,7 @@ def device_table(result: dict) -> str:
         f"**device, a prediction and not a measurement**: {result['about']}\n\n" + markdown(header, rows)
         + f"\n\nPlain decoding: at most {result['plain tokens/s']:.0f} tokens/s. Both sides are taken to run at the device's limit; launches of kernels and the "
         "host are left out. Acceptance is that of the heads measured here: heads of a large model will differ. A best N at the end of the table means that more nodes would cost nothing yet."
+        + (f"\n\n{measured_table(result['measured'], 1 / result['plain tokens/s'])}" if result["measured"] else "")
     )  # fmt: skip
 
 

@@ -12,8 +12,8 @@ from bench.figures import machine
 from data.chat import turn_prompts
 from data.command import option
 from data.corpus import documents, packed, windows
-from data.distilled import DistillConfig
-from data.machine import check_out
+from data.distilled import HELD_OUT_ROWS
+from data.machine import check_out, pick_device
 from data.packages import optional
 from data.shards import base_digest
 from data.tokenizer import SHIPPED_BASE, AnyTokenizer, load_base
@@ -48,8 +48,9 @@ need = partial(optional, user="bench/bench.py", requirements="bench/requirements
 
 def load(config: Bench, ends: bool = False) -> tuple[AnyTokenizer, GPT, MedusaHeads]:
     """Unless it is asked to, the model never ends a text, so that all texts are equally long."""
-    tokenizer, model = load_base(config.base)
-    heads = MedusaHeads.from_pretrained(config.heads)
+    device, dtype = pick_device(getattr(config, "device", "cpu")), getattr(torch, getattr(config, "dtype", "float32"))
+    tokenizer, model = load_base(config.base, dtype, device)
+    heads = MedusaHeads.from_pretrained(config.heads, dtype, device)
     check_fit(model, heads, ROOT)
     if not getattr(config, "compile", False):
         model.pack()
@@ -66,14 +67,20 @@ def held_out_prompts(tokenizer: AnyTokenizer, n: int, length: int) -> list[list[
 def held_out_turns(config, tokenizer: AnyTokenizer) -> list[list[int]]:
     """The last config.prompts of the user turns that nothing here was trained on; trees were calibrated on the first ones."""
     held_out = turn_prompts(config.turns, config.base, tokenizer, config.prompt_tokens)["validation"]
-    if len(held_out) < DistillConfig.rows + config.prompts:
-        raise ValueError(f"--turns: {len(held_out)} turns are held out, {DistillConfig.rows} to calibrate on and --prompts {config.prompts} are needed")
+    if len(held_out) < HELD_OUT_ROWS + config.prompts:
+        raise ValueError(f"--turns: {len(held_out)} turns are held out, {HELD_OUT_ROWS} to calibrate on and --prompts {config.prompts} are needed")
     return held_out[-config.prompts :]
 
 
 # ---- results ----
 
 NOT_RESULT = ("only", "out")  # settings that decide what is measured when, and where it is written
+
+
+def place(config: Bench) -> str:
+    """The machine, and the accelerator if one is used."""
+    device = pick_device(getattr(config, "device", "") or "cpu")
+    return (f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else "") + machine()
 
 
 def command(name: str, config: Bench) -> str:
@@ -89,7 +96,7 @@ def command(name: str, config: Bench) -> str:
 def started(name: str, config: Bench, again: bool) -> dict:
     """The results so far; raises ValueError, before any work, if they were measured otherwise."""
     path = Path(config.out) / f"{name}.json"
-    about = {"command": command(name, config), "machine": machine(), "weights": [base_digest(config.base), base_digest(config.heads)]}
+    about = {"command": command(name, config), "machine": place(config), "weights": [base_digest(config.base), base_digest(config.heads)]}
     content = read_json(path) if path.exists() and not again else about | {"results": {}}
     for key, value in about.items():
         if content.get(key) != value:

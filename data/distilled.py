@@ -21,6 +21,7 @@ from medusa import Sampling, base_distribution, draw, exponential
 from model import GPT, check_sizes
 
 SHIPPED_ROWS = Path("data/distilled")
+HELD_OUT_ROWS = 256  # at most, of each temperature
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class DistillConfig(Common):
     base: str = option(SHIPPED_BASE, "directory of the base model")
     out: str = option("", "directory to write; default: in the cache, under a name that depends on all settings")
     shards: int = option(12, "files to write, besides the held-out ones; one that exists is kept, so that a stopped run goes on where it was")
-    rows: int = option(256, "rows in a shard, sampled together")
+    rows: int = option(256, f"rows in a shard, sampled together; a held-out one has no more than {HELD_OUT_ROWS}")
     chat: bool = option(False, "the --text files hold a user's turn a line, as data/turns.py writes them: the base answers these, by its chat template")
     prompt_tokens: int = option(32, "tokens of a prompt; with --chat, longer ones are left out")
     new_tokens: int = option(224, "tokens sampled behind each prompt, at most: a row ends with its document")
@@ -128,13 +129,14 @@ def distill(config: DistillConfig) -> Path:
     for number, (side, i, temperature, path) in tqdm(mine, desc="distilling", unit="shard", disable=process > 0):
         keeps = config.states and side == "train"
         if not path.exists() or keeps and not metadata_of(states_path(path)).get("rows", "").startswith(made):
+            rows = config.rows if side == "train" else min(config.rows, HELD_OUT_ROWS)
             if config.chat:
-                prompts = turns_of_shard(sides[side], i, config.rows, max(config.shards, 1) if side == "train" else 1)
+                prompts = turns_of_shard(sides[side], i, rows, max(config.shards, 1) if side == "train" else 1)
             else:
-                prompts = windows(sides[side], config.rows, config.prompt_tokens, seeded(config.seed, i)).tolist()
+                prompts = windows(sides[side], rows, config.prompt_tokens, seeded(config.seed, i)).tolist()
             sampling = Sampling(temperature, top_p=config.top_p if side == "train" else 1.0)
             length, generator = config.prompt_tokens + config.new_tokens, seeded(config.seed, number, device=device)
-            states = torch.zeros(config.rows, length - 1, model.config.hidden_size, dtype=torch.float16, device=device) if keeps else None
+            states = torch.zeros(rows, length - 1, model.config.hidden_size, dtype=torch.float16, device=device) if keeps else None
             tokens, carries = sample_rows(model, prompts, length, sampling, generator, states)
             if states is not None:
                 write_states(path, states, tokens, carries, made)

@@ -54,12 +54,12 @@ class KeptStates:
             ends = sizes.cumsum(0)
             known.append(prefixes(tokens))
             self.places += [(states, *place) for place in zip((ends - sizes).tolist(), ends.tolist())]
-        self.prefixes = torch.cat(known)  # (R, T), R rows of all shards
+        self.prefixes = torch.cat(known).mT.contiguous()  # (T, R), R rows of all shards
 
     def __call__(self, tokens: Tensor) -> Tensor:
         T, hidden = tokens.shape[1], []
         for prefix in prefixes(tokens.cpu())[:, -1]:
-            states, start, end = self.places[int((self.prefixes[:, T - 1] == prefix).nonzero()[0])]  # rows that begin alike had the same states
+            states, start, end = self.places[int((self.prefixes[T - 1] == prefix).nonzero()[0])]  # rows that begin alike had the same states
             kept = states[start : min(end, start + T)]
             hidden.append(F.pad(kept, (0, 0, 0, T - len(kept))))
         return torch.stack(hidden).to(self.lm_head.weight)

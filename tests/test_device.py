@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from data.calibration import calibrate
+from data.difference import first_difference, gap_at
 from data.distilled import sample_rows
 from data.perplexity import perplexity
-from medusa import MedusaConfig, MedusaHeads, Sampling, generate, medusa_generate
+from medusa import MedusaConfig, MedusaHeads, Plan, Sampling, generate, medusa_generate
 from model import GPT, ModelConfig
 from strategies import random_gpt, random_heads, rng
 from train import backpropagate
@@ -20,11 +21,11 @@ TREE = cartesian_tree((3, 2))
 RULES = [Sampling(), Sampling(0.8), Sampling(0.8, top_k=3, top_p=0.9), Sampling(0.8, typical=True, epsilon=0.2)]
 
 
-def texts(model: GPT, heads: MedusaHeads, sampling: Sampling) -> list[list[int]]:
-    """What a tree and plain decoding write behind one prompt, from one seed."""
+def texts(model: GPT, heads: MedusaHeads, sampling: Sampling, n: int = 16) -> list[list[int]]:
+    """What a tree and plain decoding write behind one prompt, from one seed: n tokens."""
     device = model.lm_head.weight.device
     ways = (medusa_generate, (heads, TREE)), (generate, ())
-    return [[t for step in way(model, *guessing, [1, 2, 3], 16, sampling, torch.Generator(device).manual_seed(0)) for t in step] for way, guessing in ways]
+    return [[t for step in way(model, *guessing, [1, 2, 3], n, sampling, torch.Generator(device).manual_seed(0)) for t in step] for way, guessing in ways]
 
 
 @pytest.fixture
@@ -107,12 +108,21 @@ ELSEWHERE = [
 
 @pytest.mark.parametrize("device", ELSEWHERE)
 @pytest.mark.parametrize("sampling", RULES[:3], ids=str)
-def test_a_tree_writes_the_plain_text_on_an_accelerator(device, sampling):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_tree_writes_the_plain_text_on_an_accelerator(dtype, device, sampling):
+    """Long enough for masks of all sizes modulo 16. In half precision the two may part at a near-tie."""
     torch.manual_seed(0)
-    model = GPT(ModelConfig(64, 32, 48, 2, 4, 2, 64, eos_token_id=None)).to(device)
-    heads = MedusaHeads(MedusaConfig(32, 64, 2)).to(device)
-    tree_text, plain_text = texts(model, heads, sampling)
-    assert tree_text == plain_text
+    model = GPT(ModelConfig(64, 32, 48, 2, 4, 2, 64, eos_token_id=None)).to(device, dtype)
+    heads = MedusaHeads(MedusaConfig(32, 64, 2)).to(device, dtype)
+    tree_text, plain_text = texts(model, heads, sampling, 50)
+    at = first_difference(tree_text, plain_text)
+    assert len(tree_text) == 50 and (at is None or dtype != torch.float32 and gap_at(model, [1, 2, 3], tree_text, plain_text, at, sampling, 0) < 0.05)
+
+
+def test_the_mask_of_a_tree_begins_at_an_aligned_address_whatever_stands_before_it():
+    """CUDA's attention reads 16 bytes at once."""
+    plan = Plan(TREE, 40, torch.empty(0, dtype=torch.bfloat16))
+    assert all(plan.mask(past).is_contiguous() and plan.mask(past).data_ptr() % 16 == 0 for past in range(41))
 
 
 @pytest.mark.parametrize("device", ELSEWHERE)

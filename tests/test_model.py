@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -179,6 +180,28 @@ def test_positions_and_masks_mean_the_same_in_every_form(model, tokens, cached, 
         close(run(mask=form), default)
     mask = (torch.rand(B, nh, T, both, generator=rng(seed)) > 0.5) | torch.eye(T, both).roll(S, 1).bool()
     close(run(mask=mask), run(mask=added(mask)))
+
+
+@torch.no_grad()
+def test_with_a_mask_a_groups_queries_are_rows_of_one_product_on_cuda_and_the_same_comes_out(monkeypatch):
+    """CUDA has a fast kernel for a mask, but not for groups beside it. Here a CPU tensor says that it is on CUDA."""
+    model = GPT(ModelConfig(7, 24, 12, 2, 6, 2, 16, tie_word_embeddings=False)).double()
+    cache, tokens, mask = model.new_cache(8), torch.tensor([[1, 2, 3, 4]]), torch.eye(4, 8).bool() | torch.ones(4, 8).bool().tril(2)
+    model(tokens, cache=cache)
+
+    def shapes_and_hidden() -> tuple[list, torch.Tensor]:
+        cache.length, shapes, attention = 4, [], F.scaled_dot_product_attention
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                F, "scaled_dot_product_attention", lambda q, k, v, rows, **more: shapes.append((q.shape, rows.shape)) or attention(q, k, v, rows, **more)
+            )
+            return shapes, model(tokens, mask=mask, cache=cache)
+
+    expected = shapes_and_hidden()
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    found = shapes_and_hidden()
+    assert expected[0] == [((1, 6, 4, 4), (4, 8))] * 2 and found[0] == [((1, 2, 12, 4), (12, 8))] * 2
+    assert torch.allclose(found[1], expected[1], rtol=0, atol=1e-12)
 
 
 @laws

@@ -434,6 +434,14 @@ def test_the_prompt_stands_first_and_the_text_is_plain_decodings_text(main, flag
     assert "\ntext         identical, token for token\n" in out
 
 
+def test_all_is_compiled_before_the_text_begins(main, compilations, monkeypatch):
+    """The time that a compilation takes is no step's."""
+    before, show = [], sample.Printer.step
+    monkeypatch.setattr(sample.Printer, "step", lambda *args: before.append(compilations.frame_count) or show(*args))
+    out = main("--compile", "--max-new-tokens", "20")
+    assert "identical" in out and before[0] == compilations.frame_count > 0
+
+
 def tampered(monkeypatch, at: int) -> None:
     """Plain decoding says something else at its token `at`, counted from 0."""
     plain_generate = sample.plain_generate

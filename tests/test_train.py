@@ -721,6 +721,12 @@ def test_rows_of_a_base_without_eos_never_end():
     assert carries.tolist() == [[False] + [True] * 5] * 2
 
 
+def test_of_held_out_rows_there_are_no_more_than_calibration_needs(base, text, monkeypatch):
+    monkeypatch.setattr(data.distilled, "HELD_OUT_ROWS", 2)
+    rows = {path.name: len(read_safetensors(path)["loss"]) for path in distill(distilling(base, text, shards=1)).iterdir()}
+    assert rows == {"train-00000.safetensors": 5} | {f"validation-{t}.safetensors": 2 for t in CALIBRATION_TEMPERATURES}
+
+
 def test_distilled_rows_are_windows_of_their_side_and_what_the_base_writes_behind_them(base, text):
     directory = distill(distilling(base, text, seed=2))
     tokenizer, model = load_base(base)
