@@ -59,9 +59,9 @@ def turn_prompts(paths: list[str], directory, tokenizer: AnyTokenizer, most: int
         try:
             turns = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
         except (OSError, ValueError) as error:
-            raise ValueError(f"--text {path}: cannot be read as one JSON string a line: {error}") from None
+            raise ValueError(f"{path}: cannot be read as one JSON string a line: {error}") from None
         if not all(isinstance(turn, str) for turn in turns):
-            raise ValueError(f"--text {path}: must hold one JSON string a line")
+            raise ValueError(f"{path}: must hold one JSON string a line")
         for turn in turns:
             prompt = chat_prompt(directory, tokenizer, [{"role": "user", "content": turn}])
             if len(prompt) <= most:

@@ -7,7 +7,6 @@ in half precision, marked with what the shard is marked with and a digest of its
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -57,9 +56,11 @@ class KeptStates:
         self.prefixes = torch.cat(known).mT.contiguous()  # (T, R), R rows of all shards
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        T, hidden = tokens.shape[1], []
-        for prefix in prefixes(tokens.cpu())[:, -1]:
-            states, start, end = self.places[int((self.prefixes[T - 1] == prefix).nonzero()[0])]  # rows that begin alike had the same states
+        B, T = tokens.shape
+        same = self.prefixes[T - 1] == prefixes(tokens.cpu())[:, -1:]  # (B, R); rows that begin alike had the same states
+        hidden = torch.zeros(B, T, self.lm_head.weight.shape[1], dtype=torch.float16)
+        for row, found in zip(hidden, same):
+            states, start, end = self.places[int(found.nonzero()[0])]
             kept = states[start : min(end, start + T)]
-            hidden.append(F.pad(kept, (0, 0, 0, T - len(kept))))
-        return torch.stack(hidden).to(self.lm_head.weight)
+            row[: len(kept)] = kept
+        return hidden.to(self.lm_head.weight)
