@@ -417,8 +417,8 @@ class Plan:
         self.bias[:, capacity:].masked_fill_(~tree.mask.to(like.device), -math.inf)
 
     def mask(self, past: int) -> Tensor:
-        """(N, past + N): the whole past, then the ancestors. A copy, since attention on CUDA asks for rows that begin at aligned addresses."""
-        return self.bias[:, self.capacity - past :].contiguous()
+        """(N, past + N): the whole past, then the ancestors. A copy, since attention on CUDA asks for numbers that begin at an aligned address."""
+        return self.bias[:, self.capacity - past :].clone(memory_format=torch.contiguous_format)
 
 
 def favour(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Tensor:

@@ -149,7 +149,7 @@ class Attention(nn.Module):
         group = self.nh // self.nkv
         if T == 1 and mask is None or group > 1 and q.is_cuda and mask is not None and mask.dim() == 2:
             # a group's queries as rows of one product: its keys and values are read once, and CUDA has a kernel for it
-            rows = mask if mask is None else mask.repeat(group, 1)  # (group * T, S + T)
+            rows = mask if mask is None else mask.expand(T, -1).repeat(group, 1)  # (group * T, S + T)
             y = F.scaled_dot_product_attention(q.reshape(B, self.nkv, -1, self.hs), k, v, rows).reshape(q.shape)
         else:
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=group > 1)  # (B, nh, T, hs)

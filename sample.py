@@ -240,10 +240,11 @@ def main() -> None:
         check_fit(model, heads, tree)
     except ValueError as error:
         raise ValueError(f"--tree {config.tree}: {error}") from None
-    if config.compile:  # what is compiled at its first use is compiled now, and nothing later: Compiled looks into this set
+    if config.compile:  # the steps of both ways are compiled now, and no others: Compiled looks into this set
         sizes.clear()
         sizes.update({1, len(tree)})
-        step_costs(model, heads, lambda _: tree, prompt, sampling, [len(tree)], rounds=1, steps=1)
+        for way in (decode(medusa_generate, heads, tree), decode(plain_generate)):
+            timed_run(islice(way, 3))
     if config.trace:
         trace = Trace(tokenizer, heads, prompt, model.config.ends)
     ours = stream(decode(medusa_generate, heads, tree, accept=trace.accept if trace else accept))

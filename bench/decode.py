@@ -7,7 +7,7 @@ that a drift of the machine hits all alike. The clock starts behind the first st
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import zip_longest
 
@@ -96,7 +96,7 @@ def product_tree(rank_paths: Sequence[Sequence[int]], n_nodes: int) -> Tree:
 
 def step_starts(config: DecodeConfig, temperature: float) -> list[tuple[int, ...]]:
     """The rank paths behind calibration.json: of the base's own text, where steps start."""
-    _, model, heads = load(config)
+    _, model, heads = load(replace(config, dtype="float32"))  # of half precision the ranks would be ties
     shards = distilled_rows(Medusa1Config(base=config.base, distilled=config.distilled))
     rows = [part.to(heads.weight.device) for part in held_out_rows(shards, model.config.vocab_size, heads.config.num_heads)[str(temperature)]]
     texts = [paths_of(ranks, heads.config.truncated_vocab_size) for ranks in head_ranks(model, heads, *rows, Sampling(temperature))]

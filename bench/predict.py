@@ -22,13 +22,14 @@ from data.command import option
 from data.compiled import Compiled
 from data.machine import pick_device
 from medusa import MedusaConfig, MedusaHeads, Sampling
-from model import GPT, ModelConfig, check_sizes, read_config, read_json
+from model import GPT, ModelConfig, check_sizes, read_config, read_json, rotary_table
 from sample import step_costs
 from tree import calibrated_tree, choose_size, expected_tokens
 
 SEVEN_B = ModelConfig(32000, 4096, 11008, 32, 32, 32, 4096, tie_word_embeddings=False)  # Llama 2's shape
 SHOWN = (2, 4, 8, 16, 32, 64, 128, 256)
 WIDTHS = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}  # bytes of a weight that can be timed
+TIMED_TOKENS = 40  # of step_costs, five steps
 TIMED_COMPILED = (16, 64)  # each is compiled for itself
 
 
@@ -111,15 +112,19 @@ def predict_here(config: PredictConfig) -> dict:
 def measured_seconds(config: PredictConfig, shape: ModelConfig, heads_shape: MedusaConfig) -> dict[str, dict[int, float]]:
     """{way: {N: seconds of a step}}, N = 1 being plain decoding; eager and compiled. Weights are random: what a step costs depends on the shapes alone."""
     counts, _ = read_calibration(config.heads, 0.0)
-    with pick_device(config.device):
-        model = GPT(shape).to(WIDTHS[config.width]).eval()
-        heads = MedusaHeads(heads_shape).to(WIDTHS[config.width]).eval()
+    device, dtype = pick_device(config.device), WIDTHS[config.width]
+    with torch.device("meta"):  # a large model has no room to stand in float32 first
+        parts = GPT(shape), MedusaHeads(heads_shape)
+    model, heads = (part.to(dtype).to_empty(device=device).eval() for part in parts)
+    for weights in (*model.parameters(), *heads.parameters()):
+        weights.normal_(std=0.02)
+    model.rotary = rotary_table(shape).to(device, dtype)
     prompt = torch.randint(shape.vocab_size, (config.context,), generator=torch.Generator().manual_seed(0)).tolist()
 
-    def timed(model, sizes) -> dict[int, float]:
-        return step_costs(model, heads, lambda n: calibrated_tree(counts, n), prompt, Sampling(), sizes)
+    def timed(model, sizes: tuple[int, ...]) -> dict[int, float]:
+        return step_costs(model, heads, lambda n: calibrated_tree(counts, n), prompt, Sampling(), [n for n in sizes if n <= len(counts)])
 
-    found = {"eager": timed(model, [n for n in SHOWN if n <= len(counts)])}
+    found = {"eager": timed(model, SHOWN)}
     heads.compile(fullgraph=True, dynamic=False)
     return found | {"compiled": timed(Compiled(model, {1, *TIMED_COMPILED}), TIMED_COMPILED)}
 
@@ -127,6 +132,8 @@ def measured_seconds(config: PredictConfig, shape: ModelConfig, heads_shape: Med
 def predict_device(config: PredictConfig) -> dict:
     """The heads have the shape of --heads, at the width of the model; they are taken to be right as often as those."""
     model = read_config(Path(config.model) / "config.json") if config.model else SEVEN_B
+    if config.device and config.context > (room := model.max_position_embeddings - TIMED_TOKENS):
+        raise ValueError(f"--context {config.context}: with --device at most {room}, so that {TIMED_TOKENS} tokens can be decoded behind it")
     shape = read_json(Path(config.heads) / "config.json")
     guessed = shape.get("truncated_vocab_size", 0) % shape["vocab_size"]  # 0: all
     sizes = shape["num_heads"], shape["num_hidden_layers"], shape["original_lm_head"], min(guessed, model.vocab_size)

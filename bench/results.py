@@ -80,7 +80,7 @@ NOT_RESULT = ("only", "out")  # settings that decide what is measured when, and 
 def place(config: Bench) -> str:
     """The machine, and the accelerator if one is used."""
     device = pick_device(getattr(config, "device", "") or "cpu")
-    return (f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else "") + machine()
+    return {"cpu": "", "cuda": f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""}.get(device.type, f"{device.type}, ") + machine()
 
 
 def command(name: str, config: Bench) -> str:

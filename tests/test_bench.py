@@ -522,21 +522,25 @@ def test_every_subcommand_measures_and_predict_reads_what_they_wrote(small, call
         assert all(0 < row["share of a young process"] < 100 for row in section["tenths"])
 
 
-def test_steps_of_a_model_with_random_weights_stand_beside_the_prediction(small, call, tmp_path, monkeypatch):
+def test_steps_of_a_model_with_random_weights_stand_beside_the_prediction(small, call, refused, tmp_path, monkeypatch):
     timed = []
 
     def step_costs(model, heads, tree_of, prompt, sampling, sizes):
-        timed.append((type(model), model.lm_head.weight.dtype, heads.weight.dtype, len(prompt), [len(tree_of(n)) for n in sizes]))
-        return {1: 2.0} | {n: 2.0 + n for n in sizes}
+        timed.append((type(model), model.lm_head.weight.dtype, heads.weight.dtype, len(prompt)))
+        assert heads.weight.std() > 0 and model(torch.tensor([prompt])).isfinite().all()
+        return {1: 2.0} | {len(tree_of(n)): 2.0 + n for n in sizes}
 
     monkeypatch.setattr(predict, "step_costs", step_costs)
-    flags = ["--only", "device", "--device", "cpu", "--width", "8", "--context", "7", "--model", small[1]]
-    code, out, err = call("predict", *small, *flags)
+    monkeypatch.setattr(predict, "TIMED_COMPILED", (6, 64))
+    monkeypatch.setattr(predict, "TIMED_TOKENS", 20)
+    flags = ["--only", "device", "--device", "cpu", "--width", "8", "--model", small[1]]
+    refused("--context 21: with --device at most 20, so that 20 tokens", "predict", *small, *flags, "--context", "21")
+    code, out, err = call("predict", *small, *flags, "--context", "7")
     assert code == 0, err
-    assert timed == [(GPT, torch.float64, torch.float64, 7, [2, 4]), (Compiled, torch.float64, torch.float64, 7, [6, 6])]
+    assert timed == [(GPT, torch.float64, torch.float64, 7), (Compiled, torch.float64, torch.float64, 7)]
     device = json.loads((tmp_path / "out/predict.json").read_text())["results"]["device"]
-    assert device["measured"] == {"eager": {"1": 2.0, "2": 4.0, "4": 6.0}, "compiled": {"1": 2.0, "16": 18.0, "64": 66.0}}
-    assert "| compiled | 64 | 66000.00 | 33.000 |  |" in out and f"| eager | 1 | 2000.00 |  | {2 * device['plain tokens/s']:.2f} |" in out
+    assert device["measured"] == {"eager": {"1": 2.0, "2": 4.0, "4": 6.0}, "compiled": {"1": 2.0, "6": 8.0}}, "the table holds no tree of more"
+    assert "| compiled | 6 | 8000.00 | 4.000 |  |" in out and f"| eager | 1 | 2000.00 |  | {2 * device['plain tokens/s']:.2f} |" in out
 
 
 def test_what_age_costs_is_measured_against_a_process_of_each_tenth(monkeypatch, tmp_path):

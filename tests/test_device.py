@@ -11,7 +11,7 @@ from data.calibration import calibrate
 from data.difference import first_difference, gap_at
 from data.distilled import sample_rows
 from data.perplexity import perplexity
-from medusa import MedusaConfig, MedusaHeads, Plan, Sampling, generate, medusa_generate
+from medusa import ROOT, MedusaConfig, MedusaHeads, Plan, Sampling, generate, medusa_generate
 from model import GPT, ModelConfig
 from strategies import random_gpt, random_heads, rng
 from train import backpropagate
@@ -109,20 +109,23 @@ ELSEWHERE = [
 @pytest.mark.parametrize("device", ELSEWHERE)
 @pytest.mark.parametrize("sampling", RULES[:3], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_tree_writes_the_plain_text_on_an_accelerator(dtype, device, sampling):
-    """Long enough for masks of all sizes modulo 16. In half precision the two may part at a near-tie."""
+@pytest.mark.parametrize("kv_heads, n", [(2, 50), (4, 51), (4, 44)])
+def test_a_tree_writes_the_plain_text_on_an_accelerator(kv_heads, n, dtype, device, sampling):
+    """With groups and without; and such lengths that rows of the mask of a tree, or of a last step of one node, are a multiple of 16 apart. In half
+    precision the two texts may part at a near-tie."""
     torch.manual_seed(0)
-    model = GPT(ModelConfig(64, 32, 48, 2, 4, 2, 64, eos_token_id=None)).to(device, dtype)
+    model = GPT(ModelConfig(64, 32, 48, 2, 4, kv_heads, 64, eos_token_id=None)).to(device, dtype)
     heads = MedusaHeads(MedusaConfig(32, 64, 2)).to(device, dtype)
-    tree_text, plain_text = texts(model, heads, sampling, 50)
+    tree_text, plain_text = texts(model, heads, sampling, n)
     at = first_difference(tree_text, plain_text)
-    assert len(tree_text) == 50 and (at is None or dtype != torch.float32 and gap_at(model, [1, 2, 3], tree_text, plain_text, at, sampling, 0) < 0.05)
+    assert len(tree_text) == n and (at is None or dtype != torch.float32 and gap_at(model, [1, 2, 3], tree_text, plain_text, at, sampling, 0) < 0.05)
 
 
 def test_the_mask_of_a_tree_begins_at_an_aligned_address_whatever_stands_before_it():
     """CUDA's attention reads 16 bytes at once."""
-    plan = Plan(TREE, 40, torch.empty(0, dtype=torch.bfloat16))
-    assert all(plan.mask(past).is_contiguous() and plan.mask(past).data_ptr() % 16 == 0 for past in range(41))
+    for tree in (ROOT, TREE):
+        plan = Plan(tree, 40, torch.empty(0, dtype=torch.bfloat16))
+        assert all(plan.mask(past).is_contiguous() and plan.mask(past).data_ptr() % 16 == 0 for past in range(41))
 
 
 @pytest.mark.parametrize("device", ELSEWHERE)

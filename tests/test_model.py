@@ -183,10 +183,15 @@ def test_positions_and_masks_mean_the_same_in_every_form(model, tokens, cached, 
 
 
 @torch.no_grad()
-def test_with_a_mask_a_groups_queries_are_rows_of_one_product_on_cuda_and_the_same_comes_out(monkeypatch):
+@pytest.mark.parametrize("B", [1, 2])
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("added_up", [False, True])
+def test_with_a_mask_a_groups_queries_are_rows_of_one_product_on_cuda_and_the_same_comes_out(B, rows, added_up, monkeypatch):
     """CUDA has a fast kernel for a mask, but not for groups beside it. Here a CPU tensor says that it is on CUDA."""
     model = GPT(ModelConfig(7, 24, 12, 2, 6, 2, 16, tie_word_embeddings=False)).double()
-    cache, tokens, mask = model.new_cache(8), torch.tensor([[1, 2, 3, 4]]), torch.eye(4, 8).bool() | torch.ones(4, 8).bool().tril(2)
+    cache, tokens = model.new_cache(8, B), torch.tensor([[1, 2, 3, 4], [5, 6, 1, 2]])[:B]
+    mask = (torch.eye(4, 8).bool() | torch.ones(4, 8).bool().tril(2))[-rows:]  # one row stands for all
+    mask = added(mask) if added_up else mask
     model(tokens, cache=cache)
 
     def shapes_and_hidden() -> tuple[list, torch.Tensor]:
@@ -200,7 +205,7 @@ def test_with_a_mask_a_groups_queries_are_rows_of_one_product_on_cuda_and_the_sa
     expected = shapes_and_hidden()
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     found = shapes_and_hidden()
-    assert expected[0] == [((1, 6, 4, 4), (4, 8))] * 2 and found[0] == [((1, 2, 12, 4), (12, 8))] * 2
+    assert expected[0] == [((B, 6, 4, 4), (rows, 8))] * 2 and found[0] == [((B, 2, 12, 4), (12, 8))] * 2
     assert torch.allclose(found[1], expected[1], rtol=0, atol=1e-12)
 
 
