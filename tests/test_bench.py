@@ -255,6 +255,8 @@ def test_every_way_comes_as_often_and_none_always_first():
 
 def test_the_peers_clock_counts_behind_its_first_step():
     class Peer:
+        device = "cpu"
+
         def generate(self, tokens, attention_mask, max_new_tokens, streamer, do_sample, prompt_lookup_num_tokens):
             assert (max_new_tokens, do_sample, prompt_lookup_num_tokens) == (6, False, 3)
             for part in (tokens, torch.tensor([5, 6]), torch.tensor([7]), torch.tensor([8, 9, 10])):
@@ -572,7 +574,7 @@ def test_what_age_costs_is_measured_against_a_process_of_each_tenth(monkeypatch,
 
 def test_held_out_turns_are_the_last_ones_and_must_be_enough(monkeypatch):
     asked = []
-    monkeypatch.setattr(results.DistillConfig, "rows", 1)
+    monkeypatch.setattr(results, "HELD_OUT_ROWS", 1)
     monkeypatch.setattr(results, "turn_prompts", lambda *args: asked.append(args) or {"validation": [[1], [2], [3], [4]], "train": [[5]]})
     assert results.held_out_turns(decode.DecodeConfig(base="b", turns=["t"], prompts=3, prompt_tokens=9), None) == [[2], [3], [4]]
     with pytest.raises(ValueError, match="4 turns are held out, 1 to calibrate on and --prompts 4"):
