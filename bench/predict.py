@@ -3,8 +3,8 @@
     speed-up(N) = expected tokens per step of the best tree of N nodes  x  time of a plain step / c(N)
 
 The tokens come from the acceptance table (calibration.json); c(N) was measured ("here"), or follows from bandwidth and FLOP rate
-("device"; see roofline.py). "here" is held against the speed-ups that `decode` measured; with --device, "device" against steps of a model of that shape with random
-weights, whose cost is that of trained ones.
+("device"; see roofline.py). "here" is held against the speed-ups that `decode` measured; with --device, "device" against steps of a
+model of that shape with random weights, whose cost is that of trained ones.
 """
 
 from collections import Counter

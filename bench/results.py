@@ -80,7 +80,8 @@ NOT_RESULT = ("only", "out")  # settings that decide what is measured when, and 
 def place(config: Bench) -> str:
     """The machine, and the accelerator if one is used."""
     device = pick_device(getattr(config, "device", "") or "cpu")
-    return {"cpu": "", "cuda": f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""}.get(device.type, f"{device.type}, ") + machine()
+    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return machine() if device.type == "cpu" else f"{accelerator}, {machine()}"
 
 
 def command(name: str, config: Bench) -> str:
