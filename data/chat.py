@@ -2,7 +2,7 @@
 
 import json
 from datetime import datetime
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 from data.corpus import is_validation
@@ -36,18 +36,22 @@ def chat_prompt(directory, tokenizer: AnyTokenizer, turns: list[dict[str, str]])
 def chat_text(directory, turns: list[dict[str, str]]) -> str:
     """Raises ValueError for a template that is missing, broken or objects."""
     template = read_template(directory)
-    jinja2, sandbox = (optional(name, f"the chat template of {directory}") for name in ("jinja2", "jinja2.sandbox"))
+    modules = [optional(name, f"the chat template of {directory}") for name in ("jinja2", "jinja2.sandbox")]
+    try:
+        return compiled(template, *modules).render(messages=turns, add_generation_prompt=True, **special_tokens(directory))
+    except Exception as error:  # whatever a template raises is its own fault
+        raise ValueError(f"the chat template of {directory} fails: {type(error).__name__}: {error}") from None
 
+
+@lru_cache(maxsize=1)  # a file of turns asks for one template again and again
+def compiled(template: str, jinja2, sandbox):
     def objection(message: str):
         raise jinja2.TemplateError(message)
 
     environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals |= {"raise_exception": objection, "strftime_now": lambda form: datetime.now().strftime(form)}
-    try:
-        return environment.from_string(template).render(messages=turns, add_generation_prompt=True, **special_tokens(directory))
-    except Exception as error:  # whatever a template raises is its own fault
-        raise ValueError(f"the chat template of {directory} fails: {type(error).__name__}: {error}") from None
+    return environment.from_string(template)
 
 
 def turn_prompts(paths: list[str], directory, tokenizer: AnyTokenizer, most: int) -> dict[str, list[list[int]]]:

@@ -23,14 +23,16 @@ PACKAGE = "chatterbot-corpus==1.3.3"
 TASKS = {  # alternatives, "|" between them; {name} stands for one of GRAMMAR's
     "explain": """Explain {topic} to {reader}. | What is {topic}? Answer {how}. | What makes {topic} important for {reader}? | Give me {few} facts about {topic}. |
         What do people often get wrong about {topic}? | Compare {topic} and {topic}. | How can {topic} change {topic}? | What should {reader} know about {topic}?""",
-    "list": "List {few} {things}. | What are some {things} for {reader}? | Give me {few} {things}, {how}. | I need {things}. Can you suggest {few}?",
+    "list": """List {few} {things}. | What are some {things} for {reader}? | Give me {few} {things}, {how}. | I need {things}. Can you suggest {few}? |
+        List {few} {things} for {reader}, {how}. | {person} asks for {things}. Suggest {few}, {how}.""",
     "write": """Write a short poem about {topic} for {reader}. | Write an email to {reader} about {topic}. | Tell me a story about {person} and {topic} in {few} sentences. |
         Write a paragraph about {topic} for {reader}. | Write a letter from {person} to {person} about {matter}. | Write a slogan for a new {product}. |
         Describe {place} in {few} sentences. | Write a dialogue between {person} and {person} about {matter}.""",
     "rewrite": """Rewrite this {style}: {sentence} | Can you say this {style}? "{sentence}" | Make this sound better: {sentence} {sentence} |
         Correct the mistakes: {broken} | Translate into {tongue}: {sentence} | Turn this into a question: {sentence}""",
     "code": """Write a {code} function that {does}. | How do I write {code} code that {does}? Explain it {how}. | Show me an example in {code}: something that {does}. |
-        Write a test for a {code} function that {does}. | What is a fast way in {code} to write something that {does}?""",
+        Write a test for a {code} function that {does}. | What is a fast way in {code} to write something that {does}? |
+        Write a {code} program that {does} and then {does}. | Explain to {reader} a {code} function that {does}.""",
     "arithmetic": """What is {number} + {number}? | What is {number} times {few}? Show your work. | If I have {number} euros and spend {small}, how much is left? |
         {person} reads {small} pages a day. How many days does a book of {number} pages take? | A {product} costs {number} euros and gets {few} euros cheaper. What is the new price? |
         {person} has {small} {fruit} and gives {few} of them to {person}. How many are left? | What is {number} minus {small}? Explain each step.""",
