@@ -176,8 +176,9 @@ def ways_of(config: DecodeConfig, model: GPT, heads: MedusaHeads, sampling: Samp
 
 def in_turn(ways: dict[str, Way], prompts: list[list[int]], rounds: int, about: str) -> dict[str, list[list[Timing]]]:
     """{way: for each round the timing of each prompt}; the number of a prompt is its seed."""
-    for way in ways.values():  # what is laid out at first use is laid out now
-        way(prompts[0], 0)
+    for way in ways.values():  # what is laid out at first use is laid out now, for short texts and for long ones
+        for prompt in (min(prompts, key=len), max(prompts, key=len)):
+            way(prompt, 0)
     names, timings = list(ways), {name: [[] for _ in range(rounds)] for name in ways}
     for turn in tqdm(range(rounds * len(prompts)), desc=about, unit="prompt"):
         round_, seed = divmod(turn, len(prompts))
@@ -233,8 +234,9 @@ def measure_rule(config: DecodeConfig, name: str) -> dict:
         heads.compile(fullgraph=True, dynamic=False)
     prompts = held_out_turns(config, tokenizer) if config.turns else held_out_prompts(tokenizer, config.prompts, config.prompt_tokens)
     trees = trees_of(config, model, heads, sampling, prompts[0])
-    if config.compile:
-        model.sizes |= {len(tree) for tree in trees.values()}
+    if config.compile:  # the steps of the ways, and no others: a cut tree is not worth a compilation, nor may one be timed
+        model.sizes.clear()
+        model.sizes.update((1, *map(len, trees.values()), *([16] if "dynamic-16" in config.chosen else [])))
     timings = in_turn(ways_of(config, model, heads, sampling, trees), prompts, config.rounds, name)
     rows = {}
     for way, mine in timings.items():

@@ -45,6 +45,7 @@ class PredictConfig(Bench):
     context: int = option(512, "tokens in the cache")
     model: str = option("", "directory of a config.json of the Llama family; default: a 7B model of Llama 2's shape")
     device: str = option("", "cpu, cuda or mps: time the steps of such a model there too, with random weights")
+    compile: bool = option(False, "with --device: time steps compiled with torch.compile as well")
 
     def __post_init__(self):
         check_sizes(self, ["width", "context"])
@@ -95,6 +96,9 @@ def compare_rule(config: PredictConfig, rule: str, steps: dict, decoded: dict) -
 
 def predict_here(config: PredictConfig) -> dict:
     costs, decoded = (read_results(getattr(config, name), name) for name in ("cost", "decode"))
+    machines = [read_json(Path(path)).get("machine") for path in (config.cost, config.decode)]
+    if machines[0] != machines[1]:
+        raise ValueError(f"{config.cost} is of {machines[0]}, {config.decode} of {machines[1]}: measure both on one machine and device")
     try:
         both = [name for name in RULES if name in costs and any(way.startswith("calibrated") for way in decoded.get(name, {"ways": ()})["ways"])]
         rules = {rule: compare_rule(config, rule, costs[rule]["steps"], decoded[rule]) for rule in both}
@@ -110,7 +114,7 @@ def predict_here(config: PredictConfig) -> dict:
 
 @torch.inference_mode()
 def measured_seconds(config: PredictConfig, shape: ModelConfig, heads_shape: MedusaConfig) -> dict[str, dict[int, float]]:
-    """{way: {N: seconds of a step}}, N = 1 being plain decoding; eager and compiled. Weights are random: what a step costs depends on the shapes alone."""
+    """{way: {N: seconds of a step}}, N = 1 being plain decoding; eager, and compiled if asked for. Weights are random: what a step costs depends on the shapes alone."""
     counts, _ = read_calibration(config.heads, 0.0)
     device, dtype = pick_device(config.device), WIDTHS[config.width]
     with torch.device("meta"):  # a large model has no room to stand in float32 first
@@ -118,6 +122,10 @@ def measured_seconds(config: PredictConfig, shape: ModelConfig, heads_shape: Med
     model, heads = (part.to(dtype).to_empty(device=device).eval() for part in parts)
     for weights in (*model.parameters(), *heads.parameters()):
         weights.normal_(std=0.02)
+    if shape.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    if heads.token_map is not None:
+        torch.arange(len(heads.token_map), out=heads.token_map)
     model.rotary = rotary_table(shape).to(device, dtype)
     prompt = torch.randint(shape.vocab_size, (config.context,), generator=torch.Generator().manual_seed(0)).tolist()
 
@@ -125,6 +133,8 @@ def measured_seconds(config: PredictConfig, shape: ModelConfig, heads_shape: Med
         return step_costs(model, heads, lambda n: calibrated_tree(counts, n), prompt, Sampling(), [n for n in sizes if n <= len(counts)])
 
     found = {"eager": timed(model, SHOWN)}
+    if not config.compile:
+        return found
     heads.compile(fullgraph=True, dynamic=False)
     return found | {"compiled": timed(Compiled(model, {1, *TIMED_COMPILED}), TIMED_COMPILED)}
 

@@ -26,15 +26,15 @@ class Device:
 def matrices(config: ModelConfig) -> int:
     """Numbers in the matrices that every token is multiplied with, the LM head among them."""
     D, hs = config.hidden_size, config.head_size
-    attention = D * (config.num_attention_heads + 2 * config.num_key_value_heads) * hs + D * D
+    attention = D * 2 * (config.num_attention_heads + config.num_key_value_heads) * hs  # queries and output, keys and values
     return config.num_hidden_layers * (attention + 3 * D * config.intermediate_size) + config.vocab_size * D
 
 
 def backbone_work(config: ModelConfig, N: int, S: int, width: int) -> tuple[int, int]:
-    """Bytes and operations of the model over N rows behind S: (matrices + keys and values) once, 2 N matrices + attention's 4 N (S + N) D L."""
-    L, D = config.num_hidden_layers, config.hidden_size
+    """Bytes and operations of the model over N rows behind S: (matrices + keys and values) once, 2 N matrices + attention's 4 N (S + N) L of all heads' widths."""
+    L, width_of_heads = config.num_hidden_layers, config.num_attention_heads * config.head_size
     cached = 2 * L * config.num_key_value_heads * config.head_size * (S + N)
-    return width * (matrices(config) + cached), 2 * N * matrices(config) + 4 * N * (S + N) * D * L
+    return width * (matrices(config) + cached), 2 * N * matrices(config) + 4 * N * (S + N) * width_of_heads * L
 
 
 def heads_work(config: MedusaConfig, width: int) -> tuple[int, int]:

@@ -61,7 +61,7 @@ def turn_prompts(paths: list[str], directory, tokenizer: AnyTokenizer, most: int
     sides = {"validation": [], "train": []}
     for path in paths:
         try:
-            turns = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+            turns = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: cannot be read as one JSON string a line: {error}") from None
         if not all(isinstance(turn, str) for turn in turns):

@@ -22,7 +22,7 @@ from bench.child import in_a_child
 from bench.dynamic import dynamic_generate
 from data.compiled import Compiled
 from medusa import MedusaConfig, Sampling, generate, medusa_generate
-from model import GPT, ModelConfig
+from model import GPT, ModelConfig, read_json, write_json
 from strategies import contents, distribution, laws, next_logits, random_gpt, random_heads, rank_data, rng, text_distribution, write_base
 from tree import calibrated_tree, expected_tokens, prefix_counts
 
@@ -247,10 +247,11 @@ def test_sameness_counts_prompts_and_measures_the_gap():
 
 def test_every_way_comes_as_often_and_none_always_first():
     taken = []
-    ways = {name: lambda prompt, seed, name=name: taken.append((name, seed)) or timing([seed], 1, 1.0) for name in "abc"}
-    timings = decode.in_turn(ways, [[0], [0], [0]], 2, "")
+    ways = {name: lambda prompt, seed, name=name: taken.append((name, len(prompt))) or timing([seed], 1, 1.0) for name in "abc"}
+    timings = decode.in_turn(ways, [[0, 1], [0], [0, 1, 2]], 2, "")
     assert {name: [[t.text[0] for t in round_] for round_ in rounds] for name, rounds in timings.items()} == dict.fromkeys("abc", [[0, 1, 2]] * 2)
-    assert [name for name, _ in taken[3::3]] == list("abcabc")
+    assert taken[:6] == [(name, length) for name in "abc" for length in (1, 3)], "before any is timed, a short and a long text"
+    assert [name for name, *_ in taken[6::3]] == list("abcabc")
 
 
 def test_the_peers_clock_counts_behind_its_first_step():
@@ -530,19 +531,41 @@ def test_steps_of_a_model_with_random_weights_stand_beside_the_prediction(small,
     def step_costs(model, heads, tree_of, prompt, sampling, sizes):
         timed.append((type(model), model.lm_head.weight.dtype, heads.weight.dtype, len(prompt)))
         assert heads.weight.std() > 0 and model(torch.tensor([prompt])).isfinite().all()
+        assert heads.token_map.tolist() == list(range(9)) and model.lm_head.weight is model.embed_tokens.weight
         return {1: 2.0} | {len(tree_of(n)): 2.0 + n for n in sizes}
 
     monkeypatch.setattr(predict, "step_costs", step_costs)
     monkeypatch.setattr(predict, "TIMED_COMPILED", (6, 64))
     monkeypatch.setattr(predict, "TIMED_TOKENS", 20)
+    write_json(tmp_path / "heads/config.json", read_json(tmp_path / "heads/config.json") | {"truncated_vocab_size": 9})
     flags = ["--only", "device", "--device", "cpu", "--width", "8", "--model", small[1]]
     refused("--context 21: with --device at most 20, so that 20 tokens", "predict", *small, *flags, "--context", "21")
-    code, out, err = call("predict", *small, *flags, "--context", "7")
+    assert call("predict", *small, *flags, "--context", "7", "--out", tmp_path / "eager")[0] == 0
+    assert timed.pop()[0] is GPT and not timed, "compiled steps are timed if they are asked for"
+    code, out, err = call("predict", *small, *flags, "--context", "7", "--compile")
     assert code == 0, err
     assert timed == [(GPT, torch.float64, torch.float64, 7), (Compiled, torch.float64, torch.float64, 7)]
     device = json.loads((tmp_path / "out/predict.json").read_text())["results"]["device"]
     assert device["measured"] == {"eager": {"1": 2.0, "2": 4.0, "4": 6.0}, "compiled": {"1": 2.0, "6": 8.0}}, "the table holds no tree of more"
     assert "| compiled | 6 | 8000.00 | 4.000 |  |" in out and f"| eager | 1 | 2000.00 |  | {2 * device['plain tokens/s']:.2f} |" in out
+
+
+def test_steps_on_one_machine_are_not_held_against_speeds_on_another(small, refused, tmp_path):
+    for name, machine in (("cost", "one"), ("decode", "another")):
+        write_json(tmp_path / f"{name}.json", {"machine": machine, "results": {"greedy": {"ways": {}}}})
+    files = ["--cost", tmp_path / "cost.json", "--decode", tmp_path / "decode.json"]
+    refused(f"{tmp_path / 'cost.json'} is of one, {tmp_path / 'decode.json'} of another: measure both on one machine", "predict", *small, *files)
+
+
+def test_what_is_compiled_are_the_steps_of_the_ways_alone(small, call, monkeypatch):
+    made = []
+    monkeypatch.setattr(torch, "compile", lambda work, **_: work)
+    monkeypatch.setattr(decode, "Compiled", lambda model, sizes: made.append(Compiled(model, {*sizes})) or made[-1])
+    flags = ["--only", "greedy", "--device", "cpu", "--rounds", "1", "--compile", "--ways"]
+    for ways, sizes in ((["calibrated-4"], {1, 4}), (["chain", "dynamic-16"], {1, 3, 16})):
+        code, _, err = call("decode", *small, *DECODING, *flags, *ways, "--out", small[-1].with_name(ways[0]))
+        assert code == 0, err
+        assert made[-1].sizes == sizes
 
 
 def test_what_age_costs_is_measured_against_a_process_of_each_tenth(monkeypatch, tmp_path):

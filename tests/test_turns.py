@@ -17,7 +17,7 @@ from data.shards import read_shards
 from data.turns import written_turns
 from strategies import contents, distilling, laws, small_tokenizer
 
-TURNS = [f"what is {n} + {n}?" for n in range(60)] + ["why?"]
+TURNS = [f"what is {n} + {n}?" for n in range(60)] + ["why?", "one\u2028two?"]
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def turns(tmp_path, monkeypatch) -> list[str]:
     """A file of turns, for a chat model whose template adds nothing."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(data.chat, "chat_prompt", lambda directory, tokenizer, turns: tokenizer.opening(turns[0]["content"]))
-    (tmp_path / "turns.jsonl").write_text("".join(json.dumps(turn) + "\n" for turn in TURNS))
+    (tmp_path / "turns.jsonl").write_text("".join(json.dumps(turn, ensure_ascii=False) + "\n" for turn in TURNS) + "\n", encoding="utf-8")
     return [str(tmp_path / "turns.jsonl")]
 
 
