@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import cast
 
 import torch
+from tqdm import tqdm
 
 from data.calibration import read_calibration
 from data.chat import chat_prompt
@@ -36,6 +37,7 @@ from tree import Tree, calibrated_tree, cartesian_tree, choose_size, expected_to
 DEFAULT_PROMPT = 'def quote(s):\n    """Return a quoted copy of the string."""\n    if not s:\n'
 MAX_LEAVES = 1024  # of a tree given by widths
 SIZES = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # trees whose step is timed
+PATIENCE = 3.0  # seconds: where steps are slow, trees are timed once and not five times
 COMPILED_SIZES = (4, 8, 16)  # with --compile, which takes some time for each
 
 
@@ -116,18 +118,20 @@ def step_costs(
 ) -> dict[int, float]:
     """{N: seconds of a whole step over N nodes}, N = 1 being plain decoding.
 
-    All sizes in turn, and each compared with the plain steps of its own round: a slow minute of the machine hits both.
+    All sizes in turn, and each compared with the plain steps of its own round: a slow minute of the machine hits both. No round
+    begins once PATIENCE is spent on steps.
     """
     times = {1: []} | {len(tree_of(size)): [] for size in sizes}
     prompt = prompt[: max(model.config.max_position_embeddings - 8 * steps, 1)]  # room for the timed steps, of several tokens each
     config, model.config = model.config, replace(model.config, eos_token_id=None)  # a text that ends at once would leave nothing to time
     try:
-        for _ in range(rounds):
-            for size in times:
-                arguments = (prompt, 8 * steps, sampling, torch.Generator(model.lm_head.weight.device).manual_seed(0))
-                sequence = plain_generate(model, *arguments) if size == 1 else medusa_generate(model, heads, tree_of(size), *arguments)
-                decoded = timed_run(islice(sequence, steps + 2))
-                times[size].append(decoded.times[1:])  # the first step of a tree lays out its plan
+        for size in tqdm([*times] * rounds, desc="timing trees", unit="tree", delay=1, leave=False, disable=None):
+            if size == 1 and sum(map(sum, chain.from_iterable(times.values()))) > PATIENCE:
+                break
+            arguments = (prompt, 8 * steps, sampling, torch.Generator(model.lm_head.weight.device).manual_seed(0))
+            sequence = plain_generate(model, *arguments) if size == 1 else medusa_generate(model, heads, tree_of(size), *arguments)
+            decoded = timed_run(islice(sequence, steps + 2))
+            times[size].append(decoded.times[1:])  # the first step of a tree lays out its plan
     finally:
         model.config = config
     if not all(run for runs in times.values() for run in runs):

@@ -237,11 +237,24 @@ def test_a_slow_minute_of_the_machine_changes_no_step_cost(monkeypatch):
         slow = 4 if next(turn) > 1.5 * (1 + len(sample.SIZES)) else 1
         return clock.steps([[0]] * 4, [slow * seconds] * 4)
 
+    monkeypatch.setattr(sample, "PATIENCE", math.inf)
     monkeypatch.setattr(sample, "time", clock)
     monkeypatch.setattr(sample, "plain_generate", lambda *_: steps(2.0))
     monkeypatch.setattr(sample, "medusa_generate", lambda *_: steps(3.0))
     costs = sample.step_costs(*small(), lambda n: cartesian_tree([n - 1]), [1], Sampling(), rounds=3)
     assert costs == pytest.approx({1: 2.0} | {n: 3.0 for n in sample.SIZES})
+
+
+@pytest.mark.parametrize("seconds, rounds", [(1.0, 1), (0.1, 2), (0.01, 5)])
+def test_trees_are_timed_in_whole_rounds_until_patience_is_spent(seconds, rounds, monkeypatch):
+    """Three steps are timed of each of eleven sizes: a round takes 33 times as long as a step."""
+    clock, decoded = Clock(), []
+    monkeypatch.setattr(sample, "PATIENCE", 5.0)
+    monkeypatch.setattr(sample, "time", clock)
+    monkeypatch.setattr(sample, "plain_generate", lambda *_: decoded.append(1) or clock.steps([[0]] * 5, [9, 9] + [seconds] * 3))
+    monkeypatch.setattr(sample, "medusa_generate", lambda model, heads, tree, *_: decoded.append(len(tree)) or clock.steps([[0]] * 5, [9, 9] + [seconds] * 3))
+    sample.step_costs(*small(), lambda n: cartesian_tree([n - 1]), [1], Sampling(), steps=3)
+    assert decoded == [1, *sample.SIZES] * rounds
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3])
