@@ -175,7 +175,9 @@ def test_the_best_size_has_the_largest_predicted_speed_up(rows, plain, times):
 
 def test_a_step_is_bound_by_what_it_reads_until_it_is_bound_by_what_it_computes():
     model = ModelConfig(10, 4, 6, 2, 2, 1, 16, tie_word_embeddings=False)
-    assert roofline.matrices(model) == sum(p.numel() for name, p in GPT(model).named_parameters() if p.dim() == 2 and "embed" not in name)
+    for shape in (model, wide := replace(model, head_dim=6)):
+        assert roofline.matrices(shape) == sum(p.numel() for name, p in GPT(shape).named_parameters() if p.dim() == 2 and "embed" not in name)
+    assert roofline.backbone_work(wide, 3, 5, 2)[1] == 2 * 3 * roofline.matrices(wide) + 4 * 3 * 8 * (2 * 6) * 2, "heads of a width of their own"
     matrices = 2 * (4 * 8 + 4 * 4 + 3 * 4 * 6) + 10 * 4
     assert roofline.backbone_work(model, 3, 5, 2) == (2 * (matrices + 2 * 2 * 2 * 8), 2 * 3 * matrices + 4 * 3 * 8 * 4 * 2)
     assert roofline.heads_work(MedusaConfig(4, 10, 3, 2), 2) == (2 * (6 * 16 + 40), 2 * (6 * 16 + 3 * 40))
