@@ -95,10 +95,11 @@ def compare_rule(config: PredictConfig, rule: str, steps: dict, decoded: dict) -
 
 
 def predict_here(config: PredictConfig) -> dict:
-    costs, decoded = (read_results(getattr(config, name), name) for name in ("cost", "decode"))
-    machines = [read_json(Path(path)).get("machine") for path in (config.cost, config.decode)]
-    if machines[0] != machines[1]:
-        raise ValueError(f"{config.cost} is of {machines[0]}, {config.decode} of {machines[1]}: measure both on one machine and device")
+    of_cost, of_decode = (read_results(getattr(config, name), name) for name in ("cost", "decode"))
+    here, there = (content.get("machine") for content in (of_cost, of_decode))
+    if here != there:
+        raise ValueError(f"{config.cost} is of {here}, {config.decode} of {there}: measure both on one machine and device")
+    costs, decoded = of_cost["results"], of_decode["results"]
     try:
         both = [name for name in RULES if name in costs and any(way.startswith("calibrated") for way in decoded.get(name, {"ways": ()})["ways"])]
         rules = {rule: compare_rule(config, rule, costs[rule]["steps"], decoded[rule]) for rule in both}

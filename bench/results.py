@@ -135,13 +135,13 @@ def measure(name: str, config: Bench, sections: dict[str, Callable[[], dict]], t
 
 
 def read_results(path: str, name: str) -> dict:
-    """What another subcommand measured."""
+    """The file of another subcommand."""
     if not Path(path).exists():
         raise ValueError(f"{path} does not exist: python bench/bench.py {name} writes it")
-    results = read_json(Path(path)).get("results")
-    if not isinstance(results, dict):
+    content = read_json(Path(path))
+    if not isinstance(content.get("results"), dict):
         raise ValueError(f"{path} holds no results of python bench/bench.py {name}")
-    return results
+    return content
 
 
 def markdown(header: list[str], rows: list[list]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings, strategies as st
 
 from data import corpus, smollm2
@@ -201,6 +202,11 @@ def test_the_cache_is_below_the_home_directory_unless_told(tmp_path, monkeypatch
 
 
 # ---- SmolLM2 ----
+
+
+def test_rows_that_turn_in_pairs_come_in_halves_head_by_head():
+    rows = torch.tensor([[10 * head + i, 0] for head in range(2) for i in range(6)])  # GGUF turns i = 0 and 1, 2 and 3, 4 and 5
+    assert smollm2.interleaved_to_halves(rows, 2)[:, 0].tolist() == [0, 2, 4, 1, 3, 5, 10, 12, 14, 11, 13, 15]
 
 
 def test_the_shipped_heads_of_smollm2_are_whole_and_small():
