@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Path = tuple[int, ...]  # the ranks from the root down to a node; () is the root
+Ranks = tuple[int, ...]  # the ranks from the root down to a node; () is the root
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,22 @@ class Tree:
 
     def __post_init__(self):
         if len(self.parents) != len(self.ranks) or not self.parents:
-            raise ValueError(f"a tree needs as many parents as ranks, and at least the root: got {len(self.parents)} and {len(self.ranks)}")
+            raise ValueError(
+                f"a tree needs as many parents as ranks, and at least the root: got {len(self.parents)} and {len(self.ranks)}"
+            )
         if self.parents[0] != -1 or self.ranks[0] != -1:
-            raise ValueError(f"node 0 must be the root, with parent -1 and rank -1: got {self.parents[0]} and {self.ranks[0]}")
+            raise ValueError(
+                f"node 0 must be the root, with parent -1 and rank -1: got {self.parents[0]} and {self.ranks[0]}"
+            )
         for node, parent in enumerate(self.parents[1:], start=1):
             if not 0 <= parent < node:
                 raise ValueError(f"node {node}: its parent {parent} must come before it")
         for node, rank in enumerate(self.ranks[1:], start=1):
             if rank < 0:
                 raise ValueError(f"path {list(self.paths[node])}: negative rank")
-        if len(set(zip(self.parents, self.ranks))) < len(self):  # a path stands twice where siblings have the same rank
+        if len(set(zip(self.parents, self.ranks))) < len(
+            self
+        ):  # a path stands twice where siblings have the same rank
             twice = next(path for path, count in Counter(self.paths).items() if count > 1)
             raise ValueError(f"path {list(twice)} stands twice in the tree")
 
@@ -50,9 +56,9 @@ class Tree:
         return tuple(len(path) for path in self.paths)
 
     @cached_property
-    def paths(self) -> tuple[Path, ...]:
+    def paths(self) -> tuple[Ranks, ...]:
         """paths[i]: the ranks from the root to node i."""
-        paths: list[Path] = [()]
+        paths: list[Ranks] = [()]
         for parent, rank in zip(self.parents[1:], self.ranks[1:]):
             paths.append(paths[parent] + (rank,))
         return tuple(paths)
@@ -75,7 +81,10 @@ class Tree:
         """The nodes of at most this depth, in the same order."""
         kept = [node for node in range(len(self)) if self.depths[node] <= depth]
         index = {-1: -1} | {node: i for i, node in enumerate(kept)}
-        return Tree(tuple(index[self.parents[node]] for node in kept), tuple(self.ranks[node] for node in kept))
+        return Tree(
+            tuple(index[self.parents[node]] for node in kept),
+            tuple(self.ranks[node] for node in kept),
+        )
 
     def render(self) -> str:
         """A drawing in text, one node a line: its index, and its rank among the guesses of the head at its depth."""
@@ -87,7 +96,9 @@ class Tree:
         def draw(node: int, indent: str) -> None:
             for child in children[node]:
                 last = child == children[node][-1]
-                lines.append(f"{indent}{'`-' if last else '|-'} {child} head {self.depths[child]}, guess {self.ranks[child]}")
+                lines.append(
+                    f"{indent}{'`-' if last else '|-'} {child} head {self.depths[child]}, guess {self.ranks[child]}"
+                )
                 draw(child, indent + ("   " if last else "|  "))
 
         draw(0, "")
@@ -106,7 +117,7 @@ def tree_from_paths(paths: Iterable[Sequence[int]]) -> Tree:
     paths = [tuple(path) for path in paths]
     if not paths:
         raise ValueError("no paths: a tree needs at least one node below the root")
-    index: dict[Path, int] = {(): 0}
+    index: dict[Ranks, int] = {(): 0}
     parents, ranks = [-1], [-1]
     for path in sorted(paths, key=lambda path: (len(path), path)):
         if not path:
@@ -143,9 +154,11 @@ def prefix_counts(rank_paths: Iterable[Sequence[int]]) -> Counter:
     return counts
 
 
-def ranked_prefixes(counts: Counter) -> list[Path]:
+def ranked_prefixes(counts: Counter) -> list[Ranks]:
     """All prefixes but the root's, the most frequent first; ties to the shorter, then to the lower ranks, so that none stands before its own prefix."""
-    return sorted((path for path in counts if path), key=lambda path: (-counts[path], len(path), path))
+    return sorted(
+        (path for path in counts if path), key=lambda path: (-counts[path], len(path), path)
+    )
 
 
 def calibrated_tree(rank_paths: Iterable[Sequence[int]] | Counter, n_nodes: int) -> Tree:
@@ -161,7 +174,9 @@ def calibrated_tree(rank_paths: Iterable[Sequence[int]] | Counter, n_nodes: int)
     """
     counts = rank_paths if isinstance(rank_paths, Counter) else prefix_counts(rank_paths)
     if n_nodes < 2 or len(counts) < 2:
-        raise ValueError(f"n_nodes = {n_nodes}, {len(counts)} prefixes: a calibrated tree needs at least one node below the root")
+        raise ValueError(
+            f"n_nodes = {n_nodes}, {len(counts)} prefixes: a calibrated tree needs at least one node below the root"
+        )
     return tree_from_paths(ranked_prefixes(counts)[: n_nodes - 1])
 
 
@@ -173,10 +188,14 @@ def best_first_tree(log_probs: Tensor, n_nodes: int) -> Tree:
     sibling of one that was. Ties go to the shorter path, then to the lower ranks. If fewer paths exist, the tree is that much smaller.
     """
     if n_nodes < 2:
-        raise ValueError(f"n_nodes = {n_nodes}: a best-first tree needs at least one node below the root")
-    ranked = log_probs.topk(min(n_nodes - 1, log_probs.shape[-1])).values.tolist()  # K x guesses, the likeliest first
+        raise ValueError(
+            f"n_nodes = {n_nodes}: a best-first tree needs at least one node below the root"
+        )
+    ranked = log_probs.topk(
+        min(n_nodes - 1, log_probs.shape[-1])
+    ).values.tolist()  # K x guesses, the likeliest first
     # (cost, depth, path, cost of its parent), where cost is minus the log-probability
-    heap: list[tuple[float, int, Path, float]] = [(-ranked[0][0], 1, (0,), 0.0)]
+    heap: list[tuple[float, int, Ranks, float]] = [(-ranked[0][0], 1, (0,), 0.0)]
     paths = []
     while heap and len(paths) < n_nodes - 1:
         cost, depth, path, parent_cost = heapq.heappop(heap)
@@ -184,7 +203,10 @@ def best_first_tree(log_probs: Tensor, n_nodes: int) -> Tree:
         if depth < len(ranked):
             heapq.heappush(heap, (cost - ranked[depth][0], depth + 1, (*path, 0), cost))
         if (rank := path[-1] + 1) < len(ranked[0]):
-            heapq.heappush(heap, (parent_cost - ranked[depth - 1][rank], depth, (*path[:-1], rank), parent_cost))
+            heapq.heappush(
+                heap,
+                (parent_cost - ranked[depth - 1][rank], depth, (*path[:-1], rank), parent_cost),
+            )
     return tree_from_paths(paths)
 
 
@@ -193,7 +215,7 @@ def expected_tokens(tree: Tree, counts: Counter) -> float:
     return sum(counts[path] for path in tree.paths) / counts[()]
 
 
-def replay(texts: Iterable[Sequence[Sequence[int]]], tree: Tree) -> list[Path]:
+def replay(texts: Iterable[Sequence[Sequence[int]]], tree: Tree) -> list[Ranks]:
     """The rank paths at which steps would start, if these texts were decoded with this tree.
 
     texts  for each text the ranks (r_1 .. r_K) of its positions, in order
@@ -212,7 +234,9 @@ def replay(texts: Iterable[Sequence[Sequence[int]]], tree: Tree) -> list[Path]:
     return starts
 
 
-def choose_size(expected: Callable[[int], float], cost: dict[int, float], sizes: Iterable[int] | None = None) -> int:
+def choose_size(
+    expected: Callable[[int], float], cost: dict[int, float], sizes: Iterable[int] | None = None
+) -> int:
     """The number of nodes N that maximises expected(N) / cost(N), tokens per unit of time.
 
     expected  N -> expected tokens per step of the best tree of N nodes

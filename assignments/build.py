@@ -62,7 +62,9 @@ def blank(source: str, module: str) -> str:
         body = body_lines(source, name.partition(".")[2])
         numbers = " and ".join(map(str, sets_of(name)))
         indent = " " * find(ast.parse(source), name.partition(".")[2]).body[0].col_offset
-        lines[body.start : body.stop] = [f'{indent}raise NotImplementedError("set {numbers}: {name} is yours to write")']
+        lines[body.start : body.stop] = [
+            f'{indent}raise NotImplementedError("set {numbers}: {name} is yours to write")'
+        ]
     return "\n".join(lines)
 
 
@@ -75,14 +77,34 @@ def starter(name: str) -> str:
 
 def project_files(tests: list[str]) -> dict[str, bytes]:
     """What the modules and these tests need around them."""
-    paths = [ROOT / "requirements.txt", ROOT / "pyproject.toml", ROOT / "tests/conftest.py", ROOT / "tests/strategies.py"]
-    paths += [*(ROOT / "data").glob("*.py"), ROOT / "data/trace.html", ROOT / "data/requirements.txt", *(ROOT / "tests" / name for name in tests)]
+    paths = [
+        ROOT / "requirements.txt",
+        ROOT / "pyproject.toml",
+        ROOT / "tests/conftest.py",
+        ROOT / "tests/strategies.py",
+    ]
+    paths += [
+        *(ROOT / "data").glob("*.py"),
+        ROOT / "data/trace.html",
+        ROOT / "data/requirements.txt",
+        *(ROOT / "tests" / name for name in tests),
+    ]
     return {str(path.relative_to(ROOT)): path.read_bytes() for path in paths}
 
 
 def points_table(number: int) -> str:
     rows = [f"| {title(test)} | {points} |" for test, points in SETS[number].tests.items()]
-    return "\n".join(["## Points", "", "| what is tested | points |", "|---|---|", *rows, f"| together | {sum(SETS[number].tests.values())} |", ""])
+    return "\n".join(
+        [
+            "## Points",
+            "",
+            "| what is tested | points |",
+            "|---|---|",
+            *rows,
+            f"| together | {sum(SETS[number].tests.values())} |",
+            "",
+        ]
+    )
 
 
 def title(test: str) -> str:
@@ -97,20 +119,32 @@ def test_files(number: int) -> list[str]:
 def student_files(number: int) -> dict[str, bytes]:
     files = project_files(test_files(number))
     files |= {name: starter(name).encode() for name in MODULES}
-    files["README.md"] = ((ROOT / f"assignments/set{number}.md").read_text(encoding="utf-8") + "\n" + points_table(number)).encode()
+    files["README.md"] = (
+        (ROOT / f"assignments/set{number}.md").read_text(encoding="utf-8")
+        + "\n"
+        + points_table(number)
+    ).encode()
     files["tests.txt"] = "".join(f"tests/{test}\n" for test in SETS[number].tests).encode()
-    for path in [*(ROOT / "data/base").iterdir(), *(ROOT / "data/heads").iterdir()]:  # so that sample.py runs on what a student wrote
+    for path in [
+        *(ROOT / "data/base").iterdir(),
+        *(ROOT / "data/heads").iterdir(),
+    ]:  # so that sample.py runs on what a student wrote
         files[str(path.relative_to(ROOT))] = path.read_bytes()
     return files
 
 
 def autograder_files(number: int) -> dict[str, bytes]:
-    files = {f"project/{path}": content for path, content in project_files(test_files(number)).items()}
+    files = {
+        f"project/{path}": content for path, content in project_files(test_files(number)).items()
+    }
     files |= {f"project/{name}": (ROOT / name).read_bytes() for name in MODULES}
     files |= {f"starter/{name}": starter(name).encode() for name in MODULES[:3]}
     files |= {name: (ROOT / "assignments" / name).read_bytes() for name in GRADER}
     files |= {"requirements.txt": (ROOT / "requirements.txt").read_bytes()}
-    return files | {"setup.sh": SETUP.encode(), "run_autograder": RUN.format(number=number).encode()}
+    return files | {
+        "setup.sh": SETUP.encode(),
+        "run_autograder": RUN.format(number=number).encode(),
+    }
 
 
 def write_folder(folder: Path, files: dict[str, bytes]) -> None:
@@ -125,7 +159,9 @@ def write_archive(path: Path, files: dict[str, bytes]) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in sorted(files.items()):
             info = zipfile.ZipInfo(name)
-            info.external_attr = (0o100755 if name in ("setup.sh", "run_autograder") else 0o100644) << 16
+            info.external_attr = (
+                0o100755 if name in ("setup.sh", "run_autograder") else 0o100644
+            ) << 16
             info.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(info, content)
 
@@ -146,8 +182,12 @@ def build(number: int, out: Path) -> Path:
 
 def main() -> None:
     parser = OneLineParser(description=__doc__)
-    parser.add_argument("set", nargs="?", type=int, choices=sorted(SETS), help="1 to 7; all unless given")
-    parser.add_argument("--out", required=True, type=Path, help="directory to write set1, set2 ... into")
+    parser.add_argument(
+        "set", nargs="?", type=int, choices=sorted(SETS), help="1 to 7; all unless given"
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, help="directory to write set1, set2 ... into"
+    )
     arguments = parser.parse_args()
     for number in [arguments.set] if arguments.set else SETS:
         target = build(number, arguments.out)

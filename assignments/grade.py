@@ -51,7 +51,9 @@ def lay_out(folder: Path, submission: Path, files: list[str]) -> list[str]:
         try:
             (folder / name).write_bytes(read_plain(submission / name))
         except (OSError, ValueError) as error:
-            complaints.append(f"{name} was not taken, the starter's stands in for it: {getattr(error, 'strerror', None) or error}")
+            complaints.append(
+                f"{name} was not taken, the starter's stands in for it: {getattr(error, 'strerror', None) or error}"
+            )
     for path in folder.iterdir():
         path.chmod(0o644)
     folder.chmod(0o755)
@@ -85,7 +87,9 @@ class Sandbox:
 
     def wait_until_ready(self) -> None:
         if self.control.recv(5) != b"ready":
-            raise RuntimeError("the process for students' code did not start: are torch and safetensors installed, and is this Linux?")
+            raise RuntimeError(
+                "the process for students' code did not start: are torch and safetensors installed, and is this Linux?"
+            )
 
     def line(self) -> wire.Peer:
         """The line to the child of the running test, which starts when it is first asked something."""
@@ -133,8 +137,17 @@ class Entry:
 
     def result(self, number: str) -> dict:
         right = self.passed > 0 and not self.messages
-        shown = {"name": self.name, "number": number, "score": self.points if right else 0, "max_score": self.points, "visibility": "visible"}
-        return shown | {"status": "passed" if right else "failed", "output": "" if right else (self.messages or ["was not run"])[0][:MOST_OUTPUT]}
+        shown = {
+            "name": self.name,
+            "number": number,
+            "score": self.points if right else 0,
+            "max_score": self.points,
+            "visibility": "visible",
+        }
+        return shown | {
+            "status": "passed" if right else "failed",
+            "output": "" if right else (self.messages or ["was not run"])[0][:MOST_OUTPUT],
+        }
 
 
 class Clock:
@@ -156,7 +169,11 @@ class Clock:
         """seconds have passed since the last look: asleep, if neither side has computed, and nothing was heard of the student's."""
         ours, (theirs, state) = time.process_time(), self.sandbox.child()
         received = self.sandbox.peer.received if self.sandbox.peer else 0
-        asleep = seconds if state == "S" and received == self.received and ours - self.ours < 0.001 else 0.0
+        asleep = (
+            seconds
+            if state == "S" and received == self.received and ours - self.ours < 0.001
+            else 0.0
+        )
         self.seconds -= max(theirs - self.theirs, 0.0) + asleep
         self.ours, self.theirs, self.received = ours, theirs, received
 
@@ -168,15 +185,33 @@ class Clock:
 class Referee:
     """Runs each test against a new child of the sandbox, and writes down what it was worth."""
 
-    def __init__(self, problem_set: ProblemSet, number: int, sandbox: Sandbox, results: Path, complaints: list[str]):
-        self.number, self.sandbox, self.results, self.complaints, self.began = number, sandbox, results, complaints, time.monotonic()
-        self.entries = {test: Entry(words(test), points) for test, points in problem_set.tests.items()}
+    def __init__(
+        self,
+        problem_set: ProblemSet,
+        number: int,
+        sandbox: Sandbox,
+        results: Path,
+        complaints: list[str],
+    ):
+        self.number, self.sandbox, self.results, self.complaints, self.began = (
+            number,
+            sandbox,
+            results,
+            complaints,
+            time.monotonic(),
+        )
+        self.entries = {
+            test: Entry(words(test), points) for test, points in problem_set.tests.items()
+        }
         self.seconds, self.waiting = SECONDS, {entry.name for entry in self.entries.values()}
         self.write()
 
     def entry(self, nodeid: str) -> Entry:
         return next(
-            entry for test, entry in self.entries.items() if nodeid.removeprefix("tests/") == test or nodeid.removeprefix("tests/").startswith(test + "[")
+            entry
+            for test, entry in self.entries.items()
+            if nodeid.removeprefix("tests/") == test
+            or nodeid.removeprefix("tests/").startswith(test + "[")
         )
 
     def allowance(self, entry: Entry) -> float:
@@ -208,8 +243,15 @@ class Referee:
         return report
 
     def write(self) -> None:
-        tests = [entry.result(f"{self.number}.{i}") for i, entry in enumerate(self.entries.values(), start=1)]
-        content = {"score": sum(test["score"] for test in tests), "execution_time": round(time.monotonic() - self.began, 1), "tests": tests}
+        tests = [
+            entry.result(f"{self.number}.{i}")
+            for i, entry in enumerate(self.entries.values(), start=1)
+        ]
+        content = {
+            "score": sum(test["score"] for test in tests),
+            "execution_time": round(time.monotonic() - self.began, 1),
+            "tests": tests,
+        }
         if self.complaints:
             content["output"] = "\n".join(self.complaints)
         temporary = self.results.with_name(f".{self.results.name}.{os.getpid()}")
@@ -228,7 +270,11 @@ def message_of(error: BaseException) -> str:
         return "your code was still running when the time for this test was over: an endless loop, or far too slow"
     if isinstance(error, wire.Gone):
         return "your code ended the process that it ran in, by leaving it, by a crash, or because it needed too much memory"
-    text = str(error) if isinstance(error, (AssertionError, pytest.fail.Exception)) else f"{type(error).__name__}: {error}"
+    text = (
+        str(error)
+        if isinstance(error, (AssertionError, pytest.fail.Exception))
+        else f"{type(error).__name__}: {error}"
+    )
     return "\n".join([text, *getattr(error, "__notes__", ())])
 
 
@@ -236,12 +282,26 @@ def prepare(number: int, sandbox: Sandbox) -> None:
     """Load the project, and put the stand-ins in place before any test can take hold of the functions themselves."""
     project = HERE / "project"
     sys.path[:0] = [str(project), str(project / "tests")]
-    for name in ("tree", "model", "medusa", "torch.fx.experimental.symbolic_shapes"):  # the last is what torch asks for in its first gradient
+    for name in (
+        "tree",
+        "model",
+        "medusa",
+        "torch.fx.experimental.symbolic_shapes",
+    ):  # the last is what torch asks for in its first gradient
         importlib.import_module(name)
-    sandbox.functions = {name: wire.function_of(name) for name in BLANKED if name not in SETS[number].functions}
+    sandbox.functions = {
+        name: wire.function_of(name) for name in BLANKED if name not in SETS[number].functions
+    }
     for name in SETS[number].functions:
         wire.stand_in(name, sandbox.line)
-    settings.register_profile("grading", derandomize=True, database=None, report_multiple_bugs=False, print_blob=False, phases=(Phase.explicit, Phase.generate))
+    settings.register_profile(
+        "grading",
+        derandomize=True,
+        database=None,
+        report_multiple_bugs=False,
+        print_blob=False,
+        phases=(Phase.explicit, Phase.generate),
+    )
     settings.load_profile("grading")
     importlib.import_module("strategies")
 
@@ -250,18 +310,33 @@ def grade(number: int, submission: Path, results: Path, sandbox: Sandbox) -> Non
     with tempfile.TemporaryDirectory() as folder:
         complaints = lay_out(Path(folder), submission, SETS[number].files)
         if os.geteuid() != 0:
-            complaints.append("not graded as root: the student's code ran as the same user and could have read the tests")
+            complaints.append(
+                "not graded as root: the student's code ran as the same user and could have read the tests"
+            )
         referee = Referee(SETS[number], number, sandbox, results, complaints)
         sandbox.task = json.dumps([folder, number]).encode()
         project = HERE / "project"
         tests = [str(project / "tests" / test) for test in SETS[number].tests]
-        options = ["-q", "--no-header", "--tb=no", "--disable-warnings", "-p", "no:cacheprovider", "-c", str(project / "pyproject.toml"), "-o", "addopts="]
+        options = [
+            "-q",
+            "--no-header",
+            "--tb=no",
+            "--disable-warnings",
+            "-p",
+            "no:cacheprovider",
+            "-c",
+            str(project / "pyproject.toml"),
+            "-o",
+            "addopts=",
+        ]
         pytest.main([*options, *tests], [referee])
 
 
 def main() -> None:
     number, pairs = int(sys.argv[1]), [Path(argument).absolute() for argument in sys.argv[2:]]
-    HERE.chmod(0o700)  # the students' processes run as another user: they must see neither the reference nor the tests
+    HERE.chmod(
+        0o700
+    )  # the students' processes run as another user: they must see neither the reference nor the tests
     sandbox = Sandbox()
     prepare(number, sandbox)
     sandbox.wait_until_ready()

@@ -19,7 +19,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 # Python itself may lie where another user cannot read: what is imported late must be loaded before.
-for name in ("bisect", "copy", "decimal", "fractions", "heapq", "numpy", "queue", "random", "statistics", "string", "textwrap", "timeit", "torch", "typing"):
+for name in (
+    "bisect",
+    "copy",
+    "decimal",
+    "fractions",
+    "heapq",
+    "numpy",
+    "queue",
+    "random",
+    "statistics",
+    "string",
+    "textwrap",
+    "timeit",
+    "torch",
+    "typing",
+):
     importlib.import_module(name)
 for name in ("safetensors.torch", "torch.fx.experimental.symbolic_shapes"):
     importlib.import_module(name)
@@ -38,7 +53,14 @@ def confine(folder: Path) -> None:
     os.chdir(folder)
     sys.path[0] = str(folder)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limits = {"AS": pages * os.sysconf("SC_PAGE_SIZE") + SPARE_BYTES, "CPU": CPU_SECONDS, "FSIZE": 0, "CORE": 0, "NOFILE": 64, "NPROC": 0}
+    limits = {
+        "AS": pages * os.sysconf("SC_PAGE_SIZE") + SPARE_BYTES,
+        "CPU": CPU_SECONDS,
+        "FSIZE": 0,
+        "CORE": 0,
+        "NOFILE": 64,
+        "NPROC": 0,
+    }
     nobody = pwd.getpwnam("nobody")
     if os.geteuid() == 0:
         os.setgroups([])

@@ -42,7 +42,12 @@ SETS = {
     ),
     3: ProblemSet(
         "Heads, and which token each is asked for",
-        ("medusa.MedusaHeads.__init__", "medusa.MedusaHeads.forward", "medusa.cross_entropy_ahead", "medusa.medusa_loss"),
+        (
+            "medusa.MedusaHeads.__init__",
+            "medusa.MedusaHeads.forward",
+            "medusa.cross_entropy_ahead",
+            "medusa.medusa_loss",
+        ),
         {
             "test_medusa.py::test_new_heads_are_exactly_the_lm_head": 3,
             "test_medusa.py::test_heads_equal_the_formula_evaluated_head_by_head_from_the_file": 3,
@@ -73,7 +78,7 @@ SETS = {
     ),
     5: ProblemSet(
         "Greedy and lossless acceptance",
-        ("medusa.accept", "medusa.favour"),
+        ("medusa.accept", "medusa.gumbel_scores"),
         {
             "test_medusa.py::test_greedy_and_lossless_acceptance_follow_the_draws_of_the_nodes": 6,
             "test_medusa.py::test_token_zero_is_never_accepted_without_being_guessed": 2,
@@ -101,7 +106,12 @@ SETS = {
     ),
     7: ProblemSet(
         "The tree that calibration calls best",
-        ("tree.prefix_counts", "tree.ranked_prefixes", "tree.calibrated_tree", "tree.expected_tokens"),
+        (
+            "tree.prefix_counts",
+            "tree.ranked_prefixes",
+            "tree.calibrated_tree",
+            "tree.expected_tokens",
+        ),
         {
             "test_tree.py::test_prefix_counts_equal_brute_force": 3,
             "test_tree.py::test_expected_tokens_is_the_mean_of_what_each_position_would_have_emitted": 2,

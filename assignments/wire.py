@@ -67,11 +67,24 @@ class Encoder:
         if isinstance(value, Tensor):
             return self.tensor(value)
         if record := record_name(value):
-            return {"record": record, "fields": {field.name: self.encode(getattr(value, field.name)) for field in fields(value)}}
+            return {
+                "record": record,
+                "fields": {
+                    field.name: self.encode(getattr(value, field.name)) for field in fields(value)
+                },
+            }
         if isinstance(value, (list, tuple)):
-            return {"list" if isinstance(value, list) else "tuple": [self.encode(part) for part in value]}
+            return {
+                "list" if isinstance(value, list) else "tuple": [
+                    self.encode(part) for part in value
+                ]
+            }
         if isinstance(value, dict):
-            return {"counter" if isinstance(value, Counter) else "dict": [[self.encode(key), self.encode(part)] for key, part in value.items()]}
+            return {
+                "counter" if isinstance(value, Counter) else "dict": [
+                    [self.encode(key), self.encode(part)] for key, part in value.items()
+                ]
+            }
         if isinstance(value, nn.Linear):
             return {"linear": self.encode(value.weight)}
         if isinstance(value, torch.Generator):
@@ -100,12 +113,24 @@ class Encoder:
     def heads(self, value) -> dict:
         """A MedusaHeads as it is, with whatever parameters it should not have."""
         parts = {name: getattr(value, name) for name in HEADS_PARTS if hasattr(value, name)}
-        parts |= {name.replace(".", "_"): weight for name, weight in value.named_parameters() if name not in parts}
+        parts |= {
+            name.replace(".", "_"): weight
+            for name, weight in value.named_parameters()
+            if name not in parts
+        }
         return {"heads": {name: self.encode(part) for name, part in parts.items()}}
 
     def message(self, header: dict) -> bytes:
-        blobs = [bytes(torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes()) for storage in self.storages]
-        header |= {"storages": [[len(blob), self.known.get(storage.data_ptr())] for blob, storage in zip(blobs, self.storages)]}
+        blobs = [
+            bytes(torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes())
+            for storage in self.storages
+        ]
+        header |= {
+            "storages": [
+                [len(blob), self.known.get(storage.data_ptr())]
+                for blob, storage in zip(blobs, self.storages)
+            ]
+        }
         text = json.dumps(header).encode()
         return struct.pack("<II", len(text), sum(map(len, blobs))) + text + b"".join(blobs)
 
@@ -113,11 +138,22 @@ class Encoder:
 class Decoder:
     """known: the storages that went out with the call whose answer this is; writable: the addresses of those that the call may change."""
 
-    def __init__(self, peer: "Peer", storages: list, blob: memoryview, known: list = (), writable: set = frozenset()):
+    def __init__(
+        self,
+        peer: "Peer",
+        storages: list,
+        blob: memoryview,
+        known: list = (),
+        writable: set = frozenset(),
+    ):
         self.peer, self.storages, self.tracked = peer, [], []
         for size, origin in storages:
             part, blob = bytearray(blob[:size]), blob[size:]
-            storage = torch.frombuffer(part, dtype=torch.uint8).untyped_storage() if part else torch.UntypedStorage(0)
+            storage = (
+                torch.frombuffer(part, dtype=torch.uint8).untyped_storage()
+                if part
+                else torch.UntypedStorage(0)
+            )
             if origin is not None and known[origin].nbytes() == size:
                 if known[origin].data_ptr() in writable:
                     known[origin].copy_(storage)
@@ -130,11 +166,17 @@ class Decoder:
         kind = next(iter(value))
         content = value[kind]
         if kind in ("list", "tuple", "iterator"):
-            return {"list": list, "tuple": tuple, "iterator": iter}[kind]([self.decode(v) for v in content])
+            return {"list": list, "tuple": tuple, "iterator": iter}[kind](
+                [self.decode(v) for v in content]
+            )
         if kind in ("dict", "counter"):
-            return {"dict": dict, "counter": Counter}[kind]({self.decode(k): self.decode(v) for k, v in content})
+            return {"dict": dict, "counter": Counter}[kind](
+                {self.decode(k): self.decode(v) for k, v in content}
+            )
         if kind == "record" and content in RECORDS:
-            return loaded(content)(**{name: self.decode(part) for name, part in value["fields"].items()})
+            return loaded(content)(
+                **{name: self.decode(part) for name, part in value["fields"].items()}
+            )
         if kind == "generator":
             generator = torch.Generator()
             generator.set_state(self.decode(content))
@@ -144,10 +186,23 @@ class Decoder:
         return self.peer.decode_object(value, self)
 
     def tensor(self, value: dict) -> Tensor:
-        dtype, shape, stride, offset = getattr(torch, value["tensor"]), value["shape"], value["stride"], value["offset"]
+        dtype, shape, stride, offset = (
+            getattr(torch, value["tensor"]),
+            value["shape"],
+            value["stride"],
+            value["offset"],
+        )
         storage = self.storages[value["storage"]]
-        reach = offset + sum((n - 1) * step for n, step in zip(shape, stride)) + 1 if 0 not in shape else 0
-        if min([offset, *shape, *stride]) < 0 or math.prod(shape) > MOST_ELEMENTS or reach * dtype.itemsize > storage.nbytes():
+        reach = (
+            offset + sum((n - 1) * step for n, step in zip(shape, stride)) + 1
+            if 0 not in shape
+            else 0
+        )
+        if (
+            min([offset, *shape, *stride]) < 0
+            or math.prod(shape) > MOST_ELEMENTS
+            or reach * dtype.itemsize > storage.nbytes()
+        ):
             raise ValueError("a tensor that lies outside of its memory")
         tensor = torch.empty(0, dtype=dtype).set_(storage, offset, shape, stride)
         if value["parameter"]:
@@ -199,7 +254,9 @@ class Peer:
         self.sock, self.resolve, self.graphs, self.received = sock, resolve, [], 0
 
     def encode_object(self, value, encoder: Encoder):
-        raise TypeError(f"a {type(value).__module__}.{type(value).__name__} was returned: plain numbers, lists, tuples or torch tensors are asked for")
+        raise TypeError(
+            f"a {type(value).__module__}.{type(value).__name__} was returned: plain numbers, lists, tuples or torch tensors are asked for"
+        )
 
     def decode_object(self, value: dict, decoder: Decoder):
         raise ValueError("a value of no kind that is known here")
@@ -239,7 +296,10 @@ class Peer:
 
     def call(self, name: str, *args, **kwargs):
         encoder = Encoder(self)
-        asked = {"args": encoder.encode(args), "kwargs": {key: encoder.encode(value) for key, value in kwargs.items()}}
+        asked = {
+            "args": encoder.encode(args),
+            "kwargs": {key: encoder.encode(value) for key, value in kwargs.items()},
+        }
         track = bool(encoder.tracked) and torch.is_grad_enabled()
 
         def exchange() -> dict:
@@ -251,13 +311,19 @@ class Peer:
         box = []
         outputs = iter(Tracked.apply(self, exchange, box, *encoder.tracked))
         value, tracked = box[0]["value"], {id(tensor) for tensor in box[0]["decoder"].tracked}
-        parts = [next(outputs) if id(part) in tracked else part for part in (value if isinstance(value, tuple) else [value])]
+        parts = [
+            next(outputs) if id(part) in tracked else part
+            for part in (value if isinstance(value, tuple) else [value])
+        ]
         return tuple(parts) if isinstance(value, tuple) else parts[0]
 
     def stream(self, name: str, *args, **kwargs):
         """The same for a function that yields."""
         encoder = Encoder(self)
-        asked = {"args": encoder.encode(args), "kwargs": {key: encoder.encode(value) for key, value in kwargs.items()}}
+        asked = {
+            "args": encoder.encode(args),
+            "kwargs": {key: encoder.encode(value) for key, value in kwargs.items()},
+        }
         self.send(encoder, kind="call", name=name, track=False, **asked)
         while (answer := self.answer(encoder.storages, mutable(args, kwargs)))["kind"] == "yield":
             yield answer["value"]
@@ -271,24 +337,39 @@ class Peer:
             if header["kind"] == "call":
                 self.serve(header, blob)
                 continue
-            writable = {argument.data.untyped_storage().data_ptr() for argument in arguments if type(argument) is loaded(CACHE)}
+            writable = {
+                argument.data.untyped_storage().data_ptr()
+                for argument in arguments
+                if type(argument) is loaded(CACHE)
+            }
             decoder = Decoder(self, header["storages"], blob, storages, writable)
             if header["kind"] == "raise":
                 raise rebuilt(header)
             for argument, state in zip(arguments, header.get("state", ())):
                 restore(argument, decoder.decode(state))
-            return {"kind": header["kind"], "value": decoder.decode(header.get("value")), "id": header.get("id"), "decoder": decoder}
+            return {
+                "kind": header["kind"],
+                "value": decoder.decode(header.get("value")),
+                "id": header.get("id"),
+                "decoder": decoder,
+            }
 
     # -- answering
 
     def serve(self, header: dict, blob: memoryview) -> None:
         try:
-            function = self.backward if header["name"] == "backward" else self.resolve(header["name"])
+            function = (
+                self.backward if header["name"] == "backward" else self.resolve(header["name"])
+            )
             decoder = Decoder(self, header["storages"], blob)
             args = decoder.decode(header["args"])
             kwargs = {key: decoder.decode(value) for key, value in header["kwargs"].items()}
             leaves = [tensor.requires_grad_(header["track"]) for tensor in decoder.tracked]
-            known = {storage.data_ptr(): i for i, storage in enumerate(decoder.storages) if storage.nbytes()}
+            known = {
+                storage.data_ptr(): i
+                for i, storage in enumerate(decoder.storages)
+                if storage.nbytes()
+            }
             with torch.set_grad_enabled(header["track"]):
                 value = function(*args, **kwargs)
             changed = mutable(args, kwargs)
@@ -301,9 +382,17 @@ class Peer:
         except Gone:
             raise
         except BaseException as error:
-            self.send(Encoder(self), kind="raise", type=type(error).__name__, text=str(error), where=self.where(error))
+            self.send(
+                Encoder(self),
+                kind="raise",
+                type=type(error).__name__,
+                text=str(error),
+                where=self.where(error),
+            )
 
-    def reply(self, known: dict, kind: str, value, changed: list, leaves: list | None = None) -> None:
+    def reply(
+        self, known: dict, kind: str, value, changed: list, leaves: list | None = None
+    ) -> None:
         encoder = Encoder(self, known)
         header = {"kind": kind, "value": encoder.encode(value)}
         if leaves is not None:
@@ -315,7 +404,9 @@ class Peer:
     def backward(self, number: int, grads: list) -> list:
         leaves, outputs = self.graphs[number]
         with torch.enable_grad():
-            return list(torch.autograd.grad(outputs, leaves, grads, allow_unused=True, retain_graph=True))
+            return list(
+                torch.autograd.grad(outputs, leaves, grads, allow_unused=True, retain_graph=True)
+            )
 
     def where(self, error: BaseException) -> str:
         return ""
@@ -323,7 +414,11 @@ class Peer:
 
 def mutable(args: tuple, kwargs: dict) -> list:
     """The arguments that a call may change in place: caches and random generators, and nothing else."""
-    return [value for value in (*args, *kwargs.values()) if type(value) is loaded(CACHE) or isinstance(value, torch.Generator)]
+    return [
+        value
+        for value in (*args, *kwargs.values())
+        if type(value) is loaded(CACHE) or isinstance(value, torch.Generator)
+    ]
 
 
 def restore(argument, state) -> None:
@@ -338,7 +433,11 @@ def rebuilt(header: dict) -> Exception:
     """The exception that was raised at the other end, if Python has one of this name; only its text crosses."""
     kind, text = getattr(builtins, str(header["type"]), None), str(header["text"])
     try:
-        error = kind(text) if isinstance(kind, type) and issubclass(kind, Exception) else RuntimeError(f"{header['type']}: {text}")
+        error = (
+            kind(text)
+            if isinstance(kind, type) and issubclass(kind, Exception)
+            else RuntimeError(f"{header['type']}: {text}")
+        )
     except TypeError:
         error = RuntimeError(f"{header['type']}: {text}")
     if header["where"]:
@@ -354,7 +453,11 @@ class Student(Peer):
         self.folder = folder
 
     def decode_object(self, value: dict, decoder: Decoder):
-        return Remote(self, value["remote"], **{name: decoder.decode(part) for name, part in value["parts"].items()})
+        return Remote(
+            self,
+            value["remote"],
+            **{name: decoder.decode(part) for name, part in value["parts"].items()},
+        )
 
     def encode_object(self, value, encoder: Encoder):
         if type(value) is loaded(HEADS):
@@ -365,8 +468,16 @@ class Student(Peer):
 
     def where(self, error: BaseException) -> str:
         """The last place in the student's own files."""
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == self.folder]
-        return f"in {Path(frames[-1].filename).name}, line {frames[-1].lineno}, {frames[-1].name}" if frames else ""
+        frames = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if Path(frame.filename).parent == self.folder
+        ]
+        return (
+            f"in {Path(frames[-1].filename).name}, line {frames[-1].lineno}, {frames[-1].name}"
+            if frames
+            else ""
+        )
 
 
 class Remote:
@@ -408,10 +519,15 @@ class Grader(Peer):
             return {"iterator": [encoder.encode(v) for v in value]}
         if not callable(value):
             return super().encode_object(value, encoder)
-        parts = {name: getattr(value, name) for name in ("config", "lm_head") if hasattr(value, name)}
+        parts = {
+            name: getattr(value, name) for name in ("config", "lm_head") if hasattr(value, name)
+        }
         if value not in self.objects:
             self.objects.append(value)
-        return {"remote": f"#{self.objects.index(value)}", "parts": {name: encoder.encode(part) for name, part in parts.items()}}
+        return {
+            "remote": f"#{self.objects.index(value)}",
+            "parts": {name: encoder.encode(part) for name, part in parts.items()},
+        }
 
     def decode_object(self, value: dict, decoder: Decoder):
         if "remote" in value:
@@ -437,7 +553,11 @@ def function_of(name: str):
     if attribute == "__init__":
         return owner
     value = vars(owner)[attribute]
-    return getattr(value, "func", getattr(value, "fget", value)) if isinstance(value, (functools.cached_property, property)) else value
+    return (
+        getattr(value, "func", getattr(value, "fget", value))
+        if isinstance(value, (functools.cached_property, property))
+        else value
+    )
 
 
 def stand_in(name: str, connection) -> None:
@@ -445,7 +565,14 @@ def stand_in(name: str, connection) -> None:
     owner, attribute = owner_of(name)
 
     def call(*args, **kwargs):
-        args = [ByValue(argument) if type(argument) is loaded(HEADS) else argument for argument in args] if attribute == "forward" else args
+        args = (
+            [
+                ByValue(argument) if type(argument) is loaded(HEADS) else argument
+                for argument in args
+            ]
+            if attribute == "forward"
+            else args
+        )
         return connection().call(name, *args, **kwargs)
 
     def stream(*args, **kwargs):

@@ -40,16 +40,28 @@ VARIANTS = {
     "medusa1, decay 1.0": {"decay": 1.0},
     "medusa1, head 1's loss nearly alone (decay 0.1)": {"decay": 0.1},
     "medusa1, one residual layer": {"num_hidden_layers": 1},
-    "medusa1, private LM heads, one residual layer": {"num_hidden_layers": 1, "original_lm_head": False},
-    "medusa2, corpus text, naive: one rate, no warm-up, no first stage": {"heads_steps": 0, "lr_ratio": 1.0, "warmup": 1, "data": "corpus"},
+    "medusa1, private LM heads, one residual layer": {
+        "num_hidden_layers": 1,
+        "original_lm_head": False,
+    },
+    "medusa2, corpus text, naive: one rate, no warm-up, no first stage": {
+        "heads_steps": 0,
+        "lr_ratio": 1.0,
+        "warmup": 1,
+        "data": "corpus",
+    },
     "medusa2, corpus text": {"data": "corpus"},
     "medusa2, distilled text, hard labels": {"base_loss": "ce"},
     "medusa2, distilled text, KL": {},
 }
 SLOW_BASE = "medusa2, distilled text, KL, heads at Medusa-1's rate, the base at a {} of it"
 VARIANTS[SLOW_BASE.format("28th")] = {"lr": 7e-3, "lr_ratio": 28.0}
-LONG = {name: VARIANTS[name] for name in ("medusa1, distilled text", SLOW_BASE.format("28th"))} | {SLOW_BASE.format("100th"): {"lr": 7e-3, "lr_ratio": 100.0}}
-VARIANTS |= {f"{name}, 2,400 steps": more | {"steps": 2400} for name, more in LONG.items()}  # of one seed
+LONG = {name: VARIANTS[name] for name in ("medusa1, distilled text", SLOW_BASE.format("28th"))} | {
+    SLOW_BASE.format("100th"): {"lr": 7e-3, "lr_ratio": 100.0}
+}
+VARIANTS |= {
+    f"{name}, 2,400 steps": more | {"steps": 2400} for name, more in LONG.items()
+}  # of one seed
 
 
 def tokens_per_step(model: GPT, heads: MedusaHeads, rows: tuple[Tensor, Tensor]) -> float:
@@ -70,25 +82,39 @@ def measure(name: str, seed: int) -> dict:
 
     def look(model: GPT, heads: MedusaHeads, rows_of: dict) -> dict:
         found["tokens/step"] = tokens_per_step(model, heads, rows_of["0.0"])
-        found["perplexity"] = perplexity(model, packed(documents(True), Tokenizer.load(ROOT / "data/base")))
+        found["perplexity"] = perplexity(
+            model, packed(documents(True), Tokenizer.load(ROOT / "data/base"))
+        )
         found["head parameters"] = sum(p.numel() for p in heads.parameters())
         return {}
 
     train.calibrate, data.calibration.CALIBRATION_TEMPERATURES = look, (0.0,)
     with tempfile.TemporaryDirectory() as directory:
-        config = {"base": str(ROOT / "data/base"), "out": directory, "seed": seed, "device": "cpu", "distilled": str(ROOT / "data/distilled"), **VARIANTS[name]}
+        config = {
+            "base": str(ROOT / "data/base"),
+            "out": directory,
+            "seed": seed,
+            "device": "cpu",
+            "distilled": str(ROOT / "data/distilled"),
+            **VARIANTS[name],
+        }
         steps = config.pop("steps", STEPS)
         if name.startswith("medusa1"):
             train.train_medusa(Medusa1Config(**config | {"steps": steps}))
         else:
             alone = config.get("heads_steps", min(steps // 2, 800))
-            train.train_medusa(Medusa2Config(**config | {"heads_steps": alone, "steps": steps - alone}))
+            train.train_medusa(
+                Medusa2Config(**config | {"heads_steps": alone, "steps": steps - alone})
+            )
     return found
 
 
 def table(results: dict) -> str:
     """Mean over the seeds, and the range of tokens/step."""
-    lines = ["| training | tokens/step (range) | perplexity of the base | parameters of the heads |", "|---|---|---|---|"]
+    lines = [
+        "| training | tokens/step (range) | perplexity of the base | parameters of the heads |",
+        "|---|---|---|---|",
+    ]
     for name, runs in results.items():
         steps = [run["tokens/step"] for run in runs]
         lines.append(
@@ -100,7 +126,12 @@ def table(results: dict) -> str:
 
 def main() -> None:
     parser = OneLineParser(description=__doc__)
-    parser.add_argument("prefix", nargs="?", default="", help="measure the trainings whose name begins with this, of those that are missing; default: all")
+    parser.add_argument(
+        "prefix",
+        nargs="?",
+        default="",
+        help="measure the trainings whose name begins with this, of those that are missing; default: all",
+    )
     prefix = parser.parse_args().prefix
     if not any(name.startswith(prefix) for name in VARIANTS):
         parser.error(f"no training begins with {prefix!r}: there are {', '.join(VARIANTS)}")
@@ -111,11 +142,21 @@ def main() -> None:
             continue
         runs = [measure(name, seed) for seed in (SEEDS[:1] if "steps" in VARIANTS[name] else SEEDS)]
         content["results"][name] = runs
-        content |= {"command": "python bench/ablations.py", "machine": machine(), "date": date.today().isoformat(), "steps": STEPS, "seeds": SEEDS}
+        content |= {
+            "command": "python bench/ablations.py",
+            "machine": machine(),
+            "date": date.today().isoformat(),
+            "steps": STEPS,
+            "seeds": SEEDS,
+        }
         write_json(path, content)
     about = f"{STEPS} steps each and seeds {', '.join(map(str, SEEDS))}, where no other number is named (there seed 0). "
     about += f"Measured by `bench/ablations.py` on {content['machine']}; {content['date']}."
-    replace_between("<!-- ablations -->", "<!-- end of ablations -->", table(content["results"]) + "\n\n" + about)
+    replace_between(
+        "<!-- ablations -->",
+        "<!-- end of ablations -->",
+        table(content["results"]) + "\n\n" + about,
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,11 @@ def in_a_child(work: Callable[[], int], seconds: float, errors: str = os.devnull
             os.setpgid(0, 0)
             for number, name in enumerate((os.devnull, os.devnull, errors)):
                 os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
-            sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1)
+            sys.stdin, sys.stdout, sys.stderr = (
+                open(0),
+                open(1, "w"),
+                open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1),
+            )
             code = work()
         except SystemExit as leaving:
             code = leaving.code or 0

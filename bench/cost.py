@@ -22,7 +22,14 @@ from tqdm import tqdm
 
 import medusa
 from bench.results import Bench, held_out_prompts, load, markdown, measure
-from bench.roofline import Device, backbone_work, heads_work, matrices, measured_bandwidth, measured_flops
+from bench.roofline import (
+    Device,
+    backbone_work,
+    heads_work,
+    matrices,
+    measured_bandwidth,
+    measured_flops,
+)
 from data.calibration import read_calibration
 from data.command import option
 from medusa import MedusaHeads, Sampling, generate, medusa_generate
@@ -75,8 +82,15 @@ class Stopwatch:
 def watched(model: GPT, heads: MedusaHeads):
     """All decoding in here is on this stopwatch."""
     watch = Stopwatch()
-    places = [(model, "forward", "backbone"), (model.lm_head, "forward", "backbone"), (heads, "forward", "heads"), (KVCache, "keep", "cache moves")]
-    places += [(medusa, name, "choosing") for name in ("propose", "accept", "base_distribution", "draw")] + [(medusa.NoiseAhead, "at", "choosing")]
+    places = [
+        (model, "forward", "backbone"),
+        (model.lm_head, "forward", "backbone"),
+        (heads, "forward", "heads"),
+        (KVCache, "keep", "cache moves"),
+    ]
+    places += [
+        (medusa, name, "choosing") for name in ("propose", "accept", "logits_to_probs", "draw")
+    ] + [(medusa.SharedGumbelNoise, "at", "choosing")]
     with ExitStack() as stack:
         for owner, name, part in places:
             stack.enter_context(patch.object(owner, name, watch.wrap(part, getattr(owner, name))))
@@ -98,10 +112,16 @@ def steps_in_parts(steps: Iterator[list[int]], watch: Stopwatch, n: int) -> list
     return rows
 
 
-def decoding(model: GPT, heads: MedusaHeads, counts, size: int, prompt: list[int], n: int, sampling: Sampling) -> Iterator[list[int]]:
+def decoding(
+    model: GPT, heads: MedusaHeads, counts, size: int, prompt: list[int], n: int, sampling: Sampling
+) -> Iterator[list[int]]:
     """size 1 is plain decoding."""
     arguments = (prompt, n, sampling, torch.Generator().manual_seed(0))
-    return generate(model, *arguments) if size == 1 else medusa_generate(model, heads, calibrated_tree(counts, size), *arguments)
+    return (
+        generate(model, *arguments)
+        if size == 1
+        else medusa_generate(model, heads, calibrated_tree(counts, size), *arguments)
+    )
 
 
 def medians(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -113,39 +133,57 @@ def measure_steps(config: CostConfig, temperature: float) -> dict:
     tokenizer, model, heads = load(config)
     counts, _ = read_calibration(config.heads, temperature)
     room = (config.steps + 2) * (heads.config.num_heads + 1) + 1  # the tree is never cut
-    contexts = [context for context in CONTEXTS if context + room <= model.config.max_position_embeddings]
+    contexts = [
+        context for context in CONTEXTS if context + room <= model.config.max_position_embeddings
+    ]
     if not contexts:
-        raise ValueError(f"--steps {config.steps}: the context of {model.config.max_position_embeddings} tokens is too short for so many")
+        raise ValueError(
+            f"--steps {config.steps}: the context of {model.config.max_position_embeddings} tokens is too short for so many"
+        )
     prompt = held_out_prompts(tokenizer, 1, max(contexts))[0]
     rows = {(context, size): [] for context in contexts for size in (1, *SIZES)}
     for _ in tqdm(range(config.rounds), desc=f"steps at temperature {temperature}", unit="round"):
         for context, size in rows:
             with watched(model, heads) as watch:
-                steps = decoding(model, heads, counts, size, prompt[-context:], room, Sampling(temperature))
+                steps = decoding(
+                    model, heads, counts, size, prompt[-context:], room, Sampling(temperature)
+                )
                 rows[context, size].append(steps_in_parts(steps, watch, config.steps))
     work = {  # bytes and operations
-        (context, size): {"backbone": backbone_work(model.config, size, context, WIDTH), "heads": heads_work(heads.config, WIDTH) if size > 1 else (0, 0)}
+        (context, size): {
+            "backbone": backbone_work(model.config, size, context, WIDTH),
+            "heads": heads_work(heads.config, WIDTH) if size > 1 else (0, 0),
+        }
         for context, size in rows
     }
     found = {}
     for context in contexts:
         sizes = {size: rows[context, size] for size in (1, *SIZES)}
         found[str(context)] = {
-            str(n): medians(list(chain(*rounds))) | {"step cost": step_cost(rounds, sizes[1]), "work": work[context, n]} for n, rounds in sizes.items()
+            str(n): medians(list(chain(*rounds)))
+            | {"step cost": step_cost(rounds, sizes[1]), "work": work[context, n]}
+            for n, rounds in sizes.items()
         }
     return {"steps": found}
 
 
 def step_cost(tree: list[list[dict]], plain: list[list[dict]]) -> float:
     """A step over a plain one: the median over the rounds, each of which compares with the plain steps next to it. A slow minute of the machine hits both."""
-    return statistics.median(medians(ours)["step"] / medians(theirs)["step"] for ours, theirs in zip(tree, plain))
+    return statistics.median(
+        medians(ours)["step"] / medians(theirs)["step"] for ours, theirs in zip(tree, plain)
+    )
 
 
 def measure_roofline(config: CostConfig) -> dict:
     """Bandwidth from memory, and at the size of the weights, which on a small model stay in the caches."""
     _, model, _ = load(config)
     size = WIDTH * matrices(model.config)
-    return {"bandwidth": measured_bandwidth(1 << 28), "bandwidth over the weights": measured_bandwidth(size), "weights": size, "flops": measured_flops()}
+    return {
+        "bandwidth": measured_bandwidth(1 << 28),
+        "bandwidth over the weights": measured_bandwidth(size),
+        "weights": size,
+        "flops": measured_flops(),
+    }
 
 
 # ---- growth ----
@@ -164,7 +202,10 @@ def tenths(stamps: list[tuple[float, int]]) -> dict[str, float]:
     found = {}
     for name, steps in groups.items():
         seconds, tokens = sum(s for s, _ in steps), sum(t for _, t in steps)
-        found |= {f"tokens/s, {name} tenth": tokens / seconds, f"ms a step, {name} tenth": 1e3 * seconds / len(steps)}
+        found |= {
+            f"tokens/s, {name} tenth": tokens / seconds,
+            f"ms a step, {name} tenth": 1e3 * seconds / len(steps),
+        }
     return found
 
 
@@ -199,9 +240,19 @@ def measure_growth(config: CostConfig) -> dict:
         for length in lengths:
             prefill[length].append(prefill_seconds(model, prompt[:length]))
         for size in long:
-            long[size].append(tenths(stamped(decoding(model, heads, counts, size, prompt[:16], limit, Sampling()))))
-    texts = {"plain" if size == 1 else f"tree of {size}": medians(rows) for size, rows in long.items()}
-    return {"prefill": {str(length): statistics.median(times) for length, times in prefill.items()}, "long text": texts, "tokens": limit - 16}
+            long[size].append(
+                tenths(
+                    stamped(decoding(model, heads, counts, size, prompt[:16], limit, Sampling()))
+                )
+            )
+    texts = {
+        "plain" if size == 1 else f"tree of {size}": medians(rows) for size, rows in long.items()
+    }
+    return {
+        "prefill": {str(length): statistics.median(times) for length, times in prefill.items()},
+        "long text": texts,
+        "tokens": limit - 16,
+    }
 
 
 # ---- what is shown ----
@@ -216,21 +267,61 @@ def limit_of(row: dict, roofline: dict | None) -> float | None:
 
 
 def steps_table(section: str, result: dict, roofline: dict | None) -> str:
-    header = ["context", "N", "step, ms", "step cost", *PARTS, "Python", "outside backbone and heads", "least, ms", "step / least"]
+    header = [
+        "context",
+        "N",
+        "step, ms",
+        "step cost",
+        *PARTS,
+        "Python",
+        "outside backbone and heads",
+        "least, ms",
+        "step / least",
+    ]
     rows = []
     for context, sizes in result["steps"].items():
         for size, row in sizes.items():
-            limit, outside = limit_of(row, roofline), row["choosing"] + row["cache moves"] + row["Python"]
-            beside = ["–", "–"] if limit is None else [f"{1e3 * limit:.3f}", f"{row['step'] / limit:.1f}"]
+            limit, outside = (
+                limit_of(row, roofline),
+                row["choosing"] + row["cache moves"] + row["Python"],
+            )
+            beside = (
+                ["–", "–"]
+                if limit is None
+                else [f"{1e3 * limit:.3f}", f"{row['step'] / limit:.1f}"]
+            )
             parts = [f"{1e3 * row[part]:.3f}" for part in (*PARTS, "Python")]
-            rows.append([context, size, f"{1e3 * row['step']:.2f}", f"{row['step cost']:.2f}", *parts, f"{outside / row['step']:.0%}", *beside])
-    return f"**{section}**: milliseconds of a step and its parts, medians; N = 1 is plain decoding\n\n" + markdown(header, rows)
+            rows.append(
+                [
+                    context,
+                    size,
+                    f"{1e3 * row['step']:.2f}",
+                    f"{row['step cost']:.2f}",
+                    *parts,
+                    f"{outside / row['step']:.0%}",
+                    *beside,
+                ]
+            )
+    return (
+        f"**{section}**: milliseconds of a step and its parts, medians; N = 1 is plain decoding\n\n"
+        + markdown(header, rows)
+    )
 
 
 def growth_table(result: dict) -> str:
-    names = ["tokens/s, first tenth", "tokens/s, last tenth", "ms a step, first tenth", "ms a step, last tenth"]
-    rows = [[way, *(f"{row[name]:.3g}" for name in names)] for way, row in result["long text"].items()]
-    prompts = [[length, f"{1e3 * seconds:.1f}", f"{int(length) / seconds:.0f}"] for length, seconds in result["prefill"].items()]
+    names = [
+        "tokens/s, first tenth",
+        "tokens/s, last tenth",
+        "ms a step, first tenth",
+        "ms a step, last tenth",
+    ]
+    rows = [
+        [way, *(f"{row[name]:.3g}" for name in names)] for way, row in result["long text"].items()
+    ]
+    prompts = [
+        [length, f"{1e3 * seconds:.1f}", f"{int(length) / seconds:.0f}"]
+        for length, seconds in result["prefill"].items()
+    ]
     return (
         f"**growth**: one text of {result['tokens']} tokens, up to the context limit\n\n" + markdown(["way", *names], rows)
         + "\n\nA prompt in one pass\n\n" + markdown(["tokens", "ms", "tokens/s"], prompts)
@@ -244,7 +335,11 @@ def table(results: dict) -> str:
             f"**roofline**: {roofline['bandwidth'] / 1e9:.1f} GB/s from memory, {roofline['bandwidth over the weights'] / 1e9:.1f} GB/s over as many bytes as "
             f"the model's matrices have ({roofline['weights'] / 1e6:.1f} MB: they stay in the caches where these are larger), {roofline['flops'] / 1e9:.0f} GFLOP/s"
         )
-    parts += [steps_table(section, results[section], roofline) for section in ("greedy", "lossless-0.7") if section in results]
+    parts += [
+        steps_table(section, results[section], roofline)
+        for section in ("greedy", "lossless-0.7")
+        if section in results
+    ]
     return "\n\n".join(parts + ([growth_table(results["growth"])] if "growth" in results else []))
 
 
@@ -252,10 +347,25 @@ def draw(results: dict, pyplot):
     """Left: c(N) at every context, and the least; right: the parts of a step at the second context."""
     figure, (curves, bars) = pyplot.subplots(1, 2, figsize=(12, 4.5))
     for context, sizes in results.get("greedy", {"steps": {}})["steps"].items():
-        line = curves.plot([int(n) for n in sizes], [1e3 * row["step"] for row in sizes.values()], "o-", label=f"context {context}")[0]
+        line = curves.plot(
+            [int(n) for n in sizes],
+            [1e3 * row["step"] for row in sizes.values()],
+            "o-",
+            label=f"context {context}",
+        )[0]
         if "roofline" in results:
-            curves.plot([int(n) for n in sizes], [1e3 * limit_of(row, results["roofline"]) for row in sizes.values()], ":", color=line.get_color())
-    curves.set(xscale="log", yscale="log", xlabel="N, nodes of the tree (1: plain)", ylabel="ms a step (dotted: the least)")
+            curves.plot(
+                [int(n) for n in sizes],
+                [1e3 * limit_of(row, results["roofline"]) for row in sizes.values()],
+                ":",
+                color=line.get_color(),
+            )
+    curves.set(
+        xscale="log",
+        yscale="log",
+        xlabel="N, nodes of the tree (1: plain)",
+        ylabel="ms a step (dotted: the least)",
+    )
     curves.grid(alpha=0.3)
     if "greedy" in results:
         curves.legend(fontsize=8)
@@ -272,5 +382,8 @@ def draw(results: dict, pyplot):
 
 def main(config: CostConfig) -> None:
     sections = {"roofline": partial(measure_roofline, config)}
-    sections |= {name: partial(measure_steps, config, t) for name, t in (("greedy", 0.0), ("lossless-0.7", 0.7))}
+    sections |= {
+        name: partial(measure_steps, config, t)
+        for name, t in (("greedy", 0.0), ("lossless-0.7", 0.7))
+    }
     measure("cost", config, sections | {"growth": partial(measure_growth, config)}, table, draw)

@@ -50,13 +50,25 @@ class Decoder:
 
     def __init__(self, config: EnduranceConfig, temperature: float):
         tokenizer, self.model, self.heads = load(config)
-        self.prompts = held_out_prompts(tokenizer, math.ceil(config.tokens / TENTHS / config.new_tokens), config.prompt_tokens)
-        self.tree, self.sampling = calibrated_tree(read_calibration(config.heads, temperature)[0], config.nodes), Sampling(temperature)
+        self.prompts = held_out_prompts(
+            tokenizer, math.ceil(config.tokens / TENTHS / config.new_tokens), config.prompt_tokens
+        )
+        self.tree, self.sampling = (
+            calibrated_tree(read_calibration(config.heads, temperature)[0], config.nodes),
+            Sampling(temperature),
+        )
         self.new_tokens = config.new_tokens
         self.timed(0)  # the first text of a process pays for what is set up once
 
     def decode(self, generate, *guessing, number: int) -> list[int]:
-        steps = generate(self.model, *guessing, self.prompts[number], self.new_tokens, self.sampling, torch.Generator().manual_seed(number))
+        steps = generate(
+            self.model,
+            *guessing,
+            self.prompts[number],
+            self.new_tokens,
+            self.sampling,
+            torch.Generator().manual_seed(number),
+        )
         return [token for emitted in steps for token in emitted]
 
     def plain(self, number: int) -> list[int]:
@@ -93,7 +105,9 @@ def endure(config: EnduranceConfig, temperature: float) -> dict:
     tenths = []
     for tenth in tqdm(range(TENTHS), desc=f"temperature {temperature}", unit="tenth"):
         texts, seconds, shares = [], [], []
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=be_young, initargs=(config, temperature)) as process:
+        with ProcessPoolExecutor(
+            1, mp_context=get_context("spawn"), initializer=be_young, initargs=(config, temperature)
+        ) as process:
             process.submit(young_seconds, 0).result()  # it is there
             for number in every:
                 text, took = old.timed(number)
@@ -131,9 +145,21 @@ def table(results: dict) -> str:
             ]
             for i, row in enumerate(result["tenths"], 1)
         ]
-        header = ["tenth", "tokens", "tokens/s", "speed over a young process's", "peak memory, MB", "the plain text"]
-        grown = {name: growth(result, name) for name in ("tokens/s", "share of a young process", "peak MB")}
-        says = "From the first tenth to the last: tokens/s {:+.1%}, against a young process {:+.1%}, peak memory {:+.2%}.".format(*grown.values())
+        header = [
+            "tenth",
+            "tokens",
+            "tokens/s",
+            "speed over a young process's",
+            "peak memory, MB",
+            "the plain text",
+        ]
+        grown = {
+            name: growth(result, name)
+            for name in ("tokens/s", "share of a young process", "peak MB")
+        }
+        says = "From the first tenth to the last: tokens/s {:+.1%}, against a young process {:+.1%}, peak memory {:+.2%}.".format(
+            *grown.values()
+        )
         parts.append(f"**{section}**\n\n" + markdown(header, rows) + f"\n\n{says}")
     return "\n\n".join(parts)
 
@@ -142,11 +168,19 @@ def draw(results: dict, pyplot):
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
     for axis, name in zip(axes, ("tokens/s", "peak MB")):
         for section, result in results.items():
-            axis.plot(range(1, TENTHS + 1), [row[name] for row in result["tenths"]], "o-", label=section)
+            axis.plot(
+                range(1, TENTHS + 1), [row[name] for row in result["tenths"]], "o-", label=section
+            )
         axis.set(xlabel="tenth", ylabel=name, ylim=(0, None))
         axis.legend()
     return figure
 
 
 def main(config: EnduranceConfig) -> None:
-    measure("endurance", config, {"greedy": partial(endure, config, 0.0), "lossless-0.7": partial(endure, config, 0.7)}, table, draw)
+    measure(
+        "endurance",
+        config,
+        {"greedy": partial(endure, config, 0.0), "lossless-0.7": partial(endure, config, 0.7)},
+        table,
+        draw,
+    )

@@ -52,7 +52,9 @@ NUMBERS = [
 ]
 WORDS = ["", " ", "nowhere", "nowhere/at/all", "/", ".", "/dev/null", "a\nb", "\udcff", "\u202e\u0000", "-", "--", "'", "x" * 5000, "greedy", "typical", "lossless", "cpu", "cuda", "meta",
          "mps", "float16", "float64", "kl", "corpus", "distilled", "tree.json"]  # fmt: skip
-WRITABLE = [word for word in WORDS if not word.startswith("/")]  # for what is written: nothing outside of the case
+WRITABLE = [
+    word for word in WORDS if not word.startswith("/")
+]  # for what is written: nothing outside of the case
 JUNK = [
     None, True, False, 0, -1, 1, 1 << 70, 0.5, float("nan"), float("inf"), "", "x", "16", [], [1], {}, {"rope_type": "linear"}, {"factor": -1}, {"type": "yarn"},
 ]  # fmt: skip
@@ -84,25 +86,54 @@ class Case:
 def make_inputs(work: Path) -> int:
     """A small base, its rows and heads, and a training run that was stopped, by the project's own commands."""
     text = work / "text.txt"
-    text.write_text("".join(f"def f{n}(x):\n    return x + {n % 7}  # \u20ac\n\n" for n in range(4000)), encoding="utf-8")
+    text.write_text(
+        "".join(f"def f{n}(x):\n    return x + {n % 7}  # \u20ac\n\n" for n in range(4000)),
+        encoding="utf-8",
+    )
     common = ["--text", str(text), "--device", "cpu", "--precision", "float32"]
     base, rows = ["--base", str(work / "base")], ["--distilled", str(work / "rows")]
     for mode, out, more in (
         ("base", "base", SMALL),
-        ("distill", "rows", [*base, *"--shards 1 --rows 6 --prompt-tokens 6 --new-tokens 18".split()]),
+        (
+            "distill",
+            "rows",
+            [*base, *"--shards 1 --rows 6 --prompt-tokens 6 --new-tokens 18".split()],
+        ),
         ("medusa1", "heads", [*base, *rows, *FIT, "--num-heads", "3"]),
     ):
         sys.argv = ["train.py", "--mode", mode, *common, *more, "--out", str(work / out)]
         train.main()
     shutil.copytree(work / "base", work / "chat")
     (work / "chat" / "tokenizer.model").unlink()
-    pieces = ["<unk>", "<s>", "</s>", *sorted(optional("tokenizers", "bench/fuzz.py").pre_tokenizers.ByteLevel.alphabet())]
-    write_json(work / "chat" / "tokenizer.json", tokenizer_json(pieces, [CONTROL] * 3 + [1] * 256, []))
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *sorted(optional("tokenizers", "bench/fuzz.py").pre_tokenizers.ByteLevel.alphabet()),
+    ]
+    write_json(
+        work / "chat" / "tokenizer.json", tokenizer_json(pieces, [CONTROL] * 3 + [1] * 256, [])
+    )
     template = "{% for turn in messages %}{{ bos_token }}{{ turn.content }}{% endfor %}"
-    write_json(work / "chat" / "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template})
+    write_json(
+        work / "chat" / "tokenizer_config.json",
+        {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template},
+    )
     (work / "turns.jsonl").write_text("".join(json.dumps(f"turn {n}") + "\n" for n in range(200)))
     train.finish = lambda config: None  # the checkpoint stays
-    sys.argv = ["train.py", "--mode", "medusa1", *common, *base, *rows, *FIT, "--num-heads", "3", "--out", str(work / "run")]
+    sys.argv = [
+        "train.py",
+        "--mode",
+        "medusa1",
+        *common,
+        *base,
+        *rows,
+        *FIT,
+        "--num-heads",
+        "3",
+        "--out",
+        str(work / "run"),
+    ]
     train.main()
     return 0
 
@@ -112,21 +143,58 @@ def make_inputs(work: Path) -> int:
 
 def sampling(work: Path, *more: str) -> Case:
     return Case(
-        sample.main, ["sample.py", "--base", f"{work}/base", "--heads", f"{work}/heads", "--device", "cpu", "--max-new-tokens", "6", "--tree", "4", *more]
+        sample.main,
+        [
+            "sample.py",
+            "--base",
+            f"{work}/base",
+            "--heads",
+            f"{work}/heads",
+            "--device",
+            "cpu",
+            "--max-new-tokens",
+            "6",
+            "--tree",
+            "4",
+            *more,
+        ],
     )
 
 
 def training(work: Path, mode: str, *more: str) -> Case:
-    flags = {"base": SMALL, "distill": "--shards 1 --rows 2 --prompt-tokens 6 --new-tokens 8".split()}.get(mode, [*FIT, "--distilled", f"{work}/rows"])
+    flags = {
+        "base": SMALL,
+        "distill": "--shards 1 --rows 2 --prompt-tokens 6 --new-tokens 8".split(),
+    }.get(mode, [*FIT, "--distilled", f"{work}/rows"])
     base = [] if mode == "base" else ["--base", f"{work}/base"]
-    return Case(train.main, ["train.py", "--mode", mode, "--text", f"{work}/text.txt", "--device", "cpu", "--out", f"{work}/out", *base, *flags, *more])
+    return Case(
+        train.main,
+        [
+            "train.py",
+            "--mode",
+            mode,
+            "--text",
+            f"{work}/text.txt",
+            "--device",
+            "cpu",
+            "--out",
+            f"{work}/out",
+            *base,
+            *flags,
+            *more,
+        ],
+    )
 
 
 def spoil_json(path: Path, chance: random.Random) -> None:
     """Replace, drop or add a value somewhere, or break the text."""
     content = json.loads(path.read_text())
     at = content
-    while isinstance(at, dict) and any(isinstance(value, dict) and value for value in at.values()) and chance.random() < 0.7:
+    while (
+        isinstance(at, dict)
+        and any(isinstance(value, dict) and value for value in at.values())
+        and chance.random() < 0.7
+    ):
         at = chance.choice([value for value in at.values() if isinstance(value, dict) and value])
     for _ in range(chance.choice((1, 1, 2))):
         key = chance.choice([*at, "surplus"])
@@ -135,12 +203,21 @@ def spoil_json(path: Path, chance: random.Random) -> None:
         else:
             at[key] = chance.choice([*JUNK, *at.values()])
     text = json.dumps(content)
-    path.write_text(text if chance.random() < 0.9 else text[: chance.randrange(len(text))] if chance.random() < 0.5 else "[" * 100_000)
+    path.write_text(
+        text
+        if chance.random() < 0.9
+        else text[: chance.randrange(len(text))]
+        if chance.random() < 0.5
+        else "[" * 100_000
+    )
 
 
 def spoil_bytes(path: Path, chance: random.Random) -> None:
     """Cut, lengthen or flip: most often at the beginning, where the headers stand."""
-    content, way = bytearray(path.read_bytes()), chance.choice(("cut", "longer", "flip", "flip", "flip", "swap"))
+    content, way = (
+        bytearray(path.read_bytes()),
+        chance.choice(("cut", "longer", "flip", "flip", "flip", "swap")),
+    )
     if way == "cut":
         del content[chance.choice((0, 4, 8, chance.randrange(len(content)))) :]
     elif way == "longer":
@@ -149,7 +226,9 @@ def spoil_bytes(path: Path, chance: random.Random) -> None:
         content = bytearray(chance.randbytes(len(content)))
     else:
         for _ in range(chance.choice((1, 1, 4))):
-            content[chance.randrange(min(len(content), chance.choice((8, 600, len(content)))))] ^= 1 << chance.randrange(8)
+            content[chance.randrange(min(len(content), chance.choice((8, 600, len(content)))))] ^= (
+                1 << chance.randrange(8)
+            )
     path.write_bytes(content)
 
 
@@ -163,7 +242,9 @@ def spoil_header(path: Path, chance: random.Random) -> None:
     if field == "name":
         header[chance.choice(("x", "", name + "x", "lm_head.weight"))] = header.pop(name)
     elif field == "metadata":
-        header["__metadata__"] = chance.choice(({}, {"base": "x"}, {"step": "x"}, {"settings": "[" * 2000}, {"inputs": 3}, "x"))
+        header["__metadata__"] = chance.choice(
+            ({}, {"base": "x"}, {"step": "x"}, {"settings": "[" * 2000}, {"inputs": 3}, "x")
+        )
     elif isinstance(header[name], dict):
         values = {
             "dtype": ["F64", "F16", "I64", "BOOL", "U8", "X", 3],
@@ -185,8 +266,35 @@ class Payload:
 
 def texts(chance: random.Random) -> bytes:
     """A corpus that is none, or an unusual one."""
-    lines = "".join(chance.choice(("\n", "\r", "\t", " ", "a", "\u20ac", "\u2581", "\u202e", "\U0001f600", "\x00", "</s>", "<0x41>")) for _ in range(3000))
-    unusual = [b"", b"\n", b"\xff\xfe\x00", chance.randbytes(5000), b"\x00" * 5000, b"x" * 50_000, lines.encode(), b"a b\n" * 9000]
+    lines = "".join(
+        chance.choice(
+            (
+                "\n",
+                "\r",
+                "\t",
+                " ",
+                "a",
+                "\u20ac",
+                "\u2581",
+                "\u202e",
+                "\U0001f600",
+                "\x00",
+                "</s>",
+                "<0x41>",
+            )
+        )
+        for _ in range(3000)
+    )
+    unusual = [
+        b"",
+        b"\n",
+        b"\xff\xfe\x00",
+        chance.randbytes(5000),
+        b"\x00" * 5000,
+        b"x" * 50_000,
+        lines.encode(),
+        b"a b\n" * 9000,
+    ]
     unusual += ["\ufeffbom\n".encode() * 4000, b"\xed\xa0\x80" * 500]
     return b"one line " * 5_500_000 if chance.random() < 0.05 else chance.choice(unusual)
 
@@ -197,9 +305,19 @@ def flags_of(config: type, chance: random.Random) -> list[str]:
     for f in chance.sample(fields(config), chance.randint(1, 3)):
         flag = "--" + f.name.replace("_", "-")
         argv += (
-            [flag] if f.type == "bool" or f.type is bool else [flag, chance.choice(WRITABLE if f.name in ("out", "trace") else chance.choice((NUMBERS, WORDS)))]
+            [flag]
+            if f.type == "bool" or f.type is bool
+            else [
+                flag,
+                chance.choice(
+                    WRITABLE if f.name in ("out", "trace") else chance.choice((NUMBERS, WORDS))
+                ),
+            ]
         )
-    return [*argv, *([chance.choice(("--no", "-x", "extra", "--tre", "--"))] if chance.random() < 0.1 else [])]
+    return [
+        *argv,
+        *([chance.choice(("--no", "-x", "extra", "--tre", "--"))] if chance.random() < 0.1 else []),
+    ]
 
 
 def spoil_flags(work: Path, chance: random.Random) -> Case:
@@ -211,24 +329,45 @@ def spoil_flags(work: Path, chance: random.Random) -> Case:
 
 def spoil_text(work: Path, chance: random.Random) -> Case:
     (work / "text.txt").write_bytes(texts(chance))
-    return chance.choice((training(work, chance.choice(list(train.MODES))), sampling(work, "--prompt-file", f"{work}/text.txt")))
+    return chance.choice(
+        (
+            training(work, chance.choice(list(train.MODES))),
+            sampling(work, "--prompt-file", f"{work}/text.txt"),
+        )
+    )
 
 
 def spoil_rows(work: Path, chance: random.Random) -> Case:
-    chance.choice((spoil_bytes, spoil_header))(chance.choice(sorted((work / "rows").iterdir())), chance)
+    chance.choice((spoil_bytes, spoil_header))(
+        chance.choice(sorted((work / "rows").iterdir())), chance
+    )
     return training(work, chance.choice(("medusa1", "medusa2")))
 
 
 def spoil_checkpoint(work: Path, chance: random.Random) -> Case:
     chance.choice((spoil_bytes, spoil_header))(work / "run" / "checkpoint.safetensors", chance)
-    return training(work, "medusa1", "--num-heads", "3", "--precision", "float32", "--resume", "--out", f"{work}/run")
+    return training(
+        work,
+        "medusa1",
+        "--num-heads",
+        "3",
+        "--precision",
+        "float32",
+        "--resume",
+        "--out",
+        f"{work}/run",
+    )
 
 
 def spoil_pickle(work: Path, chance: random.Random) -> Case:
     """Official heads; some run code, if they are believed."""
     path, payload = work / "medusa_lm_head.pt", Payload(work / "ran")
-    names = [f"{k}.{part}" for k in range(2) for part in ("0.linear.weight", "0.linear.bias", "1.weight")]
-    torch.save({name: payload if chance.random() < 0.3 else torch.zeros(16, 16) for name in names}, path)
+    names = [
+        f"{k}.{part}" for k in range(2) for part in ("0.linear.weight", "0.linear.bias", "1.weight")
+    ]
+    torch.save(
+        {name: payload if chance.random() < 0.3 else torch.zeros(16, 16) for name in names}, path
+    )
     if chance.random() < 0.3:
         path.write_bytes(pickle.dumps(payload))
     elif chance.random() < 0.5:
@@ -238,15 +377,32 @@ def spoil_pickle(work: Path, chance: random.Random) -> Case:
 
 def spoil_chat(work: Path, chance: random.Random) -> Case:
     """A chat model's tokenizer.json, its settings, its template, or the turns that it is distilled on."""
-    what = chance.choice(("tokenizer.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "turns.jsonl"))
+    what = chance.choice(
+        (
+            "tokenizer.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "chat_template.jinja",
+            "turns.jsonl",
+        )
+    )
     if what == "chat_template.jinja":
         (work / "chat" / what).write_text(chance.choice(TEMPLATES), errors="surrogateescape")
     elif what == "turns.jsonl":
-        (work / what).write_bytes(texts(chance) if chance.random() < 0.5 else json.dumps(chance.choice(JUNK)).encode())
+        (work / what).write_bytes(
+            texts(chance) if chance.random() < 0.5 else json.dumps(chance.choice(JUNK)).encode()
+        )
     else:
         (spoil_bytes if chance.random() < 0.3 else spoil_json)(work / "chat" / what, chance)
     flags = ["--base", f"{work}/chat", "--chat"]
-    return chance.choice((sampling(work, *flags, "why?"), training(work, "distill", *flags, "--text", f"{work}/turns.jsonl", "--prompt-tokens", "40")))
+    return chance.choice(
+        (
+            sampling(work, *flags, "why?"),
+            training(
+                work, "distill", *flags, "--text", f"{work}/turns.jsonl", "--prompt-tokens", "40"
+            ),
+        )
+    )
 
 
 def spoil_tree(work: Path, chance: random.Random) -> Case:
@@ -267,7 +423,9 @@ def spoil_config(work: Path, chance: random.Random) -> Case:
 
 
 def spoil_weights(work: Path, chance: random.Random) -> Case:
-    chance.choice((spoil_bytes, spoil_header))(work / chance.choice(("base", "base", "heads")) / "model.safetensors", chance)
+    chance.choice((spoil_bytes, spoil_header))(
+        work / chance.choice(("base", "base", "heads")) / "model.safetensors", chance
+    )
     return whoever_opens(work, chance)
 
 
@@ -277,11 +435,29 @@ def spoil_tokenizer(work: Path, chance: random.Random) -> Case:
 
 
 def whoever_opens(work: Path, chance: random.Random) -> Case:
-    return chance.choice((sampling(work), training(work, chance.choice(("distill", "medusa1", "medusa2")))))
+    return chance.choice(
+        (sampling(work), training(work, chance.choice(("distill", "medusa1", "medusa2"))))
+    )
 
 
-KINDS = [spoil_flags, spoil_flags, spoil_config, spoil_config, spoil_weights, spoil_weights, spoil_calibration, spoil_tokenizer, spoil_chat, spoil_text]
-KINDS += [spoil_rows, spoil_checkpoint, spoil_pickle, spoil_tree]  # those that stand twice have more to be spoilt
+KINDS = [
+    spoil_flags,
+    spoil_flags,
+    spoil_config,
+    spoil_config,
+    spoil_weights,
+    spoil_weights,
+    spoil_calibration,
+    spoil_tokenizer,
+    spoil_chat,
+    spoil_text,
+]
+KINDS += [
+    spoil_rows,
+    spoil_checkpoint,
+    spoil_pickle,
+    spoil_tree,
+]  # those that stand twice have more to be spoilt
 
 
 # ---- the run of a case, and the verdict ----
@@ -325,7 +501,11 @@ def verdict(code: int | None, said: str, before: dict, work: Path) -> str:
     lines = [
         line
         for line in re.split(r"[\n\r]", said)
-        if line.strip() and "step/s" not in line and "shard/s" not in line and "?s/" not in line and "s/it" not in line
+        if line.strip()
+        and "step/s" not in line
+        and "shard/s" not in line
+        and "?s/" not in line
+        and "s/it" not in line
     ]
     if code is None:
         return f"hangs for {SECONDS} s"
@@ -350,7 +530,9 @@ def main() -> None:
         inputs, work = Path(folder) / "inputs", Path(folder) / "work"
         work.mkdir()
         os.environ["XDG_CACHE_HOME"] = str(work / "cache")
-        if in_a_child(partial(make_inputs, work), 10 * SECONDS, "/dev/stderr") != 0:  # under the paths that a stopped run remembers
+        if (
+            in_a_child(partial(make_inputs, work), 10 * SECONDS, "/dev/stderr") != 0
+        ):  # under the paths that a stopped run remembers
             raise ValueError("the inputs could not be made")
         work.rename(inputs)
         numbers = [config.only] if config.only >= 0 else range(config.cases)
@@ -363,7 +545,9 @@ def main() -> None:
             code = in_a_child(partial(meet, case, work), SECONDS, str(work / ".said"))
             said = (work / ".said").read_text(encoding="utf-8", errors="replace")
             fault = verdict(code, said, before, work)
-            counts[kind][{0: "works", 2: "refused"}.get(code, "fault") if not fault else "fault"] += 1
+            counts[kind][
+                {0: "works", 2: "refused"}.get(code, "fault") if not fault else "fault"
+            ] += 1
             if fault or config.only >= 0:
                 tqdm.write(f"case {number}, {kind}: {' '.join(case.argv)[:600]}\n{fault or said}\n")
             if fault:
@@ -372,7 +556,11 @@ def main() -> None:
     if config.only < 0:
         command = f"python bench/fuzz.py --cases {config.cases} --seed {config.seed}"
         about = {"command": command, "machine": machine(), "date": date.today().isoformat()}
-        write_json(Path(config.out) / "fuzz.json", about | {"cases": {kind: dict(counts[kind]) for kind in sorted(counts)}, "faults": faults})
+        write_json(
+            Path(config.out) / "fuzz.json",
+            about
+            | {"cases": {kind: dict(counts[kind]) for kind in sorted(counts)}, "faults": faults},
+        )
         print(f"{config.cases} cases, {len(faults)} faults: {Path(config.out) / 'fuzz.json'}")
 
 

@@ -36,8 +36,17 @@ def measure_memory() -> dict:
     for name, chunk_logits in (("chunks", 1 << 24), ("all at once", 1 << 40)):
         for K in (1, 4):
             command = [sys.executable, __file__, str(K), str(chunk_logits)]
-            peaks[name, K] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return {name: {"MB, K = 1": peaks[name, 1], "MB, K = 4": peaks[name, 4], "ratio": peaks[name, 4] / peaks[name, 1]} for name in ("chunks", "all at once")}
+            peaks[name, K] = float(
+                subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            )
+    return {
+        name: {
+            "MB, K = 1": peaks[name, 1],
+            "MB, K = 4": peaks[name, 4],
+            "ratio": peaks[name, 4] / peaks[name, 1],
+        }
+        for name in ("chunks", "all at once")
+    }
 
 
 if __name__ == "__main__":

@@ -44,13 +44,27 @@ TESTS = {  # the tests that know a module, those that fail soonest first
     "train.py": ["test_medusa2.py", "test_train.py", "test_checkpoint.py"],
     "data/checkpoint.py": ["test_checkpoint.py"],
 }
-ONLY = {"train.py": ("learning_rate", "sine_ramp", "targets_ahead", "backpropagate", "is_matrix", "adamw", "fit", "schedule")}  # functions; of the others all
+ONLY = {
+    "train.py": (
+        "learning_rate",
+        "sine_ramp",
+        "targets_ahead",
+        "backpropagate",
+        "is_matrix",
+        "adamw",
+        "train_loop",
+        "schedule",
+    )
+}  # functions; of the others all
 PAIRS = """Add_Sub Sub_Add Mul_Div Div_Mul FloorDiv_Mul Mod_Mul Pow_Mul BitOr_BitAnd BitAnd_BitOr LShift_RShift RShift_LShift
 Eq_NotEq NotEq_Eq Lt_LtE Lt_Gt LtE_Lt LtE_Gt Gt_GtE Gt_Lt GtE_Gt GtE_Lt Is_IsNot IsNot_Is In_NotIn NotIn_In Delete_Not Delete_USub Delete_Invert""".split()
 PLAIN = """AddNot ReplaceTrueWithFalse ReplaceFalseWithTrue ReplaceAndWithOr ReplaceOrWithAnd ReplaceBreakWithContinue ReplaceContinueWithBreak
 NumberReplacer RemoveDecorator ZeroIterationForLoop""".split()
 SECONDS = 120  # a test that runs longer has met something endless
-PHASES = (hypothesis.Phase.explicit, hypothesis.Phase.generate)  # a failure is enough, it need not be made small
+PHASES = (
+    hypothesis.Phase.explicit,
+    hypothesis.Phase.generate,
+)  # a failure is enough, it need not be made small
 EQUIVALENT = {  # (module, line with the fault, less its comment): why no test can tell
     ("tree.py", "ranked = log_probs.topk(min(n_nodes + 1, log_probs.shape[-1])).values.tolist()"): "two guesses more of each head than a tree of this size can hold",
     ("tree.py", "ranked = log_probs.topk(min(n_nodes - 0, log_probs.shape[-1])).values.tolist()"): "one guess more of each head than a tree of this size can hold",
@@ -71,7 +85,7 @@ EQUIVALENT = {  # (module, line with the fault, less its comment): why no test c
     ("medusa.py", "self.like = at_least_float32(like[ -1, :0]).new_empty(like.shape[0])"): "only its dtype and device are taken",
     ("medusa.py", "reached = {0: ([0], 1.0)}"): "every path begins there",
     ("medusa.py", "states = model(tokens[None], cache=cache)[ -1, -1:]"): "of a batch of one the last row is the first",
-    ("medusa.py", "return logits if noise is None or sampling.typical else tempered(logits, sampling.temperature).softmax(1) / noise"): "of (K, V) the last dimension is the second",
+    ("medusa.py", "return logits if noise is None or sampling.typical else scale_logits(logits, sampling.temperature).softmax(1) / noise"): "of (K, V) the last dimension is the second",
     ("medusa.py", "reached = {0: ([0], -1.0)}"): "every path begins there",
     ("medusa.py", "if plan.depth > end - length - 2:"): "a tree that is cut at its own depth is itself",
     ("medusa.py", "if sampling.temperature > -1 or sampling.typical:"): "greedy decoding does not look at what it computes then",
@@ -115,8 +129,15 @@ def bare(code: str) -> str:
 
 def mutants(code: str) -> list[Mutant]:
     """All faults of the chosen operators that change what runs."""
-    plugins, mutating = (optional(f"cosmic_ray.{name}", "bench/mutants.py", "bench/requirements-mutants.txt") for name in ("plugins", "mutating"))
-    chosen = [name for name in plugins.operator_names() if name.rpartition("/")[2] in PLAIN or name.partition("Operator_")[2] in PAIRS]
+    plugins, mutating = (
+        optional(f"cosmic_ray.{name}", "bench/mutants.py", "bench/requirements-mutants.txt")
+        for name in ("plugins", "mutating")
+    )
+    chosen = [
+        name
+        for name in plugins.operator_names()
+        if name.rpartition("/")[2] in PLAIN or name.partition("Operator_")[2] in PAIRS
+    ]
     found, seen = [], {bare(code)}
     for name in chosen:
         operator, occurrence = plugins.get_operator(name)(), 0
@@ -129,7 +150,9 @@ def mutants(code: str) -> list[Mutant]:
             if key not in seen:
                 seen.add(key)
                 pairs = zip(code.splitlines(), mutated.splitlines())
-                line, before, after = next((i, *pair) for i, pair in enumerate(pairs, start=1) if pair[0] != pair[1])
+                line, before, after = next(
+                    (i, *pair) for i, pair in enumerate(pairs, start=1) if pair[0] != pair[1]
+                )
                 found.append(Mutant(line, before.strip(), after.strip(), mutated))
     return found
 
@@ -169,7 +192,10 @@ def passes(tests: list[str], copy: Path) -> int:
     hypothesis.settings.register_profile("mutants", phases=PHASES, report_multiple_bugs=False)
     hypothesis.settings.load_profile("mutants")
     sys.argv = ["pytest"]
-    return pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in tests)], [Hurry(copy.parent / "times.json")])
+    return pytest.main(
+        ["-x", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in tests)],
+        [Hurry(copy.parent / "times.json")],
+    )
 
 
 def survives(mutant: Mutant, module: str, copy: Path) -> bool:
@@ -184,7 +210,9 @@ def survives(mutant: Mutant, module: str, copy: Path) -> bool:
 
 def copy_of_the_repository(folder: str) -> Path:
     copy = Path(folder) / "copy"
-    names = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    names = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
     for name in names:
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, copy / name)
@@ -193,17 +221,29 @@ def copy_of_the_repository(folder: str) -> Path:
 
 def looked_at(module: str) -> list[Mutant]:
     code = (ROOT / module).read_text(encoding="utf-8")
-    spans = [range(node.lineno, node.end_lineno + 1) for node in ast.parse(code).body if getattr(node, "name", "") in ONLY.get(module, ())]
-    return [mutant for mutant in mutants(code) if not spans or any(mutant.line in span for span in spans)]
+    spans = [
+        range(node.lineno, node.end_lineno + 1)
+        for node in ast.parse(code).body
+        if getattr(node, "name", "") in ONLY.get(module, ())
+    ]
+    return [
+        mutant
+        for mutant in mutants(code)
+        if not spans or any(mutant.line in span for span in spans)
+    ]
 
 
 def measure(module: str, sample: int) -> dict:
     every = looked_at(module)
-    chosen = random.Random(0).sample(every, len(every))[:sample]  # a smaller sample is a part of a larger one
+    chosen = random.Random(0).sample(every, len(every))[
+        :sample
+    ]  # a smaller sample is a part of a larger one
     tried, survivors = 0, []
     with tempfile.TemporaryDirectory() as folder:
         copy = copy_of_the_repository(folder)
-        if not survives(Mutant(0, "", "", (copy / module).read_text(encoding="utf-8")), module, copy):
+        if not survives(
+            Mutant(0, "", "", (copy / module).read_text(encoding="utf-8")), module, copy
+        ):
             raise ValueError(f"{module}: its tests fail without any fault")
         with suppress(KeyboardInterrupt):
             for mutant in tqdm(chosen, desc=module, unit="mutant", miniters=1):
@@ -212,25 +252,59 @@ def measure(module: str, sample: int) -> dict:
                 if alive:
                     survivors.append(mutant)
                     tqdm.write(f"{module}:{mutant.line}\n  - {mutant.before}\n  + {mutant.after}")
-    shown = [{"line": m.line, "before": m.before, "after": m.after, "equivalent": equivalent(module, m.after)} for m in survivors]
-    killed, counted = tried - len(survivors), tried - sum(survivor["equivalent"] != "" for survivor in shown)
-    return {"mutants": len(every), "tried": tried, "killed": killed, "share killed": killed / max(counted, 1), "survivors": shown}
+    shown = [
+        {
+            "line": m.line,
+            "before": m.before,
+            "after": m.after,
+            "equivalent": equivalent(module, m.after),
+        }
+        for m in survivors
+    ]
+    killed, counted = (
+        tried - len(survivors),
+        tried - sum(survivor["equivalent"] != "" for survivor in shown),
+    )
+    return {
+        "mutants": len(every),
+        "tried": tried,
+        "killed": killed,
+        "share killed": killed / max(counted, 1),
+        "survivors": shown,
+    }
 
 
 def main() -> None:
     parser = OneLineParser(description=__doc__)
-    parser.add_argument("modules", nargs="*", choices=[*TESTS, []], help="modules to put faults in; default: all")
-    parser.add_argument("--sample", type=int, default=100_000, help="faults to try in each, drawn at random; default: all")
-    parser.add_argument("--out", default=str(ROOT / "bench/results/mutants.json"), help="file of the results")
+    parser.add_argument(
+        "modules", nargs="*", choices=[*TESTS, []], help="modules to put faults in; default: all"
+    )
+    parser.add_argument(
+        "--sample",
+        type=int,
+        default=100_000,
+        help="faults to try in each, drawn at random; default: all",
+    )
+    parser.add_argument(
+        "--out", default=str(ROOT / "bench/results/mutants.json"), help="file of the results"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     out = Path(arguments.out)
     for module in arguments.modules or TESTS:
         result = measure(module, arguments.sample)
         content = read_json(out) if out.exists() else {}
-        about = {"machine": machine(), "date": date.today().isoformat(), "command": f"python bench/mutants.py {module} --sample {result['tried']}"}
+        about = {
+            "machine": machine(),
+            "date": date.today().isoformat(),
+            "command": f"python bench/mutants.py {module} --sample {result['tried']}",
+        }
         write_json(out, content | {module: about | result})
-        print(json.dumps({module: {name: value for name, value in result.items() if name != "survivors"}}))
+        print(
+            json.dumps(
+                {module: {name: value for name, value in result.items() if name != "survivors"}}
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -24,13 +24,23 @@ def draw_log(log: Path) -> Path:
     steps = [record["step"] for record in records]
     figure, (losses, accuracy, rates) = plt.subplots(3, 1, figsize=(8, 10), sharex=True)
     if any(record["base"] for record in records):
-        losses.plot(steps, smooth([record["base"] for record in records]), label="base", color="black")
+        losses.plot(
+            steps, smooth([record["base"] for record in records]), label="base", color="black"
+        )
     for k in range(len(records[0]["heads"])):
-        losses.plot(steps, smooth([record["heads"][k] for record in records]), label=f"head {k + 1}")
-        accuracy.plot(steps, smooth([record["top1"][k] for record in records]), label=f"head {k + 1}")
+        losses.plot(
+            steps, smooth([record["heads"][k] for record in records]), label=f"head {k + 1}"
+        )
+        accuracy.plot(
+            steps, smooth([record["top1"][k] for record in records]), label=f"head {k + 1}"
+        )
     for part in records[0]["lr"]:
         rates.plot(steps, [record["lr"][part] for record in records], label=part)
-    for axes, name in ((losses, "loss in nats"), (accuracy, "first guess right, on training rows"), (rates, "learning rate")):
+    for axes, name in (
+        (losses, "loss in nats"),
+        (accuracy, "first guess right, on training rows"),
+        (rates, "learning rate"),
+    ):
         axes.set_ylabel(name)
         axes.legend()
         axes.grid(alpha=0.3)

@@ -17,7 +17,7 @@ from data.machine import check_out, pick_device
 from data.packages import optional
 from data.shards import base_digest
 from data.tokenizer import SHIPPED_BASE, AnyTokenizer, load_base
-from medusa import ROOT, MedusaHeads, check_fit
+from medusa import ROOT_ONLY, MedusaHeads, check_compatible
 from model import GPT, check_sizes, read_json, write_atomically, write_json
 
 
@@ -25,8 +25,13 @@ from model import GPT, check_sizes, read_json, write_atomically, write_json
 class Bench:
     """Settings of every subcommand."""
 
-    only: list[str] = option([], "sections to measure, by name; default: all that are not in the results yet")
-    out: str = option("bench/results", "directory of the results: a JSON file, a Markdown table and a plot, each named after the subcommand")
+    only: list[str] = option(
+        [], "sections to measure, by name; default: all that are not in the results yet"
+    )
+    out: str = option(
+        "bench/results",
+        "directory of the results: a JSON file, a Markdown table and a plot, each named after the subcommand",
+    )
     base: str = option(SHIPPED_BASE, "directory of the base model")
     heads: str = option("data/heads", "directory of the heads and their calibration.json")
 
@@ -48,10 +53,13 @@ need = partial(optional, user="bench/bench.py", requirements="bench/requirements
 
 def load(config: Bench, ends: bool = False) -> tuple[AnyTokenizer, GPT, MedusaHeads]:
     """Unless it is asked to, the model never ends a text, so that all texts are equally long."""
-    device, dtype = pick_device(getattr(config, "device", "cpu")), getattr(torch, getattr(config, "dtype", "float32"))
+    device, dtype = (
+        pick_device(getattr(config, "device", "cpu")),
+        getattr(torch, getattr(config, "dtype", "float32")),
+    )
     tokenizer, model = load_base(config.base, dtype, device)
     heads = MedusaHeads.from_pretrained(config.heads, dtype, device)
-    check_fit(model, heads, ROOT)
+    check_compatible(model, heads, ROOT_ONLY)
     if not getattr(config, "compile", False):
         model.pack()
     if not ends:
@@ -61,14 +69,20 @@ def load(config: Bench, ends: bool = False) -> tuple[AnyTokenizer, GPT, MedusaHe
 
 def held_out_prompts(tokenizer: AnyTokenizer, n: int, length: int) -> list[list[int]]:
     """Windows of text that nothing here was trained on."""
-    return windows(packed(documents(True), tokenizer), n, length, torch.Generator().manual_seed(0)).tolist()
+    return windows(
+        packed(documents(True), tokenizer), n, length, torch.Generator().manual_seed(0)
+    ).tolist()
 
 
 def held_out_turns(config, tokenizer: AnyTokenizer) -> list[list[int]]:
     """The last config.prompts of the user turns that nothing here was trained on; trees were calibrated on the first ones."""
-    held_out = turn_prompts(config.turns, config.base, tokenizer, config.prompt_tokens)["validation"]
+    held_out = turn_prompts(config.turns, config.base, tokenizer, config.prompt_tokens)[
+        "validation"
+    ]
     if len(held_out) < HELD_OUT_ROWS + config.prompts:
-        raise ValueError(f"--turns: {len(held_out)} turns are held out, {HELD_OUT_ROWS} to calibrate on and --prompts {config.prompts} are needed")
+        raise ValueError(
+            f"--turns: {len(held_out)} turns are held out, {HELD_OUT_ROWS} to calibrate on and --prompts {config.prompts} are needed"
+        )
     return held_out[-config.prompts :]
 
 
@@ -87,9 +101,20 @@ def place(config: Bench) -> str:
 def command(name: str, config: Bench) -> str:
     """What measures the same again."""
     plain = type(config)()
-    flags = [(f.name, getattr(config, f.name)) for f in fields(config) if f.name not in NOT_RESULT and getattr(config, f.name) != getattr(plain, f.name)]
+    flags = [
+        (f.name, getattr(config, f.name))
+        for f in fields(config)
+        if f.name not in NOT_RESULT and getattr(config, f.name) != getattr(plain, f.name)
+    ]
     words = [
-        "--" + " ".join([flag.replace("_", "-"), *map(str, value if isinstance(value, list) else [] if value is True else [value])]) for flag, value in flags
+        "--"
+        + " ".join(
+            [
+                flag.replace("_", "-"),
+                *map(str, value if isinstance(value, list) else [] if value is True else [value]),
+            ]
+        )
+        for flag, value in flags
     ]
     return " ".join(["python bench/bench.py", name, *words])
 
@@ -97,29 +122,48 @@ def command(name: str, config: Bench) -> str:
 def started(name: str, config: Bench, again: bool) -> dict:
     """The results so far; raises ValueError, before any work, if they were measured otherwise."""
     path = Path(config.out) / f"{name}.json"
-    about = {"command": command(name, config), "machine": place(config), "weights": [base_digest(config.base), base_digest(config.heads)]}
+    about = {
+        "command": command(name, config),
+        "machine": place(config),
+        "weights": [base_digest(config.base), base_digest(config.heads)],
+    }
     content = read_json(path) if path.exists() and not again else about | {"results": {}}
     for key, value in about.items():
         if content.get(key) != value:
-            raise ValueError(f"{path} is of another {key}, {content.get(key)} and not {value}: remove it to measure anew, or give another --out")
+            raise ValueError(
+                f"{path} is of another {key}, {content.get(key)} and not {value}: remove it to measure anew, or give another --out"
+            )
     return content
 
 
-def write(name: str, config: Bench, content: dict, table: Callable[[dict], str], draw: Callable) -> None:
+def write(
+    name: str, config: Bench, content: dict, table: Callable[[dict], str], draw: Callable
+) -> None:
     """OUT/name.json, .md and .png, each atomically."""
     folder = Path(config.out)
     write_json(folder / f"{name}.json", content)
     measured = f"`{content['command']}` on {content['machine']}; {', '.join(sorted({result['date'] for result in content['results'].values()}))}."
     text = table(content["results"]) + f"\n\n{measured}\n"
-    write_atomically(folder / f"{name}.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_atomically(
+        folder / f"{name}.md", lambda temporary: temporary.write_text(text, encoding="utf-8")
+    )
     pyplot = need("matplotlib.pyplot")
     figure = draw(content["results"], pyplot)
     figure.tight_layout()
-    write_atomically(folder / f"{name}.png", lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+    write_atomically(
+        folder / f"{name}.png", lambda temporary: figure.savefig(temporary, dpi=110, format="png")
+    )
     pyplot.close(figure)
 
 
-def measure(name: str, config: Bench, sections: dict[str, Callable[[], dict]], table: Callable[[dict], str], draw: Callable, again: bool = False) -> None:
+def measure(
+    name: str,
+    config: Bench,
+    sections: dict[str, Callable[[], dict]],
+    table: Callable[[dict], str],
+    draw: Callable,
+    again: bool = False,
+) -> None:
     """The sections that the results lack, or all of them again; what is measured is written at once."""
     if unknown := set(config.only) - sections.keys():
         raise ValueError(f"--only {' '.join(sorted(unknown))}: there are {', '.join(sections)}")

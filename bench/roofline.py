@@ -26,31 +26,44 @@ class Device:
 def matrices(config: ModelConfig) -> int:
     """Numbers in the matrices that every token is multiplied with, the LM head among them."""
     D, hs = config.hidden_size, config.head_size
-    attention = D * 2 * (config.num_attention_heads + config.num_key_value_heads) * hs  # queries and output, keys and values
-    return config.num_hidden_layers * (attention + 3 * D * config.intermediate_size) + config.vocab_size * D
+    attention = (
+        D * 2 * (config.num_attention_heads + config.num_key_value_heads) * hs
+    )  # queries and output, keys and values
+    return (
+        config.num_hidden_layers * (attention + 3 * D * config.intermediate_size)
+        + config.vocab_size * D
+    )
 
 
 def backbone_work(config: ModelConfig, N: int, S: int, width: int) -> tuple[int, int]:
     """Bytes and operations of the model over N rows behind S: (matrices + keys and values) once, 2 N matrices + attention's 4 N (S + N) L of all heads' widths."""
     L, width_of_heads = config.num_hidden_layers, config.num_attention_heads * config.head_size
     cached = 2 * L * config.num_key_value_heads * config.head_size * (S + N)
-    return width * (matrices(config) + cached), 2 * N * matrices(config) + 4 * N * (S + N) * width_of_heads * L
+    return width * (matrices(config) + cached), 2 * N * matrices(config) + 4 * N * (
+        S + N
+    ) * width_of_heads * L
 
 
 def heads_work(config: MedusaConfig, width: int) -> tuple[int, int]:
     """Bytes and operations of K heads at one position: J layers each, and the LM head, which shared heads read once."""
     layers = config.num_heads * config.num_hidden_layers * config.hidden_size**2
     lm_head = config.truncated_vocab_size * config.hidden_size
-    return width * (layers + lm_head * (1 if config.original_lm_head else config.num_heads)), 2 * (layers + config.num_heads * lm_head)
+    return width * (layers + lm_head * (1 if config.original_lm_head else config.num_heads)), 2 * (
+        layers + config.num_heads * lm_head
+    )
 
 
 def plain_seconds(device: Device, model: ModelConfig, S: int, width: int) -> float:
     return device.seconds(*backbone_work(model, 1, S, width))
 
 
-def tree_seconds(device: Device, model: ModelConfig, heads: MedusaConfig, N: int, S: int, width: int) -> float:
+def tree_seconds(
+    device: Device, model: ModelConfig, heads: MedusaConfig, N: int, S: int, width: int
+) -> float:
     """Heads, then the tree: the one waits for the other."""
-    return device.seconds(*heads_work(heads, width)) + device.seconds(*backbone_work(model, N, S, width))
+    return device.seconds(*heads_work(heads, width)) + device.seconds(
+        *backbone_work(model, N, S, width)
+    )
 
 
 # ---- what this machine reaches ----

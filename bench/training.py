@@ -45,7 +45,9 @@ class Enough(Exception):
 
 def peak() -> float:
     """Megabytes that this process has held at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        1e6 if sys.platform == "darwin" else 1e3
+    )
 
 
 def time_fit(mode: str, base: str, steps: int) -> dict:
@@ -53,7 +55,7 @@ def time_fit(mode: str, base: str, steps: int) -> dict:
     import train
     from data.tokenizer import Tokenizer
 
-    found, stamps, fit = {}, [], train.fit
+    found, stamps, train_loop = {}, [], train.train_loop
 
     def fit_briefly(config, n, rows_of_step, *more):
         found["MB before the first step"] = peak()
@@ -66,14 +68,23 @@ def time_fit(mode: str, base: str, steps: int) -> dict:
             found["tokens in a step"] = rows[0].numel()
             return rows
 
-        fit(config, n, stamped, *more)
+        train_loop(config, n, stamped, *more)
 
-    train.fit, train.train_tokenizer = fit_briefly, lambda *_: Tokenizer.load(base)  # learning the pieces anew is no step
+    train.train_loop, train.train_tokenizer = (
+        fit_briefly,
+        lambda *_: Tokenizer.load(base),
+    )  # learning the pieces anew is no step
     name = mode.partition("-")[0]
-    more = MODES[mode] | {"device": "cpu", "steps": steps + 3} | ({"base": base} if name != "base" else {})
+    more = (
+        MODES[mode]
+        | {"device": "cpu", "steps": steps + 3}
+        | ({"base": base} if name != "base" else {})
+    )
     try:
         with tempfile.TemporaryDirectory() as out:
-            {"base": train.train_base}.get(name, train.train_medusa)(train.MODES[name](**more, out=f"{out}/{mode}"))
+            {"base": train.train_base}.get(name, train.train_medusa)(
+                train.MODES[name](**more, out=f"{out}/{mode}")
+            )
     except Enough:
         seconds = statistics.median(after - before for before, after in zip(stamps[2:], stamps[3:]))
     return found | {"seconds of a step": seconds, "tokens/s": found["tokens in a step"] / seconds}
@@ -90,10 +101,18 @@ def time_distill(base: str, rows: int) -> dict:
 
     tokenizer, model = load_base(base)
     settings = DistillConfig()
-    prompts = windows(packed(documents(False), tokenizer), rows, settings.prompt_tokens, seeded(0)).tolist()
+    prompts = windows(
+        packed(documents(False), tokenizer), rows, settings.prompt_tokens, seeded(0)
+    ).tolist()
     before, start = peak(), time.perf_counter()
-    _, carries = sample_rows(model, prompts, settings.prompt_tokens + settings.new_tokens, Sampling(settings.temperature), torch.Generator().manual_seed(0))
-    seconds, sampled = time.perf_counter() - start, carries.sum().item()
+    _, loss_mask = sample_rows(
+        model,
+        prompts,
+        settings.prompt_tokens + settings.new_tokens,
+        Sampling(settings.temperature),
+        torch.Generator().manual_seed(0),
+    )
+    seconds, sampled = time.perf_counter() - start, loss_mask.sum().item()
     return {
         "MB before the first step": before,
         "tokens in a step": sampled / settings.new_tokens,
@@ -106,7 +125,14 @@ def time_distill(base: str, rows: int) -> dict:
 
 
 def measure_mode(config: TrainingConfig, mode: str) -> dict:
-    command = [sys.executable, "-m", "bench.training", mode, str(Path(config.base).resolve()), str(config.rows if mode == "distill" else config.steps)]
+    command = [
+        sys.executable,
+        "-m",
+        "bench.training",
+        mode,
+        str(Path(config.base).resolve()),
+        str(config.rows if mode == "distill" else config.steps),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"{mode} failed: {' '.join(done.stderr.split())[-400:]}")
@@ -114,7 +140,14 @@ def measure_mode(config: TrainingConfig, mode: str) -> dict:
 
 
 def table(results: dict) -> str:
-    header = ["mode", "tokens in a step", "ms a step", "tokens/s", "peak memory, MB", "of it before the first step"]
+    header = [
+        "mode",
+        "tokens in a step",
+        "ms a step",
+        "tokens/s",
+        "peak memory, MB",
+        "of it before the first step",
+    ]
     rows = [
         [
             mode,
@@ -139,7 +172,9 @@ def draw(results: dict, pyplot):
 
 
 def main(config: TrainingConfig) -> None:
-    measure("train", config, {mode: partial(measure_mode, config, mode) for mode in MODES}, table, draw)
+    measure(
+        "train", config, {mode: partial(measure_mode, config, mode) for mode in MODES}, table, draw
+    )
 
 
 if __name__ == "__main__":

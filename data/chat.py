@@ -19,9 +19,18 @@ def read_template(directory) -> str:
     path = Path(directory) / "tokenizer_config.json"
     template = read_json(path).get("chat_template") if path.exists() else None
     if isinstance(template, list):
-        template = next((entry.get("template") for entry in template if isinstance(entry, dict) and entry.get("name") == "default"), None)
+        template = next(
+            (
+                entry.get("template")
+                for entry in template
+                if isinstance(entry, dict) and entry.get("name") == "default"
+            ),
+            None,
+        )
     if not isinstance(template, str):
-        raise ValueError(f"{directory} has no chat template, in chat_template.jinja or tokenizer_config.json: it is no chat model")
+        raise ValueError(
+            f"{directory} has no chat template, in chat_template.jinja or tokenizer_config.json: it is no chat model"
+        )
     return template
 
 
@@ -29,18 +38,26 @@ def chat_prompt(directory, tokenizer: AnyTokenizer, turns: list[dict[str, str]])
     """The tokens of turns {"role", "content"}, and of the opening of the model's answer."""
     text = chat_text(directory, turns)
     if not isinstance(tokenizer, JsonTokenizer):
-        raise ValueError(f"{directory} has no tokenizer.json: a tokenizer.model does not know which marks of the chat template are tokens")
+        raise ValueError(
+            f"{directory} has no tokenizer.json: a tokenizer.model does not know which marks of the chat template are tokens"
+        )
     return tokenizer.encode(text)
 
 
 def chat_text(directory, turns: list[dict[str, str]]) -> str:
     """Raises ValueError for a template that is missing, broken or objects."""
     template = read_template(directory)
-    modules = [optional(name, f"the chat template of {directory}") for name in ("jinja2", "jinja2.sandbox")]
+    modules = [
+        optional(name, f"the chat template of {directory}") for name in ("jinja2", "jinja2.sandbox")
+    ]
     try:
-        return compiled(template, *modules).render(messages=turns, add_generation_prompt=True, **special_tokens(directory))
+        return compiled(template, *modules).render(
+            messages=turns, add_generation_prompt=True, **special_tokens(directory)
+        )
     except Exception as error:  # whatever a template raises is its own fault
-        raise ValueError(f"the chat template of {directory} fails: {type(error).__name__}: {error}") from None
+        raise ValueError(
+            f"the chat template of {directory} fails: {type(error).__name__}: {error}"
+        ) from None
 
 
 @lru_cache(maxsize=1)  # a file of turns asks for one template again and again
@@ -48,20 +65,33 @@ def compiled(template: str, jinja2, sandbox):
     def objection(message: str):
         raise jinja2.TemplateError(message)
 
-    environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-    environment.globals |= {"raise_exception": objection, "strftime_now": lambda form: datetime.now().strftime(form)}
+    environment.globals |= {
+        "raise_exception": objection,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+    }
     return environment.from_string(template)
 
 
-def turn_prompts(paths: list[str], directory, tokenizer: AnyTokenizer, most: int) -> dict[str, list[list[int]]]:
+def turn_prompts(
+    paths: list[str], directory, tokenizer: AnyTokenizer, most: int
+) -> dict[str, list[list[int]]]:
     """The prompts of both sides, of at most `most` tokens each: files of user turns, a JSON string a line, split by a hash of the turn."""
     if not paths:
-        raise ValueError("--chat needs --text: a file of user turns; python -m data.turns writes one")
+        raise ValueError(
+            "--chat needs --text: a file of user turns; python -m data.turns writes one"
+        )
     sides = {"validation": [], "train": []}
     for path in paths:
         try:
-            turns = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
+            turns = [
+                json.loads(line)
+                for line in Path(path).read_text(encoding="utf-8").split("\n")
+                if line.strip()
+            ]
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: cannot be read as one JSON string a line: {error}") from None
         if not all(isinstance(turn, str) for turn in turns):
@@ -72,5 +102,7 @@ def turn_prompts(paths: list[str], directory, tokenizer: AnyTokenizer, most: int
                 sides["validation" if is_validation(turn) else "train"].append(prompt)
     for side, prompts in sides.items():
         if not prompts:
-            raise ValueError(f"the {side} side of the turns is empty: give more turns, or a larger --prompt-tokens than {most}")
+            raise ValueError(
+                f"the {side} side of the turns is empty: give more turns, or a larger --prompt-tokens than {most}"
+            )
     return sides

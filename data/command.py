@@ -13,7 +13,11 @@ from typing import Any
 def option(default, help: str, **more) -> Any:
     """A field of a config dataclass that becomes a flag of the command line."""
     metadata = {"help": help} | more
-    return field(default_factory=lambda: list(default), metadata=metadata) if isinstance(default, list) else field(default=default, metadata=metadata)
+    return (
+        field(default_factory=lambda: list(default), metadata=metadata)
+        if isinstance(default, list)
+        else field(default=default, metadata=metadata)
+    )
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -21,7 +25,9 @@ class OneLineParser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None = None, **more):
         """description: a docstring, of which the first line is shown."""
-        super().__init__(description=(description or "").partition("\n")[0], allow_abbrev=False, **more)
+        super().__init__(
+            description=(description or "").partition("\n")[0], allow_abbrev=False, **more
+        )
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -30,7 +36,10 @@ class OneLineParser(argparse.ArgumentParser):
 def add_options(parser: argparse.ArgumentParser, config: type) -> None:
     for f in fields(config):
         default = getattr(config(), f.name)
-        flag, more = "--" + f.name.replace("_", "-"), {key: value for key, value in f.metadata.items() if key != "help"}
+        flag, more = (
+            "--" + f.name.replace("_", "-"),
+            {key: value for key, value in f.metadata.items() if key != "help"},
+        )
         if isinstance(default, bool):
             more["action"] = argparse.BooleanOptionalAction
         elif isinstance(default, list):
@@ -70,5 +79,7 @@ class Common:
     seed: int = option(0, "seed of all that is random")
     device: str = option("auto", "auto, cpu, cuda or mps")
     precision: str = option(
-        "auto", "of matmuls, and of a base that does not learn: float32 or bfloat16; auto is bfloat16 on cuda", choices=("auto", "float32", "bfloat16")
+        "auto",
+        "of matmuls, and of a base that does not learn: float32 or bfloat16; auto is bfloat16 on cuda",
+        choices=("auto", "float32", "bfloat16"),
     )

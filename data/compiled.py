@@ -29,10 +29,18 @@ class Compiled:
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         cache = self.model.new_cache(-(-capacity // self.ROWS) * self.ROWS, batch)
         for part in (part for layer in cache.layers for part in layer):
-            torch._dynamo.mark_static_address(part, guard=False)  # a CUDA graph writes to it where it stands
+            torch._dynamo.mark_static_address(
+                part, guard=False
+            )  # a CUDA graph writes to it where it stands
         return cache
 
-    def __call__(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def __call__(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
         """As GPT.forward, for masks (T, S+T) of floats."""
         T, start = tokens.shape[1], cache.length if cache is not None else 0
         if cache is None or T not in self.sizes or start == 0 or (mask is None and T > 1):
@@ -40,6 +48,8 @@ class Compiled:
         rows = torch.arange(start, start + T, device=tokens.device)
         seen = self.rotary.new_zeros(T, start + T) if mask is None else mask
         mask = F.pad(seen, (0, cache.capacity - start - T), value=-math.inf)  # (T, capacity)
-        hidden = self.trunk(tokens, self.rotary[rows if positions is None else positions], mask, cache.layers, rows)
+        hidden = self.trunk(
+            tokens, self.rotary[rows if positions is None else positions], mask, cache.layers, rows
+        )
         cache.length = start + T
         return hidden

@@ -67,14 +67,20 @@ def text_documents(paths: list[str], validation: bool) -> list[str]:
             pieces[-1].append(line)
             size += len(line)
         name = Path(path).name
-        documents += ["".join(piece) for i, piece in enumerate(pieces) if piece and is_validation(f"{name}:{i}") == validation]
+        documents += [
+            "".join(piece)
+            for i, piece in enumerate(pieces)
+            if piece and is_validation(f"{name}:{i}") == validation
+        ]
     return documents
 
 
 def documents(validation: bool, text: list[str] | None = None) -> list[str]:
     found = text_documents(text, validation) if text else library_documents(validation)
     if not found:
-        raise ValueError(f"the {'validation' if validation else 'training'} side of the text is empty: give more text")
+        raise ValueError(
+            f"the {'validation' if validation else 'training'} side of the text is empty: give more text"
+        )
     return found
 
 
@@ -84,10 +90,17 @@ def pack(documents: list[str], tokenizer: AnyTokenizer) -> np.ndarray:
     for text in documents:
         digest.update(len(text).to_bytes(8, "big") + text.encode())
     path = cache_directory() / f"tokens-{digest.hexdigest()[:16]}.npy"
-    with suppress(OSError, EOFError, ValueError):  # not there, or broken: made (again) from the documents
+    with suppress(
+        OSError, EOFError, ValueError
+    ):  # not there, or broken: made (again) from the documents
         return np.load(path, mmap_mode="r", allow_pickle=False)
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    tokens = np.concatenate([np.array([tokenizer.bos, *tokenizer.encode(text), tokenizer.eos], dtype) for text in documents])
+    tokens = np.concatenate(
+        [
+            np.array([tokenizer.bos, *tokenizer.encode(text), tokenizer.eos], dtype)
+            for text in documents
+        ]
+    )
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
@@ -114,6 +127,8 @@ def shuffled(n: int, seed: int, epoch: int) -> Tensor:
 def windows(tokens: Tensor, n: int, length: int, generator: torch.Generator) -> Tensor:
     """n windows (n, length) at random places of a packed text (tokens,)."""
     if len(tokens) < length:
-        raise ValueError(f"the text has {len(tokens)} tokens, fewer than a row of {length}: give more text or a smaller --context")
+        raise ValueError(
+            f"the text has {len(tokens)} tokens, fewer than a row of {length}: give more text or a smaller --context"
+        )
     starts = torch.randint(len(tokens) - length + 1, (n, 1), generator=generator)  # (n, 1)
     return tokens[starts + torch.arange(length)].long()  # (n, length)

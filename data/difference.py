@@ -2,7 +2,7 @@
 
 import torch
 
-from medusa import NoiseAhead, Sampling, base_distribution
+from medusa import Sampling, SharedGumbelNoise, logits_to_probs
 from model import GPT
 
 
@@ -18,12 +18,22 @@ def first_difference(a: list[int], b: list[int]) -> int | None:
 
 
 @torch.inference_mode()
-def gap_at(model: GPT, prompt: list[int], ours: list[int], plain: list[int], at: int, sampling: Sampling, seed: int) -> float:
+def gap_at(
+    model: GPT,
+    prompt: list[int],
+    ours: list[int],
+    plain: list[int],
+    at: int,
+    sampling: Sampling,
+    seed: int,
+) -> float:
     """How near the two were where the texts part: the difference of the two logits, or of the logarithms of their times in the race."""
     device = model.lm_head.weight.device
     logits = model.lm_head(model(torch.tensor([prompt + plain[:at]], device=device))[0, -1])  # (V,)
     if sampling.temperature == 0:
         return abs(logits[ours[at]] - logits[plain[at]]).item()
-    noise = NoiseAhead(model.lm_head.weight, sampling, torch.Generator(device).manual_seed(seed)).at((at,))[0]  # (V,)  # pyright: ignore[reportOptionalSubscript]
-    scores = (base_distribution(logits, sampling) / noise).log()
+    noise = SharedGumbelNoise(
+        model.lm_head.weight, sampling, torch.Generator(device).manual_seed(seed)
+    ).at((at,))[0]  # (V,)  # pyright: ignore[reportOptionalSubscript]
+    scores = (logits_to_probs(logits, sampling) / noise).log()
     return abs(scores[ours[at]] - scores[plain[at]]).item()

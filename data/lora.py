@@ -21,7 +21,10 @@ class Adapter(nn.Module):
         super().__init__()
         rows, columns = weight.shape
         down = torch.randn(self.RANK, columns, generator=generator) / columns**0.5
-        self.down, self.up = nn.Parameter(down.to(weight)), nn.Parameter(weight.new_zeros(rows, self.RANK))
+        self.down, self.up = (
+            nn.Parameter(down.to(weight)),
+            nn.Parameter(weight.new_zeros(rows, self.RANK)),
+        )
         self.on = True
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -65,5 +68,9 @@ def trained_base(config, model: GPT) -> tuple[dict[str, nn.Parameter], tuple | N
     if not config.lora:
         return dict(model.named_parameters()), frozen and (frozen, frozen.lm_head)
     adapters = add_adapters(model, config.seed)
-    learning = {f"{name}.{part}": p for name, adapter in adapters.items() for part, p in adapter.named_parameters()}
+    learning = {
+        f"{name}.{part}": p
+        for name, adapter in adapters.items()
+        for part, p in adapter.named_parameters()
+    }
     return learning, (partial(without_adapters, model, adapters), model.lm_head) if soft else None

@@ -14,11 +14,21 @@ def pick_device(name: str) -> torch.device:
     if name in ("auto", "cuda") and torch.cuda.is_available() and dist.is_initialized():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     try:
-        return torch.Generator(torch.zeros(1, device=name).device).device  # some devices hold tensors but draw nothing
+        return torch.Generator(
+            torch.zeros(1, device=name).device
+        ).device  # some devices hold tensors but draw nothing
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).partition(chr(10))[0]}") from None
+        raise ValueError(
+            f"--device {name} cannot be used here: {str(error).partition(chr(10))[0]}"
+        ) from None
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
@@ -32,18 +42,18 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
 
-def process_of() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """The number of this process, from 0, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Of several processes, the one that writes and speaks."""
-    return process_of()[0] == 0
+    return rank_and_world_size()[0] == 0
 
 
-def say(line: str) -> None:
-    if is_first():
+def print0(line: str) -> None:
+    if is_main_process():
         print(line)
 
 
@@ -58,7 +68,11 @@ def sum_over_processes(tensors: list[Tensor]) -> None:
 
 def check_out(directory: str) -> None:
     """Raises ValueError if the directory cannot be written: before the work, not after it."""
-    nearest = next(path for path in (Path(directory).absolute(), *Path(directory).absolute().parents) if path.exists())
+    nearest = next(
+        path
+        for path in (Path(directory).absolute(), *Path(directory).absolute().parents)
+        if path.exists()
+    )
     if not directory or not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ValueError(f"--out {directory or 'is empty'}: name a directory that can be written")
 
@@ -67,4 +81,6 @@ def check_kind(directory: str, heads: bool) -> None:
     """Raises ValueError if heads would overwrite a base, or a base heads."""
     path = Path(directory) / "config.json"
     if path.exists() and (read_json(path).get("model_type") == "medusa") != heads:
-        raise ValueError(f"--out {directory} holds {'a base' if heads else 'heads'}: name another directory")
+        raise ValueError(
+            f"--out {directory} holds {'a base' if heads else 'heads'}: name another directory"
+        )

@@ -12,12 +12,26 @@ def optional(package: str, user, requirements="data/requirements.txt"):
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise ValueError(f"{user} needs the package {package}: pip install -r {requirements}") from None
+        raise ValueError(
+            f"{user} needs the package {package}: pip install -r {requirements}"
+        ) from None
 
 
 def wheel(requirement: str, folder) -> zipfile.ZipFile:
     """A package's wheel from the registry, without its dependencies, and not installed."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--dest",
+        str(folder),
+        requirement,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"pip download --no-deps {requirement} fails: {done.stderr.strip()}")

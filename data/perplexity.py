@@ -23,7 +23,9 @@ def cross_entropy(model: GPT, tokens: Tensor) -> float:
         if len(window) - 1 <= fresh:
             break
         logits = model.lm_head(model(window[None, :-1])[0, fresh:])
-        nats += F.cross_entropy(at_least_float32(logits), window[1 + fresh :], reduction="sum").item()
+        nats += F.cross_entropy(
+            at_least_float32(logits), window[1 + fresh :], reduction="sum"
+        ).item()
     return nats
 
 

@@ -14,10 +14,15 @@ class Printer:
     def __init__(self, tokenizer: AnyTokenizer, prompt: list[int]):
         self.tokenizer = tokenizer
         self.coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        self.before, self.pending = prompt[-1:], []  # decoded as a whole: many tokenizers drop a space in front of the first token
+        self.before, self.pending = (
+            prompt[-1:],
+            [],
+        )  # decoded as a whole: many tokenizers drop a space in front of the first token
 
     def text(self) -> str:
-        return self.tokenizer.decode(self.before + self.pending)[len(self.tokenizer.decode(self.before)) :]
+        return self.tokenizer.decode(self.before + self.pending)[
+            len(self.tokenizer.decode(self.before)) :
+        ]
 
     def step(self, emitted: list[int], ends: tuple[int, ...]) -> None:
         for depth, token in enumerate(emitted, start=1):
@@ -29,7 +34,11 @@ class Printer:
                 continue
             self.before, self.pending = self.pending, []
             colour = self.COLOURS[(depth - 1) % len(self.COLOURS)]
-            print(f"\033[{colour}m{text}\033[0m" if self.coloured and depth < len(emitted) else text, end="", flush=True)
+            print(
+                f"\033[{colour}m{text}\033[0m" if self.coloured and depth < len(emitted) else text,
+                end="",
+                flush=True,
+            )
 
     def finish(self) -> None:
         print(self.text())

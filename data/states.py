@@ -18,20 +18,26 @@ def states_path(shard: Path) -> Path:
     return shard.with_name(shard.name.replace("train", "states"))
 
 
-def lengths(carries: Tensor) -> Tensor:
+def lengths(loss_mask: Tensor) -> Tensor:
     """carries (R, T) bool: the tokens before the last target of each row, 0 without any: (R,)."""
-    return (carries * torch.arange(carries.shape[1], device=carries.device)).amax(1)
+    return (loss_mask * torch.arange(loss_mask.shape[1], device=loss_mask.device)).amax(1)
 
 
-def write_states(shard: Path, states: Tensor, tokens: Tensor, carries: Tensor, base: str) -> None:
+def write_states(shard: Path, states: Tensor, tokens: Tensor, loss_mask: Tensor, base: str) -> None:
     """states (R, T - 1, D); tokens (R, T), carries (R, T) bool and base as those of the shard."""
-    kept = [row[:n] for row, n in zip(states, lengths(carries).tolist())]
-    write_safetensors(states_path(shard), {"states": torch.cat(kept).cpu()}, {"rows": f"{base} {digest_of(tokens.cpu())}"})
+    kept = [row[:n] for row, n in zip(states, lengths(loss_mask).tolist())]
+    write_safetensors(
+        states_path(shard),
+        {"states": torch.cat(kept).cpu()},
+        {"rows": f"{base} {digest_of(tokens.cpu())}"},
+    )
 
 
 def prefixes(tokens: Tensor) -> Tensor:
     """A fingerprint, in 64 bits, of the first 1, 2, ... T tokens of each row: (B, T) -> (B, T)."""
-    weights = torch.full(tokens.shape[1:], 6364136223846793005).cumprod(0)  # powers of an odd number, modulo 2^64
+    weights = torch.full(tokens.shape[1:], 6364136223846793005).cumprod(
+        0
+    )  # powers of an odd number, modulo 2^64
     return (tokens * weights).cumsum(1)
 
 
@@ -42,22 +48,32 @@ class KeptStates:
         """Raises ValueError, naming the file, if one is missing, broken or of another shard."""
         self.lm_head, known, self.places = model.lm_head, [], []
         for shard in sorted(directory.glob("train-*.safetensors")):
-            tokens, carries = read_shards(directory, shard.name, model.config.vocab_size)
-            sizes, path = lengths(carries), states_path(shard)
+            tokens, loss_mask = read_shards(directory, shard.name, model.config.vocab_size)
+            sizes, path = lengths(loss_mask), states_path(shard)
             try:
                 states = safe_open(path, "pt").get_slice("states")
             except (OSError, SafetensorError) as error:
-                raise ValueError(f"{path} cannot be read: {error}; --mode distill --states writes what is missing") from None
-            if states.get_shape() != [sizes.sum(), model.config.hidden_size] or not metadata_of(path).get("rows", "").endswith(digest_of(tokens)):
-                raise ValueError(f"{path} does not belong to {shard}: remove it, and --mode distill --states writes it anew")
+                raise ValueError(
+                    f"{path} cannot be read: {error}; --mode distill --states writes what is missing"
+                ) from None
+            if states.get_shape() != [sizes.sum(), model.config.hidden_size] or not metadata_of(
+                path
+            ).get("rows", "").endswith(digest_of(tokens)):
+                raise ValueError(
+                    f"{path} does not belong to {shard}: remove it, and --mode distill --states writes it anew"
+                )
             ends = sizes.cumsum(0)
             known.append(prefixes(tokens))
-            self.places += [(states, *place) for place in zip((ends - sizes).tolist(), ends.tolist())]
+            self.places += [
+                (states, *place) for place in zip((ends - sizes).tolist(), ends.tolist())
+            ]
         self.prefixes = torch.cat(known).mT.contiguous()  # (T, R), R rows of all shards
 
     def __call__(self, tokens: Tensor) -> Tensor:
         B, T = tokens.shape
-        same = self.prefixes[T - 1] == prefixes(tokens.cpu())[:, -1:]  # (B, R); rows that begin alike had the same states
+        same = (
+            self.prefixes[T - 1] == prefixes(tokens.cpu())[:, -1:]
+        )  # (B, R); rows that begin alike had the same states
         hidden = torch.zeros(B, T, self.lm_head.weight.shape[1], dtype=torch.float16)
         for row, found in zip(hidden, same):
             states, start, end = self.places[int(found.nonzero()[0])]

@@ -26,10 +26,14 @@ class Tokenizer:
     def __init__(self, model: bytes):
         self.model = model
         self.processor = sentencepiece.SentencePieceProcessor()
-        self.processor.load_from_serialized_proto(model)  # unlike the constructor it refuses an empty model
+        self.processor.load_from_serialized_proto(
+            model
+        )  # unlike the constructor it refuses an empty model
         self.bos, self.eos = self.processor.bos_id(), self.processor.eos_id()
         self.vocab_size = self.processor.vocab_size()
-        self._meta_space = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()]
+        self._meta_space = [
+            self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()
+        ]
 
     @classmethod
     def load(cls, directory) -> "Tokenizer":
@@ -40,7 +44,9 @@ class Tokenizer:
             raise ValueError(f"{path} cannot be read as a SentencePiece model: {error}") from None
 
     def save(self, directory) -> None:
-        write_atomically(Path(directory) / "tokenizer.model", lambda temporary: temporary.write_bytes(self.model))
+        write_atomically(
+            Path(directory) / "tokenizer.model", lambda temporary: temporary.write_bytes(self.model)
+        )
 
     def encode(self, text: str) -> list[int]:
         first, *rest = (self.processor.encode(part) for part in text.split(META_SPACE))
@@ -51,7 +57,9 @@ class Tokenizer:
         return [self.bos, *self.encode(text)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self.processor.decode([int(id) for id in ids if id < self.vocab_size])  # a model's vocabulary may be padded
+        return self.processor.decode(
+            [int(id) for id in ids if id < self.vocab_size]
+        )  # a model's vocabulary may be padded
 
     def piece(self, id: int) -> str:
         """The vocabulary's own name of a token, such as <0xE2> for a byte."""
@@ -72,7 +80,9 @@ class JsonTokenizer:
         self.vocab_size = self.tokenizer.get_vocab_size()
         special = special_tokens(directory)
         self.eos = self._id(special.get("eos_token"))
-        self.bos = self._id(special.get("bos_token", special.get("eos_token")))  # without one of its own, a document opens as GPT-2's do
+        self.bos = self._id(
+            special.get("bos_token", special.get("eos_token"))
+        )  # without one of its own, a document opens as GPT-2's do
 
     def _id(self, token: str | None) -> int:
         id = None if token is None else self.tokenizer.token_to_id(token)
@@ -94,8 +104,15 @@ class JsonTokenizer:
 
 def special_tokens(directory) -> dict[str, str]:
     """{"bos_token": its text, ...}, as tokenizer_config.json says."""
-    tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in read_json(Path(directory) / "tokenizer_config.json").items()}
-    return {name: token for name, token in tokens.items() if name.endswith("_token") and isinstance(token, str)}
+    tokens = {
+        name: token.get("content") if isinstance(token, dict) else token
+        for name, token in read_json(Path(directory) / "tokenizer_config.json").items()
+    }
+    return {
+        name: token
+        for name, token in tokens.items()
+        if name.endswith("_token") and isinstance(token, str)
+    }
 
 
 AnyTokenizer = Tokenizer | JsonTokenizer
@@ -104,14 +121,22 @@ FILES = "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_temp
 
 def load_tokenizer(directory) -> AnyTokenizer:
     """tokenizer.json goes before tokenizer.model where both are there, as in transformers."""
-    return JsonTokenizer(Path(directory)) if (Path(directory) / FILES[0]).exists() else Tokenizer.load(directory)
+    return (
+        JsonTokenizer(Path(directory))
+        if (Path(directory) / FILES[0]).exists()
+        else Tokenizer.load(directory)
+    )
 
 
-def load_base(directory, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> tuple[AnyTokenizer, GPT]:
+def load_base(
+    directory, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[AnyTokenizer, GPT]:
     """A base directory's tokenizer and model; raises ValueError if they do not belong together."""
     model, tokenizer = GPT.from_pretrained(directory, dtype, device), load_tokenizer(directory)
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{directory}: the tokenizer has {tokenizer.vocab_size} pieces, the model {model.config.vocab_size}: not of one base")
+        raise ValueError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} pieces, the model {model.config.vocab_size}: not of one base"
+        )
     if min(tokenizer.bos, tokenizer.eos) < 0:
         raise ValueError(f"{directory}: the tokenizer has no piece that begins or ends a document")
     return tokenizer, model
@@ -127,7 +152,9 @@ def copy_tokenizer(source, target) -> None:
     """All that belongs to the tokenizer, chat template included, into a directory that may not be there yet."""
     for path in (Path(source) / name for name in FILES):
         if path.exists():
-            write_atomically(Path(target) / path.name, lambda temporary: temporary.write_bytes(path.read_bytes()))
+            write_atomically(
+                Path(target) / path.name, lambda temporary: temporary.write_bytes(path.read_bytes())
+            )
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:

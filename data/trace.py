@@ -16,7 +16,15 @@ from pathlib import Path
 from torch import Tensor
 
 from data.tokenizer import AnyTokenizer
-from medusa import ROOT, MedusaHeads, Sampling, accept, base_distribution, tempered, typical_threshold
+from medusa import (
+    ROOT_ONLY,
+    MedusaHeads,
+    Sampling,
+    accept,
+    logits_to_probs,
+    scale_logits,
+    typical_threshold,
+)
 from model import write_atomically
 from tree import Tree
 
@@ -28,11 +36,15 @@ def check_page(path: Path) -> None:
     """Raises ValueError if the page cannot be written: before the work, not after it."""
     try:
         if path.exists() and not path.is_file():
-            raise ValueError(f"--trace {path}: there is something there that is no file; name an HTML file")
+            raise ValueError(
+                f"--trace {path}: there is something there that is no file; name an HTML file"
+            )
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
             pass
     except OSError as error:
-        raise ValueError(f"--trace {path}: cannot be written ({error.strerror}); name a file in a directory that can be written") from None
+        raise ValueError(
+            f"--trace {path}: cannot be written ({error.strerror}); name a file in a directory that can be written"
+        ) from None
 
 
 class Trace:
@@ -41,9 +53,13 @@ class Trace:
     ends: the tokens that end a text, which are no text themselves.
     """
 
-    def __init__(self, tokenizer: AnyTokenizer, heads: MedusaHeads, prompt: list[int], ends: tuple[int, ...]):
+    def __init__(
+        self, tokenizer: AnyTokenizer, heads: MedusaHeads, prompt: list[int], ends: tuple[int, ...]
+    ):
         self.tokenizer, self.ends = tokenizer, ends
-        self.before = prompt[-1:]  # decoded along: many tokenizers drop a space in front of the first token
+        self.before = prompt[
+            -1:
+        ]  # decoded along: many tokenizers drop a space in front of the first token
         self.past = len(prompt) - 1  # rows in the cache before the step; the root is not among them
         self.trees, self.records, self.tokens = {}, [], []
         heads.register_forward_hook(self._listen)
@@ -51,7 +67,9 @@ class Trace:
     def _listen(self, heads: MedusaHeads, inputs: tuple, logits: Tensor) -> None:
         self.head_logits = heads.widened(logits)  # (K, V)
 
-    def accept(self, tree: Tree, tokens: Tensor, logits: Tensor, sampling: Sampling, noise: Tensor | None) -> tuple[list[int], list[int]]:
+    def accept(
+        self, tree: Tree, tokens: Tensor, logits: Tensor, sampling: Sampling, noise: Tensor | None
+    ) -> tuple[list[int], list[int]]:
         """The verdict of `accept`. Nothing is computed here, so that the clock of a traced run stays right."""
         verdict = accept(tree, tokens, logits, sampling, noise)
         self.seen = tree, tokens, logits, sampling, noise, verdict[0]
@@ -62,18 +80,28 @@ class Trace:
         tree, tokens, logits, sampling, noise, path = self.seen
 
         def ask(part: Tree, nodes: list[int]) -> tuple[list[int], list[int]]:
-            return accept(part, tokens[nodes], logits[nodes], sampling, None if noise is None else noise[nodes])
+            return accept(
+                part,
+                tokens[nodes],
+                logits[nodes],
+                sampling,
+                None if noise is None else noise[nodes],
+            )
 
-        temperature = sampling.temperature or 1.0  # the distribution that greedy decoding takes the likeliest token of
-        base_probs = base_distribution(logits, replace(sampling, temperature=temperature))  # (N, V)
+        temperature = (
+            sampling.temperature or 1.0
+        )  # the distribution that greedy decoding takes the likeliest token of
+        base_probs = logits_to_probs(logits, replace(sampling, temperature=temperature))  # (N, V)
         parents = list(tree.parents[1:])
         record = {
             "tree": self.trees.setdefault(tree, len(self.trees)),
             "tokens": tokens.tolist(),
             "head_probs": [None] + self._head_probs(tree, tokens, temperature),
             "base_probs": [None] + rounded(base_probs[parents, tokens[1:]]),
-            "says": [ask(ROOT, [node])[1][0] for node in range(len(tree))],
-            "verdicts": verdicts(tree, path, lambda parent, node: ask(PAIR, [parent, node])[0] == [0, 1]),
+            "says": [ask(ROOT_ONLY, [node])[1][0] for node in range(len(tree))],
+            "verdicts": verdicts(
+                tree, path, lambda parent, node: ask(PAIR, [parent, node])[0] == [0, 1]
+            ),
             "path": path,
             "emitted": emitted,
             "past": self.past,
@@ -88,31 +116,56 @@ class Trace:
         """What the head of its depth gives to the token at each node below the root."""
         if len(tree) == 1:
             return []
-        head_probs = tempered(self.head_logits, temperature).softmax(-1)  # (K, V)
-        return rounded(head_probs[[depth - 1 for depth in tree.depths[1:]], tokens[1:]])  # head k is row k - 1
+        head_probs = scale_logits(self.head_logits, temperature).softmax(-1)  # (K, V)
+        return rounded(
+            head_probs[[depth - 1 for depth in tree.depths[1:]], tokens[1:]]
+        )  # head k is row k - 1
 
     def write(self, path: Path, **more) -> None:
         """Write the page. more: prompt, why (the tree is this one), difference (to plain text), costs (seconds a step: tree, plain)."""
         content = self.content() | more
-        write_atomically(path, lambda temporary: temporary.write_text(page(content), encoding="utf-8"))
+        write_atomically(
+            path, lambda temporary: temporary.write_text(page(content), encoding="utf-8")
+        )
 
     def content(self) -> dict:
         sampling = self.seen[3]
         ended = self.tokens[-1] in self.ends
-        texts = iter(split_text(self.tokenizer, self.before, self.tokens[:-1] if ended else self.tokens))
-        steps = [record | {"text": [next(texts, "") for _ in record["emitted"]]} for record in self.records]
-        shown = sorted({token for record in self.records for token in record["tokens"] + record["says"]})
+        texts = iter(
+            split_text(self.tokenizer, self.before, self.tokens[:-1] if ended else self.tokens)
+        )
+        steps = [
+            record | {"text": [next(texts, "") for _ in record["emitted"]]}
+            for record in self.records
+        ]
+        shown = sorted(
+            {token for record in self.records for token in record["tokens"] + record["says"]}
+        )
         return {
-            "rule": "typical" if sampling.typical else "lossless" if sampling.temperature else "greedy",
+            "rule": "typical"
+            if sampling.typical
+            else "lossless"
+            if sampling.temperature
+            else "greedy",
             "temperature": sampling.temperature,
             "names": {token: self._name(token) for token in shown},
-            "trees": [{"parents": tree.parents, "ranks": tree.ranks, "depths": tree.depths, "mask": mask_rows(tree)} for tree in self.trees],
+            "trees": [
+                {
+                    "parents": tree.parents,
+                    "ranks": tree.ranks,
+                    "depths": tree.depths,
+                    "mask": mask_rows(tree),
+                }
+                for tree in self.trees
+            ],
             "steps": steps,
         }
 
     def _name(self, token: int) -> str | list[str]:
         """A token's text; [the vocabulary's name of it] if it has no text of its own: bytes of a longer character, the end of the text."""
-        text = self.tokenizer.decode(self.before + [token])[len(self.tokenizer.decode(self.before)) :]
+        text = self.tokenizer.decode(self.before + [token])[
+            len(self.tokenizer.decode(self.before)) :
+        ]
         return [self.tokenizer.piece(token)] if not text or "\ufffd" in text else text
 
 
@@ -127,7 +180,9 @@ def verdicts(tree: Tree, path: list[int], passes: Callable[[int, int], bool]) ->
         if found[parent] in ("rejected", "unseen"):
             found.append("unseen")
         else:
-            found.append("accepted" if node in path else "passed" if passes(parent, node) else "rejected")
+            found.append(
+                "accepted" if node in path else "passed" if passes(parent, node) else "rejected"
+            )
     return found
 
 

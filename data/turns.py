@@ -122,7 +122,9 @@ def alternatives(rule: str) -> list[str]:
 
 def written_turns(n: int, seed: int) -> list[str]:
     """n different turns, of all tasks equally many, give or take one. Raises ValueError if a task has not so many."""
-    tasks, grammar = ({name: alternatives(rule) for name, rule in rules.items()} for rules in (TASKS, GRAMMAR))
+    tasks, grammar = (
+        {name: alternatives(rule) for name, rule in rules.items()} for rules in (TASKS, GRAMMAR)
+    )
     chance, turns, tried = random.Random(seed), {}, 0
 
     def expanded(text: str) -> str:
@@ -131,7 +133,9 @@ def written_turns(n: int, seed: int) -> list[str]:
 
     while len(turns) < n:
         text = expanded(chance.choice([*tasks.values()][len(turns) % len(tasks)]))
-        turns[re.sub(r"(^|[.?:]\s+|[\"\n])[a-z]", lambda found: found[0].upper(), text)] = None  # sentences begin with a capital
+        turns[re.sub(r"(^|[.?:]\s+|[\"\n])[a-z]", lambda found: found[0].upper(), text)] = (
+            None  # sentences begin with a capital
+        )
         if (tried := tried + 1) > 20 * n:
             raise ValueError(f"--written {n}: the grammar has too few different turns")
     return list(turns)
@@ -157,7 +161,12 @@ def main() -> None:
     check_out(str(out.parent))
     turns = list(dict.fromkeys(corpus_turns() + written_turns(config.written, config.seed)))
     random.Random(config.seed).shuffle(turns)
-    write_atomically(out, lambda temporary: temporary.write_text("".join(json.dumps(turn) + "\n" for turn in turns), encoding="utf-8"))
+    write_atomically(
+        out,
+        lambda temporary: temporary.write_text(
+            "".join(json.dumps(turn) + "\n" for turn in turns), encoding="utf-8"
+        ),
+    )
     print(f"{out}: {len(turns)} turns")
 
 

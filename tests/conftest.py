@@ -22,7 +22,9 @@ def compilations(monkeypatch) -> CompileCounterWithBackend:
     """Counts what torch.compile compiles; the graphs are run as they are, so that no compiler is needed."""
     torch._dynamo.reset()
     counter, compiling = CompileCounterWithBackend("eager"), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **more: compiling(function, backend=counter, **more))
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **more: compiling(function, backend=counter, **more)
+    )
     return counter
 
 

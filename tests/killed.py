@@ -78,10 +78,20 @@ def survives(work, way: str = "", n: int = 0, seconds: float = 0.0) -> bool:
 
 
 def config_of(what: str, directory: Path):
-    base, text = str(directory / "base"), [str(path) for path in sorted(directory.glob("*.txt"), key=lambda path: path.stat().st_size)]
+    base, text = (
+        str(directory / "base"),
+        [
+            str(path)
+            for path in sorted(directory.glob("*.txt"), key=lambda path: path.stat().st_size)
+        ],
+    )
     if what == "distill":
         return distilling(base, text, shards=5)
-    more = {"distilled": str(directory / "shards"), "save_every": 1 + (what != "medusa1"), "lr": 0.01}
+    more = {
+        "distilled": str(directory / "shards"),
+        "save_every": 1 + (what != "medusa1"),
+        "lr": 0.01,
+    }
     return training(base, text, "", **more, steps=6) if what == "medusa1" else training(
         base, text, "", train.Medusa2Config, **more, heads_steps=2, lora=what == "lora", accumulate=2
     )  # fmt: skip
@@ -108,7 +118,12 @@ def main(directory: str, what: str, kills: str, seed: str) -> None:
     seconds, ended = time.monotonic() - start, 0
     while deaths.total() < int(kills):
         way = WAYS[deaths.total() % len(WAYS)]
-        if survives(lambda: run(directory / f"run-{ended}"), way, chance.randint(1, 12), chance.uniform(0, seconds)):
+        if survives(
+            lambda: run(directory / f"run-{ended}"),
+            way,
+            chance.randint(1, 12),
+            chance.uniform(0, seconds),
+        ):
             ended += 1
         else:
             deaths[way] += 1

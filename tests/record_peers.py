@@ -32,15 +32,31 @@ TOKENS = [[1, 7, 3, 3, 10, 0, 4], [9, 2, 6, 8, 5, 1, 1]]
 def record(kind: str, made_with: dict) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), kind, made_with)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float64, attn_implementation="eager"
+        )
         with torch.no_grad():
             logits = model(torch.tensor(TOKENS)).logits
-            text = model.generate(torch.tensor(TOKENS[:1])[:, :2], max_new_tokens=7, do_sample=False, pad_token_id=VOCABULARY - 1)[0, 2:]
-        shapes = {name: list(t.shape) for name, t in load_file(Path(folder) / "model.safetensors").items()}
+            text = model.generate(
+                torch.tensor(TOKENS[:1])[:, :2],
+                max_new_tokens=7,
+                do_sample=False,
+                pad_token_id=VOCABULARY - 1,
+            )[0, 2:]
+        shapes = {
+            name: list(t.shape) for name, t in load_file(Path(folder) / "model.safetensors").items()
+        }
         config = json.loads((Path(folder) / "config.json").read_text())
-    return {"config": config, "shapes": shapes, "logits": [[[round(x, 7) for x in row] for row in rows] for rows in logits.tolist()], "text": text.tolist()}
+    return {
+        "config": config,
+        "shapes": shapes,
+        "logits": [[[round(x, 7) for x in row] for row in rows] for rows in logits.tolist()],
+        "text": text.tolist(),
+    }
 
 
 if __name__ == "__main__":
     cases = ",\n".join(json.dumps(record(*case)) for case in CASES)
-    (HERE / "peers.json").write_text(f'{{"transformers": "{transformers.__version__}", "tokens": {json.dumps(TOKENS)}, "cases": [\n{cases}\n]}}\n')
+    (HERE / "peers.json").write_text(
+        f'{{"transformers": "{transformers.__version__}", "tokens": {json.dumps(TOKENS)}, "cases": [\n{cases}\n]}}\n'
+    )

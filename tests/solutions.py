@@ -54,7 +54,7 @@ WRONG = {
         "depth from one": ("tree.py", {"tuple(len(path) for path in self.paths)": "tuple(len(path) + 1 for path in self.paths)"}, "the root is at depth 0"),
         "path upwards": ("tree.py", {"paths[parent] + (rank,)": "(rank,) + paths[parent]"}, "not the ranks from the root down"),
         "path of indices": ("tree.py", {"paths[parent] + (rank,)": "paths[parent] + (len(paths),)"}, "not the ranks from the root down"),
-        "root's rank in the path": ("tree.py", {"        paths: list[Path] = [()]\n": "        paths: list[Path] = [(-1,)]\n"}, "its path is empty"),
+        "root's rank in the path": ("tree.py", {"        paths: list[Ranks] = [()]\n": "        paths: list[Path] = [(-1,)]\n"}, "its path is empty"),
     },
     2: {
         "one guess too many": ("tree.py", {"for rank in range(width)]": "for rank in range(width + 1)]"}, "a rank at depth d is not below widths[d-1]"),
@@ -117,9 +117,9 @@ WRONG = {
         "nothing accepted": ("medusa.py", {"(len(found[0]), found[1]))": "(-len(found[0]), found[1]))"}, "a deeper node was passed over"),
         "first root again": ("medusa.py", {BONUS: BONUS.replace("path[1:]", "path")}, "a step earns the guesses on the path"),
         "no next root": ("medusa.py", {BONUS: "[guesses[node] for node in path[1:]]"}, "a step earns the guesses on the path"),
-        "top-k forgotten": ("medusa.py", {"base_probs = base_distribution(logits, sampling)  #": "base_probs = base_distribution(logits, Sampling(sampling.temperature))  #"}, "texts do not come with the base model's probabilities"),
+        "top-k forgotten": ("medusa.py", {"base_probs = logits_to_probs(logits, sampling)  #": "base_probs = logits_to_probs(logits, Sampling(sampling.temperature))  #"}, "texts do not come with the base model's probabilities"),
         "guesses without the noise": ("medusa.py", {"return logits if noise is None or sampling.typical else": "return logits if True else"}, "rank by their race with the same noise"),
-        "guesses without the temperature": ("medusa.py", {"tempered(logits, sampling.temperature).softmax(-1) / noise": "logits.softmax(-1) / noise"}, "at the temperature"),
+        "guesses without the temperature": ("medusa.py", {"scale_logits(logits, sampling.temperature).softmax(-1) / noise": "logits.softmax(-1) / noise"}, "at the temperature"),
         "noise for typical too": ("medusa.py", {"if noise is None or sampling.typical else": "if noise is None else"}, "the noise is not theirs"),
     },
     6: {
@@ -131,7 +131,7 @@ WRONG = {
         "position by index": ("medusa.py", {"plan.depths + past": "torch.arange(len(tokens)) + past"}, NOT_PLAIN),
         "position one too far": ("medusa.py", {"plan.depths + past": "plan.depths + past + 1"}, "it can earn nothing"),
         "no mask": ("medusa.py", {"plan.mask(past), cache)[0]": "None, cache)[0]"}, NOT_PLAIN),
-        "EOS kept": ("medusa.py", {"emitted := until_end(emitted, ends)": "emitted"}, "tokens behind EOS were kept"),
+        "EOS kept": ("medusa.py", {"emitted := truncate_at_eos(emitted, ends)": "emitted"}, "tokens behind EOS were kept"),
         "EOS does not end": ("medusa.py", {"if length == end or emitted[-1] in ends:": "if length == end:"}, "behind EOS"),
         "steps counted for tokens": ("medusa.py", {"    while length < end:\n": "    for _ in range(max_new_tokens):\n",
                                                    "if length == end or emitted[-1]": "if emitted[-1]"}, "tokens are counted and not steps"),
@@ -261,7 +261,7 @@ RIGHT = {
     return (noise / probs).argmin(-1)
 '''},
         "recursive": {"medusa.accept": '''
-    base_probs = base_distribution(logits, sampling)
+    base_probs = logits_to_probs(logits, sampling)
     least = typical_threshold(base_probs, sampling.epsilon)
 
     def best(node):
@@ -284,7 +284,7 @@ RIGHT = {
         if sampling.temperature == 0:
             token = logits[at].argmax().item()
         else:
-            token = draw(base_distribution(logits[at : at + 1], sampling), noise[at : at + 1]).item()
+            token = draw(logits_to_probs(logits[at : at + 1], sampling), noise[at : at + 1]).item()
         emitted.append(token)
         child = [node for node in range(len(tree)) if tree.parents[node] == at and tokens[node].item() == token]
         if not child:
@@ -292,17 +292,17 @@ RIGHT = {
         path.append(child[0])
 '''},
         "vectorised": {"medusa.accept": '''
-    draws = logits.argmax(-1) if sampling.temperature == 0 else draw(base_distribution(logits, sampling), noise)
+    draws = logits.argmax(-1) if sampling.temperature == 0 else draw(logits_to_probs(logits, sampling), noise)
     parents = torch.tensor(tree.parents)
     passes = (tokens == draws[parents]).index_fill(0, torch.tensor([0]), True)
     accepted = (passes | ~tree.mask).all(1)  # all that a node sees has passed
     last = max(accepted.nonzero().flatten().tolist(), key=tree.depths.__getitem__)
     path = tree.mask[last].nonzero().flatten()
     return path.tolist(), draws[path].tolist()
-''', "medusa.favour": '''
+''', "medusa.gumbel_scores": '''
     if sampling.typical or noise is None:
         return logits
-    return tempered(logits, sampling.temperature).log_softmax(-1) - noise.log()
+    return scale_logits(logits, sampling.temperature).log_softmax(-1) - noise.log()
 '''},
     },
     6: {
@@ -312,13 +312,13 @@ RIGHT = {
         self.length = start + len(rows)
 '''},
         "another loop": {"medusa.medusa_generate": '''
-    check_fit(model, heads, tree)
-    end, text, ends = text_limit(model, prompt, max_new_tokens), list(prompt), model.config.ends
-    cache, noise = model.new_cache(end + len(tree)), NoiseAhead(model.lm_head.weight, sampling, generator)
-    used, tokens, states = ROOT, torch.tensor(text[-1:]), model(torch.tensor([text]), cache=cache)[0, -1:]
+    check_compatible(model, heads, tree)
+    end, text, ends = max_length(model, prompt, max_new_tokens), list(prompt), model.config.eos_ids
+    cache, noise = model.new_cache(end + len(tree)), SharedGumbelNoise(model.lm_head.weight, sampling, generator)
+    used, tokens, states = ROOT_ONLY, torch.tensor(text[-1:]), model(torch.tensor([text]), cache=cache)[0, -1:]
     while len(text) < end:
         path, earned = accept(used, tokens, model.lm_head(states), sampling, noise.at(used.depths))
-        if used is not ROOT:
+        if used is not ROOT_ONLY:
             cache.keep(len(text) - 1, path)
         for place, token in enumerate(earned):
             if token in ends:
@@ -330,7 +330,7 @@ RIGHT = {
         if text[-1] in ends or len(text) == end:
             return
         used = tree.cut(min(max(tree.depths), end - len(text) - 1))
-        if used == ROOT:
+        if used == ROOT_ONLY:
             used = Tree((-1,), (-1,))
         past, plan = len(text) - 1, Plan(used, end, model.lm_head.weight)
         tokens = propose(heads, model.lm_head, states[path[-1]], text[-1], plan, sampling, noise)

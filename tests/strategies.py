@@ -17,7 +17,11 @@ from model import GPT, ModelConfig, write_safetensors
 from train import BaseConfig, Medusa1Config
 from tree import Tree, best_first_tree, calibrated_tree, cartesian_tree, tree_from_paths
 
-laws = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+properties = settings(
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 
 
 def rng(seed: int) -> torch.Generator:
@@ -29,7 +33,9 @@ def trees(draw, max_nodes=10, max_depth=9, n_ranks=4):
     """Any parent list, with distinct ranks among siblings."""
     parents, ranks, depths, free = [-1], [-1], [0], [set(range(n_ranks))]
     for node in range(1, draw(st.integers(1, max_nodes))):
-        open_nodes = [parent for parent in range(node) if depths[parent] < max_depth and free[parent]]
+        open_nodes = [
+            parent for parent in range(node) if depths[parent] < max_depth and free[parent]
+        ]
         if not open_nodes:
             break
         parent = draw(st.sampled_from(open_nodes))
@@ -54,23 +60,46 @@ def built_trees(max_depth: int, n_ranks: int):
     any_tree = trees(max_nodes=9, max_depth=max_depth, n_ranks=n_ranks)
     return st.one_of(
         any_tree,
-        any_tree.filter(lambda tree: len(tree) > 1).flatmap(lambda tree: st.permutations(tree.paths[1:])).map(tree_from_paths),
-        st.lists(st.integers(1, min(n_ranks, 3)), min_size=1, max_size=max_depth).map(cartesian_tree),
-        st.tuples(rank_data(max_depth, n_ranks), st.integers(2, 9)).map(lambda drawn: calibrated_tree(*drawn)),
+        any_tree.filter(lambda tree: len(tree) > 1)
+        .flatmap(lambda tree: st.permutations(tree.paths[1:]))
+        .map(tree_from_paths),
+        st.lists(st.integers(1, min(n_ranks, 3)), min_size=1, max_size=max_depth).map(
+            cartesian_tree
+        ),
+        st.tuples(rank_data(max_depth, n_ranks), st.integers(2, 9)).map(
+            lambda drawn: calibrated_tree(*drawn)
+        ),
         st.tuples(st.integers(0, 99), st.integers(1, max_depth), st.integers(2, 9)).map(
-            lambda drawn: best_first_tree(torch.randn(drawn[1], n_ranks, generator=rng(drawn[0])).log_softmax(-1), drawn[2])
+            lambda drawn: best_first_tree(
+                torch.randn(drawn[1], n_ranks, generator=rng(drawn[0])).log_softmax(-1), drawn[2]
+            )
         ),
     )
 
 
 def random_gpt(seed: int, vocab_size=5, context=16, layers=1, eos=None) -> GPT:
     """A GPT in float64 with weights so large that its text depends on all of its past."""
-    model = GPT(ModelConfig(vocab_size, 8, 12, layers, 2, 1, context, tie_word_embeddings=False, bos_token_id=None, eos_token_id=eos)).double()
+    model = GPT(
+        ModelConfig(
+            vocab_size,
+            8,
+            12,
+            layers,
+            2,
+            1,
+            context,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=eos,
+        )
+    ).double()
     generator = rng(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
-            weight.copy_(1 + 0.2 * noise if weight.dim() == 1 else noise if "embed" in name else 0.7 * noise)
+            weight.copy_(
+                1 + 0.2 * noise if weight.dim() == 1 else noise if "embed" in name else 0.7 * noise
+            )
     return model.eval()
 
 
@@ -78,7 +107,20 @@ def markov_gpt(logits, context=32, eos=None) -> GPT:
     """A GPT whose logits after token i are row i of logits (V, V), whatever came before; V even. Its hidden state is one-hot."""
     logits = torch.as_tensor(logits, dtype=torch.float64)
     V = len(logits)
-    model = GPT(ModelConfig(V, V, 4, 1, 1, 1, context, tie_word_embeddings=False, bos_token_id=None, eos_token_id=eos)).double()
+    model = GPT(
+        ModelConfig(
+            V,
+            V,
+            4,
+            1,
+            1,
+            1,
+            context,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=eos,
+        )
+    ).double()
     with torch.no_grad():
         model.layers[0].self_attn.o_proj.weight.zero_()
         model.layers[0].mlp.down_proj.weight.zero_()
@@ -88,11 +130,17 @@ def markov_gpt(logits, context=32, eos=None) -> GPT:
     return model.eval()
 
 
-def random_heads(model: GPT, num_heads: int, seed: int, layers=1, private=False, truncated=0) -> MedusaHeads:
-    config = MedusaConfig(model.config.hidden_size, model.config.vocab_size, num_heads, layers, not private, truncated)
+def random_heads(
+    model: GPT, num_heads: int, seed: int, layers=1, private=False, truncated=0
+) -> MedusaHeads:
+    config = MedusaConfig(
+        model.config.hidden_size, model.config.vocab_size, num_heads, layers, not private, truncated
+    )
     heads = MedusaHeads(config, model.lm_head).to(model.lm_head.weight.dtype)
     if heads.token_map is not None:
-        heads.token_map.copy_(torch.randperm(model.config.vocab_size, generator=rng(seed))[:truncated])
+        heads.token_map.copy_(
+            torch.randperm(model.config.vocab_size, generator=rng(seed))[:truncated]
+        )
     with torch.no_grad():
         for weight in heads.parameters():
             weight.copy_(torch.randn(weight.shape, generator=rng(seed), dtype=weight.dtype))
@@ -117,11 +165,15 @@ class CheatingHeads:
         V = self.config.vocab_size
         logits = torch.zeros(self.config.num_heads, V, dtype=hidden.dtype)
         for k in range(self.config.num_heads):
-            at = self.length + k  # the root stands at length - 1, and head 1 guesses the token behind it
+            at = (
+                self.length + k
+            )  # the root stands at length - 1, and head 1 guesses the token behind it
             right = self.text[at] if at < len(self.text) else 0
             order = [token for token in range(V) if token != right]
             order.insert(self.rank_of(), right)
-            logits[k, order] = 60 * torch.arange(V, 0, -1, dtype=hidden.dtype)  # so far apart that no noise changes the order
+            logits[k, order] = 60 * torch.arange(
+                V, 0, -1, dtype=hidden.dtype
+            )  # so far apart that no noise changes the order
         return logits
 
 
@@ -172,17 +224,24 @@ def distribution(logits, temperature=1.0, top_k=0, top_p=1.0) -> list[float]:
     return [kept.get(token, 0.0) / mass for token in range(len(logits))]
 
 
-def text_distribution(model: GPT, prompt, max_new_tokens: int, sampling) -> dict[tuple[int, ...], float]:
+def text_distribution(
+    model: GPT, prompt, max_new_tokens: int, sampling
+) -> dict[tuple[int, ...], float]:
     """The probability of every text of at most max_new_tokens new tokens, by the chain rule."""
     found = {}
 
     def extend(new: tuple[int, ...], prob: float) -> None:
-        ended = len(new) == max_new_tokens or len(prompt) + len(new) == model.config.max_position_embeddings
+        ended = (
+            len(new) == max_new_tokens
+            or len(prompt) + len(new) == model.config.max_position_embeddings
+        )
         if ended or new and new[-1] == model.config.eos_token_id:
             found[new] = prob
             return
         logits = next_logits(model, [*prompt, *new])
-        for token, p in enumerate(distribution(logits, sampling.temperature, sampling.top_k, sampling.top_p)):
+        for token, p in enumerate(
+            distribution(logits, sampling.temperature, sampling.top_k, sampling.top_p)
+        ):
             if p > 0:
                 extend((*new, token), prob * p)
 
@@ -202,7 +261,9 @@ def chi_square(counts: dict, expected: dict, n: int) -> float:
             rare = [rare[0] + counts.get(text, 0), rare[1] + n * prob]
     cells += [rare] if rare[1] > 0 else []
     statistic = sum((seen - due) ** 2 / due for seen, due in cells)
-    return torch.special.gammaincc(torch.tensor((len(cells) - 1) / 2), torch.tensor(statistic / 2)).item()
+    return torch.special.gammaincc(
+        torch.tensor((len(cells) - 1) / 2), torch.tensor(statistic / 2)
+    ).item()
 
 
 # ---- training ----
@@ -220,7 +281,9 @@ CPU = {"device": "cpu", "precision": "float32"}
 
 
 def source(first: int, n: int) -> str:
-    return "".join(f"def f{i}(x):\n    return x * {i * 7 % 13} + {i}\n" for i in range(first, first + n))
+    return "".join(
+        f"def f{i}(x):\n    return x * {i * 7 % 13} + {i}\n" for i in range(first, first + n)
+    )
 
 
 @cache
@@ -230,16 +293,33 @@ def small_tokenizer() -> Tokenizer:
 
 def write_text(folder: Path) -> list[str]:
     """Two files, one on each side of the split: training, then validation, in other words."""
-    names = {side: next(f"{i}.txt" for i in count() if is_validation(f"{i}.txt:0") == side) for side in (False, True)}
+    names = {
+        side: next(f"{i}.txt" for i in count() if is_validation(f"{i}.txt:0") == side)
+        for side in (False, True)
+    }
     (folder / names[False]).write_text(source(0, 40))
-    (folder / names[True]).write_text(source(40, 20).replace("def f", "def g").replace("x", "y").replace("*", "-"))
+    (folder / names[True]).write_text(
+        source(40, 20).replace("def f", "def g").replace("x", "y").replace("*", "-")
+    )
     return [str(folder / names[False]), str(folder / names[True])]
 
 
 def write_base(folder: Path) -> Path:
     """A base with weights so large that its greedy text moves about."""
     tokenizer = small_tokenizer()
-    model = GPT(ModelConfig(tokenizer.vocab_size, 16, 16, 1, 2, 1, 40, bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos))
+    model = GPT(
+        ModelConfig(
+            tokenizer.vocab_size,
+            16,
+            16,
+            1,
+            2,
+            1,
+            40,
+            bos_token_id=tokenizer.bos,
+            eos_token_id=tokenizer.eos,
+        )
+    )
     generator = rng(0)
     with torch.no_grad():
         for weight in model.parameters():
@@ -251,7 +331,11 @@ def write_base(folder: Path) -> Path:
 
 def contents(directory) -> dict[str, bytes]:
     """Every file below a directory, by its path there."""
-    return {str(path.relative_to(directory)): path.read_bytes() for path in Path(directory).rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in Path(directory).rglob("*")
+        if path.is_file()
+    }
 
 
 def log_of(out) -> list[dict]:
@@ -259,18 +343,42 @@ def log_of(out) -> list[dict]:
 
 
 def base_config(tmp_path, text, name="new", **more) -> BaseConfig:
-    sizes = {"vocab_size": 290, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {
+        "vocab_size": 290,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     sizes |= {"context": 16}
-    return BaseConfig(text=text, out=str(tmp_path / name), **sizes | {"steps": 4, "batch": 2, "warmup": 1} | CPU | more)
+    return BaseConfig(
+        text=text,
+        out=str(tmp_path / name),
+        **sizes | {"steps": 4, "batch": 2, "warmup": 1} | CPU | more,
+    )
 
 
 def distilling(base, text, **more) -> DistillConfig:
-    return DistillConfig(**{"base": str(base), "text": text, "shards": 3, "rows": 5, "prompt_tokens": 4, "new_tokens": 6} | CPU | more)
+    return DistillConfig(
+        **{
+            "base": str(base),
+            "text": text,
+            "shards": 3,
+            "rows": 5,
+            "prompt_tokens": 4,
+            "new_tokens": 6,
+        }
+        | CPU
+        | more
+    )
 
 
 def training(base, text, out, config: type[Medusa1Config] = Medusa1Config, **more) -> Medusa1Config:
     """A run of a few steps, on rows that are given, or on the corpus."""
-    sizes = {"steps": 4, "batch": 3, "warmup": 1, "num_heads": 2} | ({"context": 9} if more.get("data") == "corpus" else {})
+    sizes = {"steps": 4, "batch": 3, "warmup": 1, "num_heads": 2} | (
+        {"context": 9} if more.get("data") == "corpus" else {}
+    )
     return config(**{"base": str(base), "text": text, "out": str(out)} | sizes | CPU | more)
 
 

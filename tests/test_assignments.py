@@ -38,7 +38,9 @@ def functions_of(source: str) -> dict[str, ast.FunctionDef]:
     for node in ast.parse(source).body:
         for inner in node.body if isinstance(node, ast.ClassDef) else [node]:
             if isinstance(inner, ast.FunctionDef):
-                found[f"{node.name}.{inner.name}" if isinstance(node, ast.ClassDef) else inner.name] = inner
+                found[
+                    f"{node.name}.{inner.name}" if isinstance(node, ast.ClassDef) else inner.name
+                ] = inner
     return found
 
 
@@ -51,15 +53,23 @@ def test_blanking_leaves_signature_docstring_and_all_other_functions(name):
             assert ast.dump(node) == ast.dump(after[function])
             continue
         docstring, body = after[function].body
-        assert ast.get_docstring(after[function]) == ast.get_docstring(node) and isinstance(body, ast.Raise)
+        assert ast.get_docstring(after[function]) == ast.get_docstring(node) and isinstance(
+            body, ast.Raise
+        )
         assert ast.dump(node.args) == ast.dump(after[function].args)
-        assert list(map(ast.dump, node.decorator_list)) == list(map(ast.dump, after[function].decorator_list))
+        assert list(map(ast.dump, node.decorator_list)) == list(
+            map(ast.dump, after[function].decorator_list)
+        )
     comments = [line for line in reference(name).splitlines() if line.startswith("#")]
     assert [line for line in build.starter(name).splitlines() if line.startswith("#")] == comments
 
 
 def test_every_blanked_function_is_found_and_none_twice():
-    named = [f"{name.removesuffix('.py')}.{function}" for name in build.MODULES for function in functions_of(reference(name))]
+    named = [
+        f"{name.removesuffix('.py')}.{function}"
+        for name in build.MODULES
+        for function in functions_of(reference(name))
+    ]
     assert set(BLANKED) <= set(named)
     with pytest.raises(ValueError, match="no function Tree.grow"):
         build.find(ast.parse(reference("tree.py")), "Tree.grow")
@@ -80,11 +90,19 @@ def test_no_line_of_an_answer_stands_in_what_a_student_gets(number):
     answers, given = set(), set()
     for name in build.MODULES:
         lines = reference(name).split("\n")
-        bodies = {i for blanked in BLANKED if blanked.startswith(name[:-2]) for i in build.body_lines(reference(name), blanked.partition(".")[2])}
+        bodies = {
+            i
+            for blanked in BLANKED
+            if blanked.startswith(name[:-2])
+            for i in build.body_lines(reference(name), blanked.partition(".")[2])
+        }
         for i, line in enumerate(lines):
             (answers if i in bodies else given).add(line.strip())
     files = build.student_files(number)
-    assert not any("__pycache__" in name or ".git" in name or name.startswith(("assignments", "bench", "out")) for name in files)
+    assert not any(
+        "__pycache__" in name or ".git" in name or name.startswith(("assignments", "bench", "out"))
+        for name in files
+    )
     secret = {line for line in answers - given - COMMONPLACE if len(line) > 12}
     assert len(secret) > 90
     for name, content in files.items():
@@ -94,8 +112,12 @@ def test_no_line_of_an_answer_stands_in_what_a_student_gets(number):
 
 def test_a_set_is_built_whole_or_not_at_all(tmp_path, monkeypatch):
     target = build.build(1, tmp_path)
-    assert {path.name for path in target.iterdir()} == {"student", "autograder.zip"} and list(tmp_path.iterdir()) == [target]
-    assert (target / "student/tests.txt").read_text().splitlines() == [f"tests/{test}" for test in SETS[1].tests]
+    assert {path.name for path in target.iterdir()} == {"student", "autograder.zip"} and list(
+        tmp_path.iterdir()
+    ) == [target]
+    assert (target / "student/tests.txt").read_text().splitlines() == [
+        f"tests/{test}" for test in SETS[1].tests
+    ]
     assert (target / "student/data/trace.html").exists()  # sample.py --trace needs it
     assert "| together | 20 |" in (target / "student/README.md").read_text()
     with pytest.raises(ValueError, match="is there already"):
@@ -133,7 +155,9 @@ def rewritten(bodies: dict[str, str]) -> dict[str, str]:
         source = files.get(f"{module}.py", reference(f"{module}.py"))
         lines, span = source.split("\n"), build.body_lines(source, name)
         indent = " " * build.find(ast.parse(source), name).body[0].col_offset
-        lines[span.start : span.stop] = textwrap.indent(textwrap.dedent(body).strip("\n"), indent).split("\n")
+        lines[span.start : span.stop] = textwrap.indent(
+            textwrap.dedent(body).strip("\n"), indent
+        ).split("\n")
         files[f"{module}.py"] = "\n".join(lines)
     return files
 
@@ -146,11 +170,20 @@ def grade_all(tmp_path, number: int, submissions: dict[str, dict[str, str]]) -> 
     for i, files in enumerate(submissions.values()):
         folder = tmp_path / f"submission{i}"
         folder.mkdir()
-        for name, content in ({name: reference(name) for name in SETS[number].files} | files).items():
+        for name, content in (
+            {name: reference(name) for name in SETS[number].files} | files
+        ).items():
             (folder / name).write_text(content, encoding="utf-8")
         arguments += [str(folder), str(tmp_path / f"results{i}.json")]
-    subprocess.run([sys.executable, str(tmp_path / "source/grade.py"), str(number), *arguments], check=True, stdout=subprocess.DEVNULL)
-    return {name: json.loads((tmp_path / f"results{i}.json").read_text()) for i, name in enumerate(submissions)}
+    subprocess.run(
+        [sys.executable, str(tmp_path / "source/grade.py"), str(number), *arguments],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    return {
+        name: json.loads((tmp_path / f"results{i}.json").read_text())
+        for i, name in enumerate(submissions)
+    }
 
 
 def starter_of(number: int) -> dict[str, str]:
@@ -163,7 +196,9 @@ def faults(number: int, results: dict[str, dict]) -> list[str]:
     for name, result in results.items():
         said = "\n".join(test["output"] for test in result["tests"])
         if name in WRONG[number] and (result["score"] >= 20 or WRONG[number][name][2] not in said):
-            wrong.append(f"{name}: {result['score']} points, and it does not say {WRONG[number][name][2]!r} but:\n{said[:1500]}")
+            wrong.append(
+                f"{name}: {result['score']} points, and it does not say {WRONG[number][name][2]!r} but:\n{said[:1500]}"
+            )
         elif name == "starter" and (result["score"] > 0 or "is yours to write" not in said):
             wrong.append(f"the starter has {result['score']} points: {said[:500]}")
         elif name not in WRONG[number] and name != "starter" and result["score"] != 20:
@@ -173,7 +208,9 @@ def faults(number: int, results: dict[str, dict]) -> list[str]:
 
 def solutions(number: int) -> dict[str, dict[str, str]]:
     found = {"reference": {}, "starter": starter_of(number)}
-    found |= {name: {file: patched(file, changes)} for name, (file, changes, _) in WRONG[number].items()}
+    found |= {
+        name: {file: patched(file, changes)} for name, (file, changes, _) in WRONG[number].items()
+    }
     return found | {name: rewritten(bodies) for name, bodies in RIGHT[number].items()}
 
 
@@ -181,7 +218,9 @@ def solutions(number: int) -> dict[str, dict[str, str]]:
 def test_every_solution_is_made_of_what_stands_once_in_the_reference(number):
     made = solutions(number)
     assert len(made) == 2 + len(WRONG[number]) + len(RIGHT[number])
-    assert all(reference(name) != content for files in made.values() for name, content in files.items())
+    assert all(
+        reference(name) != content for files in made.values() for name, content in files.items()
+    )
 
 
 def test_the_reference_passes_set_1_the_starter_fails_it_and_a_wrong_solution_is_told_why(tmp_path):
@@ -197,7 +236,9 @@ def test_every_solution_gets_what_it_is_worth(number, tmp_path):
     results = grade_all(tmp_path, number, solutions(number))
     caught = sum(result["score"] < 20 for name, result in results.items() if name in WRONG[number])
     seconds = [result["execution_time"] for result in results.values()]
-    print(f"\nset {number}: {caught} of {len(WRONG[number])} wrong solutions caught, {len(RIGHT[number])} others right; grading {max(seconds)} s at most")
+    print(
+        f"\nset {number}: {caught} of {len(WRONG[number])} wrong solutions caught, {len(RIGHT[number])} others right; grading {max(seconds)} s at most"
+    )
     assert faults(number, results) == []
     assert max(seconds) < 60
 
@@ -258,9 +299,17 @@ for descriptor in range(3, 64):
 
 @pytest.mark.course
 def test_no_trick_earns_a_point(tmp_path):
-    submissions = {name: {"tree.py": build.starter("tree.py") + HIDE + trick} for name, trick in CHEATS.items()}
-    more = {"conftest.py": "import pytest\n@pytest.hookimpl(wrapper=True)\ndef pytest_runtest_call(item):\n    try: yield\n    except BaseException: pass\n"}
-    submissions["brings a conftest"] = {"tree.py": build.starter("tree.py")} | more | {"torch.py": "", "pytest.ini": "[pytest]\naddopts = --co"}
+    submissions = {
+        name: {"tree.py": build.starter("tree.py") + HIDE + trick} for name, trick in CHEATS.items()
+    }
+    more = {
+        "conftest.py": "import pytest\n@pytest.hookimpl(wrapper=True)\ndef pytest_runtest_call(item):\n    try: yield\n    except BaseException: pass\n"
+    }
+    submissions["brings a conftest"] = (
+        {"tree.py": build.starter("tree.py")}
+        | more
+        | {"torch.py": "", "pytest.ini": "[pytest]\naddopts = --co"}
+    )
     submissions["honest"] = {}
     results = grade_all(tmp_path, 1, submissions)
     scores = {name: result["score"] for name, result in results.items()}

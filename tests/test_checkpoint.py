@@ -31,8 +31,16 @@ def a_run(what: str, base, text, shards, out, **more):
         return train_base, base_config(out.parent, text, out.name, steps=5, **more)
     config = {"distilled": shards, "lr": 0.01, "weight_decay": 0.1}
     if what == "medusa1":
-        return train_medusa, training(base, text, out, **config | {"steps": 5, "data": "corpus"} | more)
-    return train_medusa, training(base, text, out, Medusa2Config, **config | {"heads_steps": 2, "steps": 3, "ramp": True, "lora": what == "lora"} | more)
+        return train_medusa, training(
+            base, text, out, **config | {"steps": 5, "data": "corpus"} | more
+        )
+    return train_medusa, training(
+        base,
+        text,
+        out,
+        Medusa2Config,
+        **config | {"heads_steps": 2, "steps": 3, "ramp": True, "lora": what == "lora"} | more,
+    )
 
 
 class Stop(BaseException):
@@ -55,9 +63,18 @@ def stopped(go, config, step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "what, steps, save_every", [("base", [3], 1), ("medusa1", [2, 3], 1), ("medusa2", [1, 2, 3, 4], 1), ("medusa2", [3], 2), ("lora", [4], 3)]
+    "what, steps, save_every",
+    [
+        ("base", [3], 1),
+        ("medusa1", [2, 3], 1),
+        ("medusa2", [1, 2, 3, 4], 1),
+        ("medusa2", [3], 2),
+        ("lora", [4], 3),
+    ],
 )
-def test_a_run_that_is_stopped_goes_on_as_if_nothing_had_been(what, steps, save_every, base, text, shards, tmp_path, monkeypatch):
+def test_a_run_that_is_stopped_goes_on_as_if_nothing_had_been(
+    what, steps, save_every, base, text, shards, tmp_path, monkeypatch
+):
     """From its last checkpoint: no step before it is taken again."""
     go, config = a_run(what, base, text, shards, tmp_path / "whole", save_every=save_every)
     go(config)
@@ -66,13 +83,19 @@ def test_a_run_that_is_stopped_goes_on_as_if_nothing_had_been(what, steps, save_
         stopped(go, half, step)
         calls, add_gradients = [], train.backpropagate
         with monkeypatch.context() as patch:
-            patch.setattr(train, "backpropagate", lambda *args, **more: (calls.append(1), add_gradients(*args, **more))[1])
+            patch.setattr(
+                train,
+                "backpropagate",
+                lambda *args, **more: (calls.append(1), add_gradients(*args, **more))[1],
+            )
             go(replace(half, resume=True))
         assert len(calls) == 5 - step // save_every * save_every
         assert contents(half.out) == contents(config.out)
 
 
-def test_a_run_that_was_finished_but_for_its_results_needs_no_step_more(base, text, shards, tmp_path, monkeypatch):
+def test_a_run_that_was_finished_but_for_its_results_needs_no_step_more(
+    base, text, shards, tmp_path, monkeypatch
+):
     go, config = a_run("medusa2", base, text, shards, tmp_path / "whole")
     go(config)
     half = replace(config, out=str(tmp_path / "half"))
@@ -108,7 +131,14 @@ def refused(config, *says) -> None:
 def broken(what: str, path: Path) -> None:
     tensors, about, whole = read_safetensors(path), metadata_of(path), path.read_bytes()
     if what in ("nothing", "garbage", "half", "all but the last byte"):
-        path.write_bytes({"nothing": b"", "garbage": b"\x80\x04garbage", "half": whole[: len(whole) // 2], "all but the last byte": whole[:-1]}[what])
+        path.write_bytes(
+            {
+                "nothing": b"",
+                "garbage": b"\x80\x04garbage",
+                "half": whole[: len(whole) // 2],
+                "all but the last byte": whole[:-1],
+            }[what]
+        )
     elif what == "a directory":
         path.unlink()
         path.mkdir()
@@ -117,9 +147,13 @@ def broken(what: str, path: Path) -> None:
     elif what == "another shape":
         write_safetensors(path, tensors | {"heads.weight|value": torch.zeros(2, 2)}, about)
     elif what == "another name":
-        write_safetensors(path, {key.replace("norm", "form"): t for key, t in tensors.items()}, about)
+        write_safetensors(
+            path, {key.replace("norm", "form"): t for key, t in tensors.items()}, about
+        )
     else:
-        write_safetensors(path, {key: t for key, t in tensors.items() if not key.startswith(what)}, about)
+        write_safetensors(
+            path, {key: t for key, t in tensors.items() if not key.startswith(what)}, about
+        )
 
 
 @pytest.mark.parametrize("what", [
@@ -141,7 +175,13 @@ FREE = {"out", "resume", "plot", "save_every", "device"}
 
 
 def test_every_setting_is_known_to_change_the_result_or_not_to():
-    assert {field.name for field in fields(Medusa2Config)} == CHANGES.keys() | FREE | {"data", "context", "heads", "lora", "original_lm_head"}
+    assert {field.name for field in fields(Medusa2Config)} == CHANGES.keys() | FREE | {
+        "data",
+        "context",
+        "heads",
+        "lora",
+        "original_lm_head",
+    }
     assert set(NOT_RESULT) == FREE
 
 
@@ -169,7 +209,10 @@ def test_a_run_does_not_go_on_with_other_data(data, half, base, shards):
         write_shard(Path(shards), "train-00000.safetensors", tokens.roll(1, 0), loss)
     else:
         state = read_safetensors(base / "model.safetensors")
-        write_safetensors(base / "model.safetensors", state | {"model.norm.weight": 1.01 * state["model.norm.weight"]})
+        write_safetensors(
+            base / "model.safetensors",
+            state | {"model.norm.weight": 1.01 * state["model.norm.weight"]},
+        )
         refused(half, "--distilled", "was not written by the base")
         for path in Path(shards).iterdir():
             write_safetensors(path, read_safetensors(path), {"base": base_digest(base)})
@@ -184,7 +227,10 @@ def test_a_checkpoint_is_neither_overlooked_nor_invented(mode, tmp_path, monkeyp
     with pytest.raises(ValueError, match="--resume: .*checkpoint.safetensors does not exist"):
         go(replace(config, resume=True))
     (tmp_path / "checkpoint.safetensors").write_bytes(b"precious")
-    with pytest.raises(ValueError, match="checkpoint.safetensors is of a run that was stopped, or goes on at this moment: take it up with --resume, remove it"):
+    with pytest.raises(
+        ValueError,
+        match="checkpoint.safetensors is of a run that was stopped, or goes on at this moment: take it up with --resume, remove it",
+    ):
         go(config)
     assert contents(tmp_path) == {"checkpoint.safetensors": b"precious"}
 
@@ -192,10 +238,15 @@ def test_a_checkpoint_is_neither_overlooked_nor_invented(mode, tmp_path, monkeyp
 @pytest.mark.parametrize("processes", [1, 2])
 def test_each_part_of_each_process_has_a_row_at_least(processes, tmp_path, monkeypatch):
     if processes == 2:
-        monkeypatch.setattr("data.checkpoint.process_of", lambda: (0, processes))
-    config = Medusa1Config(out=str(tmp_path / "out"), batch=3 * processes, accumulate=3, device="cpu")
+        monkeypatch.setattr("data.checkpoint.rank_and_world_size", lambda: (0, processes))
+    config = Medusa1Config(
+        out=str(tmp_path / "out"), batch=3 * processes, accumulate=3, device="cpu"
+    )
     assert prepare(config) == (torch.device("cpu"), torch.float32)
-    with pytest.raises(ValueError, match=f"--batch {3 * processes - 1} is less than {processes} processes x --accumulate 3"):
+    with pytest.raises(
+        ValueError,
+        match=f"--batch {3 * processes - 1} is less than {processes} processes x --accumulate 3",
+    ):
         prepare(replace(config, batch=3 * processes - 1))
 
 
@@ -204,7 +255,9 @@ def test_each_part_of_each_process_has_a_row_at_least(processes, tmp_path, monke
 
 @pytest.mark.parametrize("where", ["write", "rename"])
 @pytest.mark.parametrize("file", ["log.jsonl", "checkpoint.safetensors", "model.safetensors"])
-def test_a_full_disk_costs_one_line_and_no_checkpoint(where, file, half, base, text, shards, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_costs_one_line_and_no_checkpoint(
+    where, file, half, base, text, shards, tmp_path, monkeypatch, capsys
+):
     before, rename = contents(half.out), os.replace
 
     def full(path, *rest):
@@ -230,10 +283,17 @@ def test_a_full_disk_costs_one_line_and_no_checkpoint(where, file, half, base, t
         capsys.readouterr()
         train.run(lambda: train_medusa(half))
     err = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and err.startswith("train.py: error: ") and "No space left on device" in err
+    assert (
+        stop.value.code == 2
+        and err.startswith("train.py: error: ")
+        and "No space left on device" in err
+    )
     after = contents(half.out)
     assert not [name for name in after if Path(name).name.startswith(".")]
-    assert file == "model.safetensors" or after["checkpoint.safetensors"] == before["checkpoint.safetensors"]
+    assert (
+        file == "model.safetensors"
+        or after["checkpoint.safetensors"] == before["checkpoint.safetensors"]
+    )
     train_medusa(half)
     go, config = a_run("medusa2", base, text, shards, tmp_path / "whole")
     go(config)
@@ -245,8 +305,15 @@ def test_a_full_disk_costs_one_line_and_no_checkpoint(where, file, half, base, t
 
 def test_a_plot_without_matplotlib_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for go, mode in ((train_base, BaseConfig), (train_medusa, Medusa1Config), (train_medusa, Medusa2Config)):
-        with pytest.raises(ValueError, match="--plot needs the package matplotlib: pip install -r bench/requirements.txt"):
+    for go, mode in (
+        (train_base, BaseConfig),
+        (train_medusa, Medusa1Config),
+        (train_medusa, Medusa2Config),
+    ):
+        with pytest.raises(
+            ValueError,
+            match="--plot needs the package matplotlib: pip install -r bench/requirements.txt",
+        ):
             go(mode(text=["none.txt"], out=str(tmp_path / "out"), device="cpu", plot=True))
     assert not (tmp_path / "out").exists()
 
@@ -265,11 +332,15 @@ def test_a_plot_is_drawn_of_the_log_when_the_run_is_over(base, text, shards, tmp
 
 
 @pytest.mark.parametrize("what, kills", [("medusa2", 20), ("lora", 8), ("distill", 20)])
-def test_a_run_that_is_killed_again_and_again_ends_bit_for_bit_as_one_that_is_not(what, kills, tmp_path):
+def test_a_run_that_is_killed_again_and_again_ends_bit_for_bit_as_one_that_is_not(
+    what, kills, tmp_path
+):
     """At any moment, in the middle of a file, before and behind a rename: heads, base, calibration, log, and no checkpoint is left."""
     helper = [sys.executable, Path(__file__).parent / "killed.py", tmp_path, what, kills, "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([str(part) for part in helper], env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [str(part) for part in helper], env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     deaths = json.loads(done.stdout)
     assert sum(deaths.values()) == kills and min(deaths.values()) == kills // 4 and len(deaths) == 4
@@ -278,4 +349,6 @@ def test_a_run_that_is_killed_again_and_again_ends_bit_for_bit_as_one_that_is_no
     for end in ends:
         found = contents(end)
         assert not [name for name in found if "checkpoint" in name]
-        assert {name: content for name, content in found.items() if not Path(name).name.startswith(".")} == whole
+        assert {
+            name: content for name, content in found.items() if not Path(name).name.startswith(".")
+        } == whole

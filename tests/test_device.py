@@ -11,21 +11,43 @@ from data.calibration import calibrate
 from data.difference import first_difference, gap_at
 from data.distilled import sample_rows
 from data.perplexity import perplexity
-from medusa import ROOT, MedusaConfig, MedusaHeads, Plan, Sampling, generate, medusa_generate
+from medusa import (
+    ROOT_ONLY,
+    MedusaConfig,
+    MedusaHeads,
+    Sampling,
+    TreeBuffers,
+    generate,
+    medusa_generate,
+)
 from model import GPT, ModelConfig
 from strategies import random_gpt, random_heads, rng
 from train import backpropagate
 from tree import cartesian_tree
 
 TREE = cartesian_tree((3, 2))
-RULES = [Sampling(), Sampling(0.8), Sampling(0.8, top_k=3, top_p=0.9), Sampling(0.8, typical=True, epsilon=0.2)]
+RULES = [
+    Sampling(),
+    Sampling(0.8),
+    Sampling(0.8, top_k=3, top_p=0.9),
+    Sampling(0.8, typical=True, epsilon=0.2),
+]
 
 
 def texts(model: GPT, heads: MedusaHeads, sampling: Sampling, n: int = 16) -> list[list[int]]:
     """What a tree and plain decoding write behind one prompt, from one seed: n tokens."""
     device = model.lm_head.weight.device
     ways = (medusa_generate, (heads, TREE)), (generate, ())
-    return [[t for step in way(model, *guessing, [1, 2, 3], n, sampling, torch.Generator(device).manual_seed(0)) for t in step] for way, guessing in ways]
+    return [
+        [
+            t
+            for step in way(
+                model, *guessing, [1, 2, 3], n, sampling, torch.Generator(device).manual_seed(0)
+            )
+            for t in step
+        ]
+        for way, guessing in ways
+    ]
 
 
 @pytest.fixture
@@ -63,15 +85,23 @@ def test_training_measuring_and_sampling_follow_the_models_device(request):
 
     def all_of_it():
         figures = backpropagate(model, heads, tokens, mask, counts, (1.0, 0.2))
-        gradients = [p.grad.clone() for p in (*model.parameters(), *heads.parameters()) if p.grad is not None]
+        gradients = [
+            p.grad.clone() for p in (*model.parameters(), *heads.parameters()) if p.grad is not None
+        ]
         model.zero_grad(), heads.zero_grad()
         rows = sample_rows(model, [[1], [2, 3]], 8, Sampling(0.7), rng(0))
-        return [figures, *gradients, *rows], calibrate(model, heads, {"0.0": (tokens, mask), "0.7": (tokens, mask)}), perplexity(model, tokens.flatten())
+        return (
+            [figures, *gradients, *rows],
+            calibrate(model, heads, {"0.0": (tokens, mask), "0.7": (tokens, mask)}),
+            perplexity(model, tokens.flatten()),
+        )
 
     expected = all_of_it()
     request.getfixturevalue("elsewhere")
     found = all_of_it()
-    assert len(found[0]) == len(expected[0]) and all(torch.equal(a, b) for a, b in zip(found[0], expected[0]))
+    assert len(found[0]) == len(expected[0]) and all(
+        torch.equal(a, b) for a, b in zip(found[0], expected[0])
+    )
     assert found[1:] == expected[1:]
 
 
@@ -86,7 +116,12 @@ def test_decoding_follows_the_models_dtype(dtype, sampling, request):
     cache = model.new_cache(4)
     with torch.no_grad():
         hidden = model(torch.tensor([[1, 2]]), cache=cache)
-        assert {hidden.dtype, cache.data.dtype, model.lm_head(hidden).dtype, heads(hidden, model.lm_head).dtype} == {dtype}
+        assert {
+            hidden.dtype,
+            cache.data.dtype,
+            model.lm_head(hidden).dtype,
+            heads(hidden, model.lm_head).dtype,
+        } == {dtype}
 
 
 @torch.no_grad()
@@ -96,13 +131,31 @@ def test_shapes_alone_go_through_model_and_heads(private):
     model, heads = (part.to("meta") for part in small(private=private))
     cache = model.new_cache(8, batch=2)
     hidden = model(torch.zeros(2, 3, dtype=torch.long, device="meta"), cache=cache)
-    assert hidden.is_meta and hidden.shape == (2, 3, model.config.hidden_size) and cache.data.is_meta
+    assert (
+        hidden.is_meta and hidden.shape == (2, 3, model.config.hidden_size) and cache.data.is_meta
+    )
     assert heads(hidden, model.lm_head).shape == (2, 2, 3, 6)
 
 
 ELSEWHERE = [
-    pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: not run on one")]),
-    pytest.param("mps", marks=[pytest.mark.mps, pytest.mark.skipif(not torch.backends.mps.is_available(), reason="no MPS device: not run on one")]),
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.cuda,
+            pytest.mark.skipif(
+                not torch.cuda.is_available(), reason="no CUDA device: not run on one"
+            ),
+        ],
+    ),
+    pytest.param(
+        "mps",
+        marks=[
+            pytest.mark.mps,
+            pytest.mark.skipif(
+                not torch.backends.mps.is_available(), reason="no MPS device: not run on one"
+            ),
+        ],
+    ),
 ]
 
 
@@ -118,14 +171,21 @@ def test_a_tree_writes_the_plain_text_on_an_accelerator(kv_heads, n, dtype, devi
     heads = MedusaHeads(MedusaConfig(32, 64, 2)).to(device, dtype)
     tree_text, plain_text = texts(model, heads, sampling, n)
     at = first_difference(tree_text, plain_text)
-    assert len(tree_text) == n and (at is None or dtype != torch.float32 and gap_at(model, [1, 2, 3], tree_text, plain_text, at, sampling, 0) < 0.05)
+    assert len(tree_text) == n and (
+        at is None
+        or dtype != torch.float32
+        and gap_at(model, [1, 2, 3], tree_text, plain_text, at, sampling, 0) < 0.05
+    )
 
 
 def test_the_mask_of_a_tree_begins_at_an_aligned_address_whatever_stands_before_it():
     """CUDA's attention reads 16 bytes at once."""
-    for tree in (ROOT, TREE):
-        plan = Plan(tree, 40, torch.empty(0, dtype=torch.bfloat16))
-        assert all(plan.mask(past).is_contiguous() and plan.mask(past).data_ptr() % 16 == 0 for past in range(41))
+    for tree in (ROOT_ONLY, TREE):
+        plan = TreeBuffers(tree, 40, torch.empty(0, dtype=torch.bfloat16))
+        assert all(
+            plan.mask(past).is_contiguous() and plan.mask(past).data_ptr() % 16 == 0
+            for past in range(41)
+        )
 
 
 @pytest.mark.parametrize("device", ELSEWHERE)
@@ -135,6 +195,17 @@ def test_gradients_on_an_accelerator_are_those_of_the_cpu(device):
     found = []
     for place in ("cpu", device):
         model, heads = (part.float().to(place) for part in small())
-        figures = backpropagate(model, heads, tokens.to(place), mask.to(place), counts.to(place), (1.0, 0.2))
-        found.append([figures.cpu(), *(p.grad.cpu() for p in (*model.parameters(), *heads.parameters()) if p.grad is not None)])
+        figures = backpropagate(
+            model, heads, tokens.to(place), mask.to(place), counts.to(place), (1.0, 0.2)
+        )
+        found.append(
+            [
+                figures.cpu(),
+                *(
+                    p.grad.cpu()
+                    for p in (*model.parameters(), *heads.parameters())
+                    if p.grad is not None
+                ),
+            ]
+        )
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(*found))

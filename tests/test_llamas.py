@@ -24,11 +24,22 @@ from data.tokenizer import copy_tokenizer, load_base, load_tokenizer
 from llamas import write_recorded
 from medusa import MedusaHeads, Sampling, generate, medusa_generate
 from model import GPT, ModelConfig, read_config
-from strategies import CheatingHeads, greedy_text, laws, random_gpt, random_heads, rng, small_tokenizer, write_base
+from strategies import (
+    CheatingHeads,
+    greedy_text,
+    properties,
+    random_gpt,
+    random_heads,
+    rng,
+    small_tokenizer,
+    write_base,
+)
 from tree import cartesian_tree
 
 PEERS = json.loads((Path(__file__).parent / "peers.json").read_text())
-CASES = pytest.mark.parametrize("case", PEERS["cases"], ids=lambda case: case["config"]["model_type"])
+CASES = pytest.mark.parametrize(
+    "case", PEERS["cases"], ids=lambda case: case["config"]["model_type"]
+)
 
 
 # ---- the family ----
@@ -40,8 +51,15 @@ def test_recorded_checkpoints_say_what_transformers_said_of_them(case, tmp_path)
     write_recorded(tmp_path, case)
     model = GPT.from_pretrained(tmp_path, torch.float64).requires_grad_(False)
     tokens = torch.tensor(PEERS["tokens"])
-    torch.testing.assert_close(model.lm_head(model(tokens)), torch.tensor(case["logits"], dtype=torch.float64), rtol=0, atol=1e-5)
-    assert [token for step in generate(model, PEERS["tokens"][0][:2], 7) for token in step] == case["text"]
+    torch.testing.assert_close(
+        model.lm_head(model(tokens)),
+        torch.tensor(case["logits"], dtype=torch.float64),
+        rtol=0,
+        atol=1e-5,
+    )
+    assert [token for step in generate(model, PEERS["tokens"][0][:2], 7) for token in step] == case[
+        "text"
+    ]
 
 
 def write_config(directory: Path, **changes) -> Path:
@@ -50,23 +68,44 @@ def write_config(directory: Path, **changes) -> Path:
         "model_type": "llama", "vocab_size": 5, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 500.0, "bos_token_id": 1, "eos_token_id": 2,
     } | changes  # fmt: skip
-    (directory / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
+    (directory / "config.json").write_text(
+        json.dumps({name: value for name, value in config.items() if value is not ...})
+    )
     return directory / "config.json"
 
 
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 
 
-@pytest.mark.parametrize("kind, numbers", [("linear", {"factor": 2.5}), ("llama3", LLAMA3), ("default", {})])
+@pytest.mark.parametrize(
+    "kind, numbers", [("linear", {"factor": 2.5}), ("llama3", LLAMA3), ("default", {})]
+)
 def test_every_spelling_of_rope_scaling_is_the_same_config(kind, numbers, tmp_path):
     spellings = [
         {"rope_scaling": {"rope_type": kind} | numbers},
         {"rope_scaling": {"type": kind} | numbers, "rope_parameters": None},
         {"rope_theta": ..., "rope_parameters": {"rope_theta": 500.0, "rope_type": kind} | numbers},
-        {"rope_theta": 7.0, "rope_parameters": {"rope_theta": 500.0, "rope_type": kind, "partial_rotary_factor": 1.0} | numbers},
+        {
+            "rope_theta": 7.0,
+            "rope_parameters": {
+                "rope_theta": 500.0,
+                "rope_type": kind,
+                "partial_rotary_factor": 1.0,
+            }
+            | numbers,
+        },
     ]
     configs = [read_config(write_config(tmp_path, **changes)) for changes in spellings]
-    assert configs == [configs[0]] * 4 and configs[0].rope_theta == 500 and (configs[0].rope_scaling is None) == (kind == "default")
+    assert (
+        configs == [configs[0]] * 4
+        and configs[0].rope_theta == 500
+        and (configs[0].rope_scaling is None) == (kind == "default")
+    )
 
 
 @pytest.mark.parametrize("changes, context", [
@@ -80,8 +119,15 @@ def test_the_context_ends_where_a_sliding_window_would_begin_to_hide(changes, co
 
 
 def test_qwen2_may_leave_its_ends_out_and_has_a_head_size_of_its_own(tmp_path):
-    config = read_config(write_config(tmp_path, model_type="qwen2", bos_token_id=..., eos_token_id=..., head_dim=6))
-    assert (config.bos_token_id, config.ends, config.head_size, config.model_type) == (None, (), 6, "qwen2")
+    config = read_config(
+        write_config(tmp_path, model_type="qwen2", bos_token_id=..., eos_token_id=..., head_dim=6)
+    )
+    assert (config.bos_token_id, config.eos_ids, config.head_size, config.model_type) == (
+        None,
+        (),
+        6,
+        "qwen2",
+    )
 
 
 def scaled(kind: str, **changes) -> dict:
@@ -109,8 +155,12 @@ def test_a_config_that_cannot_be_honoured_is_refused_by_field(changes, says, tmp
 # ---- texts with several ends ----
 
 
-@laws
-@given(st.integers(0, 99), st.lists(st.integers(0, 4), min_size=1, max_size=3, unique=True), st.booleans())
+@properties
+@given(
+    st.integers(0, 99),
+    st.lists(st.integers(0, 4), min_size=1, max_size=3, unique=True),
+    st.booleans(),
+)
 def test_a_text_ends_at_the_first_of_several_end_tokens(seed, ends, right):
     """In plain decoding, in the middle of an accepted path, and in sampled rows."""
     model = random_gpt(seed, context=16)
@@ -124,8 +174,8 @@ def test_a_text_ends_at_the_first_of_several_end_tokens(seed, ends, right):
         steps += emitted
         heads.length = getattr(heads, "length", 0) + len(emitted)
     assert steps == expected
-    rows, carries = sample_rows(model, [[1, 2]], 14, Sampling(), rng(0))
-    assert rows[0, 2:][carries[0, 2:]].tolist() == expected
+    rows, loss_mask = sample_rows(model, [[1, 2]], 14, Sampling(), rng(0))
+    assert rows[0, 2:][loss_mask[0, 2:]].tolist() == expected
 
 
 # ---- shards ----
@@ -141,8 +191,12 @@ def sharded(tmp_path):
     names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     weight_map = {name: names[i % 3] for i, name in enumerate(state)}
     for shard in names:
-        save_file({name: state[name] for name in state if weight_map[name] == shard}, folder / shard)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        save_file(
+            {name: state[name] for name in state if weight_map[name] == shard}, folder / shard
+        )
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return whole, folder, names
 
 
@@ -166,7 +220,17 @@ def test_a_missing_or_truncated_shard_is_refused_by_name(sharded, content):
         GPT.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "../base/model.safetensors"}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"weight_map": ["a"]}',
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": {"a": "../base/model.safetensors"}}',
+    ],
+)
 def test_an_index_that_is_none_is_refused_by_name(sharded, content):
     _, folder, _ = sharded
     (folder / "model.safetensors.index.json").write_text(content)
@@ -178,9 +242,9 @@ def test_a_model_opens_in_the_dtype_asked_for_and_shares_nothing_with_its_file(t
     base = write_base(tmp_path)
     before = (base / "model.safetensors").read_bytes()
     model = GPT.from_pretrained(base, torch.bfloat16)
-    assert {t.dtype for t in [*model.parameters(), *model.buffers()]} == {torch.bfloat16} and not any(
-        t.is_meta for t in [*model.parameters(), *model.buffers()]
-    )
+    assert {t.dtype for t in [*model.parameters(), *model.buffers()]} == {
+        torch.bfloat16
+    } and not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
     assert all(p.requires_grad for p in model.parameters())
     with torch.no_grad():
         for p in GPT.from_pretrained(base).parameters():
@@ -197,13 +261,23 @@ def test_a_tokenizer_json_without_the_package_names_the_file_to_install(tmp_path
 
     (tmp_path / "tokenizer.json").write_text("{}")
     monkeypatch.setattr(importlib, "import_module", absent)
-    with pytest.raises(ValueError, match=r"tokenizer\.json needs the package tokenizers: pip install -r data/requirements\.txt"):
+    with pytest.raises(
+        ValueError,
+        match=r"tokenizer\.json needs the package tokenizers: pip install -r data/requirements\.txt",
+    ):
         load_tokenizer(tmp_path)
 
 
 def test_special_tokens_may_be_texts_or_objects(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": None, "add_bos_token": True})
+        json.dumps(
+            {
+                "bos_token": "<s>",
+                "eos_token": {"content": "</s>"},
+                "pad_token": None,
+                "add_bos_token": True,
+            }
+        )
     )
     assert tokenizer_module.special_tokens(tmp_path) == {"bos_token": "<s>", "eos_token": "</s>"}
 
@@ -220,7 +294,11 @@ def test_all_that_belongs_to_a_tokenizer_is_copied(tmp_path):
         (tmp_path / "a" / name).write_text(f'"{name}"')
     copy_tokenizer(tmp_path / "a", tmp_path / "b" / "c")
     copied = {path.name: path.read_bytes() for path in (tmp_path / "b" / "c").iterdir()}
-    assert copied == {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir() if path.name != "other.json"}
+    assert copied == {
+        path.name: path.read_bytes()
+        for path in (tmp_path / "a").iterdir()
+        if path.name != "other.json"
+    }
 
 
 def chat_directory(tmp_path, template, where="tokenizer_config.json") -> Path:
@@ -233,7 +311,11 @@ def chat_directory(tmp_path, template, where="tokenizer_config.json") -> Path:
     return tmp_path
 
 
-TURNS = [{"role": "user", "content": "2 < 3?"}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "why"}]
+TURNS = [
+    {"role": "user", "content": "2 < 3?"},
+    {"role": "assistant", "content": "yes"},
+    {"role": "user", "content": "why"},
+]
 TEMPLATE = """{{ bos_token }}{% for message in messages %}
     {% if message['role'] == 'user' %}
 <u>{{ message['content'] }}{{ eos_token }}
@@ -252,7 +334,10 @@ def test_turns_are_written_as_the_template_says_block_lines_leaving_no_trace(whe
 
 
 def test_of_several_templates_the_default_is_taken_and_a_file_goes_before_them(tmp_path):
-    directory = chat_directory(tmp_path, [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}])
+    directory = chat_directory(
+        tmp_path,
+        [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}],
+    )
     assert chat_text(directory, TURNS) == "plain"
     (directory / "chat_template.jinja").write_text("file")
     assert chat_text(directory, TURNS) == "file"
@@ -265,7 +350,9 @@ def test_of_several_templates_the_default_is_taken_and_a_file_goes_before_them(t
     ("{{ cycler.__init__.__globals__.os.system('touch owned') }}", "fails"), ("{{ range(999999999) | list }}", "fails"), ("{{ nothing.at.all }}", "fails"),
     ("{{ 1 // 0 }}", "ZeroDivisionError"), ("{{ 'a' * 10 ** 18 }}", "MemoryError"),
 ], ids=str)  # fmt: skip
-def test_a_missing_broken_or_hostile_template_is_one_line_and_runs_nothing(template, says, tmp_path, monkeypatch):
+def test_a_missing_broken_or_hostile_template_is_one_line_and_runs_nothing(
+    template, says, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=says) as error:
         chat_text(chat_directory(tmp_path, template), TURNS)
@@ -287,20 +374,30 @@ def test_a_directory_without_template_or_with_a_sentencepiece_model_alone_cannot
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("private, truncated", [(False, 0), (True, 0), (False, 4)])
-def test_served_heads_hold_the_lm_head_that_they_share_and_guess_among_all_tokens(tied, private, truncated, tmp_path):
+def test_served_heads_hold_the_lm_head_that_they_share_and_guess_among_all_tokens(
+    tied, private, truncated, tmp_path
+):
     model = GPT(replace(ModelConfig(7, 8, 4, 1, 2, 1, 16), tie_word_embeddings=tied))
     model.save_pretrained(tmp_path / "base", torch.float16)
     heads = random_heads(model, 3, 0, 2, private, truncated)
     heads.save_pretrained(tmp_path / "heads")
     write_served(tmp_path / "base", tmp_path / "heads", tmp_path / "served")
-    ours, served = (load_file(tmp_path / name / "model.safetensors") for name in ("heads", "served"))
+    ours, served = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("heads", "served")
+    )
     settings = json.loads((tmp_path / "heads" / "config.json").read_text())
-    assert json.loads((tmp_path / "served" / "config.json").read_text()) == settings | {"truncated_vocab_size": 7}
+    assert json.loads((tmp_path / "served" / "config.json").read_text()) == settings | {
+        "truncated_vocab_size": 7
+    }
     ours.pop("token_map", None)
     added = {} if private else {"lm_heads.0.weight": model.lm_head.weight.half()}
-    assert served.keys() == (ours | added).keys() and all(torch.equal(t, served[name]) for name, t in (ours | added).items())
+    assert served.keys() == (ours | added).keys() and all(
+        torch.equal(t, served[name]) for name, t in (ours | added).items()
+    )
     whole = MedusaHeads.from_pretrained(tmp_path / "served")
-    assert whole.config == replace(heads.config, truncated_vocab_size=7) and torch.equal(whole.weight, heads.weight)
+    assert whole.config == replace(heads.config, truncated_vocab_size=7) and torch.equal(
+        whole.weight, heads.weight
+    )
 
 
 def test_heads_of_another_model_are_not_served(tmp_path):
@@ -316,38 +413,93 @@ class Engine:
     """In place of vLLM's: greedy decoding of the directory that it is given, up to the tokens that end a text."""
 
     def __init__(self, base, speculative_config, **more):
-        self.model, self.heads = GPT.from_pretrained(base), MedusaHeads.from_pretrained(speculative_config["model"])
-        assert speculative_config["num_speculative_tokens"] == self.heads.config.num_heads and more["dtype"] == "float32"
+        self.model, self.heads = (
+            GPT.from_pretrained(base),
+            MedusaHeads.from_pretrained(speculative_config["model"]),
+        )
+        assert (
+            speculative_config["num_speculative_tokens"] == self.heads.config.num_heads
+            and more["dtype"] == "float32"
+        )
 
     def generate(self, prompts, asked):
         model = copy.deepcopy(self.model)
         model.config = replace(model.config, eos_token_id=asked.stop_token_ids)
-        texts = [[token for step in generate(model, prompt["prompt_token_ids"], asked.max_tokens) for token in step] for prompt in prompts]
+        texts = [
+            [
+                token
+                for step in generate(model, prompt["prompt_token_ids"], asked.max_tokens)
+                for token in step
+            ]
+            for prompt in prompts
+        ]
         return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=text)]) for text in texts]
 
     def get_metrics(self):
-        return [SimpleNamespace(name="vllm:spec_decode_num_drafts", value=5), SimpleNamespace(name="other", value=6)]
+        return [
+            SimpleNamespace(name="vllm:spec_decode_num_drafts", value=5),
+            SimpleNamespace(name="other", value=6),
+        ]
 
 
-def test_vllm_is_asked_for_the_texts_that_we_decode_and_its_counters_stand_beside_ours(tmp_path, monkeypatch, capsys):
+def test_vllm_is_asked_for_the_texts_that_we_decode_and_its_counters_stand_beside_ours(
+    tmp_path, monkeypatch, capsys
+):
     base = write_base(tmp_path)
     settings = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(settings | {"eos_token_id": list(range(0, 290, 3))}))  # texts end soon
+    (base / "config.json").write_text(
+        json.dumps(settings | {"eos_token_id": list(range(0, 290, 3))})
+    )  # texts end soon
     random_heads(GPT.from_pretrained(base), 3, 0, truncated=40).save_pretrained(tmp_path / "heads")
     vllm = SimpleNamespace(LLM=Engine, SamplingParams=SimpleNamespace)
     monkeypatch.setattr(serve_vllm, "import_vllm", lambda: vllm)
-    monkeypatch.setattr(serve_vllm, "held_out_prompts", lambda tokenizer, n, length: [[seed] * length for seed in range(n)])
-    flags = ["--base", base, "--heads", tmp_path / "heads", "--out", tmp_path / "served", "--prompts", "4", "--prompt-tokens", "6", "--new-tokens", "12"]
+    monkeypatch.setattr(
+        serve_vllm,
+        "held_out_prompts",
+        lambda tokenizer, n, length: [[seed] * length for seed in range(n)],
+    )
+    flags = [
+        "--base",
+        base,
+        "--heads",
+        tmp_path / "heads",
+        "--out",
+        tmp_path / "served",
+        "--prompts",
+        "4",
+        "--prompt-tokens",
+        "6",
+        "--new-tokens",
+        "12",
+    ]
     monkeypatch.setattr(sys, "argv", ["serve_vllm.py", *map(str, flags)])
     serve_vllm.main()
     said = capsys.readouterr().out
-    assert "equals ours on 4 of 4 prompts" in said and re.search(r"spec_decode_num_drafts +5\n", said) and "other" not in said
-    steps, accepted = re.search(r"ours, the same chain: steps, accepted +(\d+), (\[.*\])", said).groups()
+    assert (
+        "equals ours on 4 of 4 prompts" in said
+        and re.search(r"spec_decode_num_drafts +5\n", said)
+        and "other" not in said
+    )
+    steps, accepted = re.search(
+        r"ours, the same chain: steps, accepted +(\d+), (\[.*\])", said
+    ).groups()
     assert 0 < int(steps) < 4 * 11 and len(json.loads(accepted)) == 3
 
 
 @pytest.mark.parametrize("taken", ["base", "heads"])
 def test_what_is_to_be_served_is_not_overwritten(taken, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["serve_vllm.py", "--base", str(tmp_path / "base"), "--heads", str(tmp_path / "heads"), "--out", str(tmp_path / taken)])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "serve_vllm.py",
+            "--base",
+            str(tmp_path / "base"),
+            "--heads",
+            str(tmp_path / "heads"),
+            "--out",
+            str(tmp_path / taken),
+        ],
+    )
     with pytest.raises(ValueError, match=f"--out {tmp_path / taken} would overwrite"):
         serve_vllm.main()

@@ -31,7 +31,9 @@ def definition(file: str, name: str) -> ast.AST:
     return node
 
 
-@pytest.mark.parametrize("name, file, line", re.findall(r"\[`([\w.]+)`\]\(([\w/]+\.py)#L(\d+)\)", README))
+@pytest.mark.parametrize(
+    "name, file, line", re.findall(r"\[`([\w.]+)`\]\(([\w/]+\.py)#L(\d+)\)", README)
+)
 def test_a_link_to_a_line_leads_to_the_definition(name, file, line):
     assert definition(file, name).lineno == int(line)
 
@@ -41,10 +43,12 @@ def test_a_link_to_a_file_leads_to_one(target):
     assert (ROOT / target).exists()
 
 
-@pytest.mark.parametrize("file, laws", re.findall(r"^- `(tests/test_\w+\.py)`: (.*)\.$", README, re.M))
-def test_the_laws_are_tests_of_these_names_in_this_order(file, laws):
+@pytest.mark.parametrize(
+    "file, laws", re.findall(r"^- `(tests/test_\w+\.py)`: (.*)\.$", README, re.M)
+)
+def test_the_laws_are_tests_of_these_names_in_this_order(file, properties):
     names = re.findall(r"^def (test_\w+)", (ROOT / file).read_text(encoding="utf-8"), re.M)
-    places = [names.index("test_" + law.replace(" ", "_")) for law in laws.split("; ")]
+    places = [names.index("test_" + law.replace(" ", "_")) for law in properties.split("; ")]
     assert places == sorted(places)
 
 
@@ -57,9 +61,18 @@ def test_the_examples_in_docstrings_are_so(module):
 def commands() -> list[str]:
     """Every command of the README, whole or in a sentence; `...` stands for what a reader adds."""
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL)) + re.findall(r"^    (python .*)$", README, re.MULTILINE)
-    parts = [part for text in ["\n".join(blocks), *inline] for line in text.splitlines() for part in line.split("#")[0].split("&&")]
-    return sorted({part.strip() for part in parts if re.search(r"\bpython\b.* (\w+/)?\w+\.py\b", part)})
+    inline = re.findall(
+        r"`([^`\n]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    ) + re.findall(r"^    (python .*)$", README, re.MULTILINE)
+    parts = [
+        part
+        for text in ["\n".join(blocks), *inline]
+        for line in text.splitlines()
+        for part in line.split("#")[0].split("&&")
+    ]
+    return sorted(
+        {part.strip() for part in parts if re.search(r"\bpython\b.* (\w+/)?\w+\.py\b", part)}
+    )
 
 
 @pytest.mark.parametrize("command", commands())
@@ -88,13 +101,26 @@ def test_a_command_has_flags_and_values_that_its_script_takes(command):
 
 
 def test_every_flag_is_one_of_a_script():
-    sources = "".join(path.read_text(encoding="utf-8") for folder in (".", "data", "bench", "assignments") for path in (ROOT / folder).glob("*.py"))
+    sources = "".join(
+        path.read_text(encoding="utf-8")
+        for folder in (".", "data", "bench", "assignments")
+        for path in (ROOT / folder).glob("*.py")
+    )
     flags = {
         "--" + name.replace("_", "-")
-        for config in (SampleConfig, TurnsConfig, *MODES.values(), *(c for _, c in SUBCOMMANDS.values()))
+        for config in (
+            SampleConfig,
+            TurnsConfig,
+            *MODES.values(),
+            *(c for _, c in SUBCOMMANDS.values()),
+        )
         for name in config.__dataclass_fields__
     }
-    flags |= {"--mode", "--help"} | {"--no-" + flag[2:] for flag in flags} | set(re.findall(r'"(--[\w-]+)"', sources))
+    flags |= (
+        {"--mode", "--help"}
+        | {"--no-" + flag[2:] for flag in flags}
+        | set(re.findall(r'"(--[\w-]+)"', sources))
+    )
     of_others = {"--nproc-per-node"}
     unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - flags - of_others
     assert not unknown
@@ -102,29 +128,48 @@ def test_every_flag_is_one_of_a_script():
 
 def test_every_name_in_code_type_is_one_of_the_code():
     words = set()
-    for path in (path for folder in (".", "data", "bench", "tests") for path in (ROOT / folder).glob("*.py")):
+    for path in (
+        path for folder in (".", "data", "bench", "tests") for path in (ROOT / folder).glob("*.py")
+    ):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             words |= {value for value in vars(node).values() if isinstance(value, str)}
     names = re.findall(r"`([A-Za-z_][\w.]*)`", README)
     assert len(names) > 20
-    unknown = [name for name in names if not (ROOT / name).exists() and name not in words and not set(name.split(".")) <= words]
+    unknown = [
+        name
+        for name in names
+        if not (ROOT / name).exists() and name not in words and not set(name.split(".")) <= words
+    ]
     assert not unknown
 
 
 def test_the_worked_example_is_the_tree_that_is_drawn():
     tree = cartesian_tree([2, 3])
     assert sum(depth == 2 for depth in tree.depths) == 6
-    assert "\n".join("    " + line for line in [">>> print(cartesian_tree([2, 3]).render())", *tree.render().splitlines()]) in README
+    assert (
+        "\n".join(
+            "    " + line
+            for line in [">>> print(cartesian_tree([2, 3]).render())", *tree.render().splitlines()]
+        )
+        in README
+    )
     rows = ["    text  " + " ".join(map(str, range(len(tree))))]
     for node, row in enumerate(tree.mask.tolist()):
-        rows.append("    1..1  " + " ".join("1" if seen else "." for seen in row) + f"   {node}" + (" root" if node == 0 else ""))
+        rows.append(
+            "    1..1  "
+            + " ".join("1" if seen else "." for seen in row)
+            + f"   {node}"
+            + (" root" if node == 0 else "")
+        )
     assert "\n".join(rows) in README
 
 
 def test_the_step_that_is_shown_is_the_step_that_is_run():
     shown = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1].splitlines()
     loop = definition("medusa.py", medusa_generate.__name__)
-    run = {ast.unparse(statement) for statement in ast.walk(loop) if isinstance(statement, ast.stmt)}
+    run = {
+        ast.unparse(statement) for statement in ast.walk(loop) if isinstance(statement, ast.stmt)
+    }
     assert len(shown) == 5
     assert all(ast.unparse(ast.parse(line)) in run for line in shown)
 
@@ -134,10 +179,17 @@ def between(begin: str, end: str) -> str:
 
 
 def test_the_figures_are_those_that_were_measured():
-    assert between("<!-- figures -->", "<!-- end of figures -->").strip() == figures.table(json.loads((ROOT / "bench/figures.json").read_text()))
-    assert ablations.table(json.loads((ROOT / "bench/ablations.json").read_text())["results"]) in between("<!-- ablations -->", "<!-- end of ablations -->")
+    assert between("<!-- figures -->", "<!-- end of figures -->").strip() == figures.table(
+        json.loads((ROOT / "bench/figures.json").read_text())
+    )
+    assert ablations.table(
+        json.loads((ROOT / "bench/ablations.json").read_text())["results"]
+    ) in between("<!-- ablations -->", "<!-- end of ablations -->")
     memory = json.loads((ROOT / "bench/memory.json").read_text())
-    assert f"{memory['chunks']['ratio']:.2f} times the memory" in README and f"without chunks at {memory['all at once']['ratio']:.2f} times" in README
+    assert (
+        f"{memory['chunks']['ratio']:.2f} times the memory" in README
+        and f"without chunks at {memory['all at once']['ratio']:.2f} times" in README
+    )
 
 
 def test_it_is_short_and_begins_with_the_two_commands():

@@ -17,7 +17,19 @@ from data import trace as tracing
 from data.trace import Trace, page, split_text
 from medusa import MedusaConfig, MedusaHeads, Sampling, medusa_generate
 from model import KVCache
-from strategies import built_trees, contents, distribution, laws, markov_gpt, next_logits, random_gpt, random_heads, rng, small_tokenizer, write_base
+from strategies import (
+    built_trees,
+    contents,
+    distribution,
+    markov_gpt,
+    next_logits,
+    properties,
+    random_gpt,
+    random_heads,
+    rng,
+    small_tokenizer,
+    write_base,
+)
 from tree import Tree, tree_from_paths
 
 VOCABULARY = small_tokenizer().vocab_size
@@ -27,31 +39,50 @@ VOCABULARY = small_tokenizer().vocab_size
 def decodings(draw):
     """A model, heads, a tree, a prompt, a length, a sampling: guesses are right now and then, as there are few tokens."""
     vocab_size, context = draw(st.integers(2, 6)), draw(st.integers(3, 18))
-    model = random_gpt(draw(st.integers(0, 99)), vocab_size, context, eos=draw(st.none() | st.integers(0, vocab_size - 1)))
+    model = random_gpt(
+        draw(st.integers(0, 99)),
+        vocab_size,
+        context,
+        eos=draw(st.none() | st.integers(0, vocab_size - 1)),
+    )
     heads = random_heads(model, draw(st.integers(1, 3)), draw(st.integers(0, 9)))
     tree = draw(built_trees(heads.config.num_heads, vocab_size))
     prompt = draw(st.lists(st.integers(0, vocab_size - 1), min_size=1, max_size=context - 2))
     temperature, typical = draw(st.sampled_from([(0.0, False), (0.7, False), (1.0, True)]))
     top_k = draw(st.integers(0, 3)) if temperature else 0
-    return model, heads, tree, prompt, draw(st.integers(1, 16)), Sampling(temperature, top_k, 1.0, typical)
+    return (
+        model,
+        heads,
+        tree,
+        prompt,
+        draw(st.integers(1, 16)),
+        Sampling(temperature, top_k, 1.0, typical),
+    )
 
 
 def right_guesses():
     """A base that always says the same, and new heads, which say what the base says: every guess of rank 0 is right."""
     model = markov_gpt(torch.tensor([0.0, 1, 5, 2]).expand(4, 4))
     heads = MedusaHeads(MedusaConfig(4, 4, 3)).double()
-    return model, heads, tree_from_paths([[1], [0], [0, 1], [0, 0], [0, 0, 0]]), [1, 3], 17, Sampling()
+    return (
+        model,
+        heads,
+        tree_from_paths([[1], [0], [0, 1], [0, 0], [0, 0, 0]]),
+        [1, 3],
+        17,
+        Sampling(),
+    )
 
 
 def traced(model, heads, tree, prompt, n, sampling) -> tuple[Trace, list[list[int]]]:
-    trace, steps = Trace(small_tokenizer(), heads, prompt, model.config.ends), []
+    trace, steps = Trace(small_tokenizer(), heads, prompt, model.config.eos_ids), []
     for emitted in medusa_generate(model, heads, tree, prompt, n, sampling, rng(0), trace.accept):
         trace.step(emitted)
         steps.append(emitted)
     return trace, steps
 
 
-@settings(laws, max_examples=60)
+@settings(properties, max_examples=60)
 @given(decodings())
 @example(right_guesses())
 def test_looking_on_changes_nothing_and_the_records_are_the_text(case):
@@ -65,14 +96,21 @@ def test_looking_on_changes_nothing_and_the_records_are_the_text(case):
         path, tokens = record["path"], record["tokens"]
         earned = [tokens[node] for node in path[1:]] + [record["says"][path[-1]]]
         assert record["emitted"] == earned[: len(record["emitted"])]
-        assert len(record["emitted"]) == len(earned) or record["emitted"][-1] == model.config.eos_token_id
-        assert path == [node for node in range(len(tokens)) if record["verdicts"][node] == "accepted"]
+        assert (
+            len(record["emitted"]) == len(earned)
+            or record["emitted"][-1] == model.config.eos_token_id
+        )
+        assert path == [
+            node for node in range(len(tokens)) if record["verdicts"][node] == "accepted"
+        ]
     text = [token for emitted in steps for token in emitted if token != model.config.eos_token_id]
     before = small_tokenizer().decode(prompt[-1:])
-    assert before + "".join(part for record in content["steps"] for part in record["text"]) == small_tokenizer().decode(prompt[-1:] + text)
+    assert before + "".join(
+        part for record in content["steps"] for part in record["text"]
+    ) == small_tokenizer().decode(prompt[-1:] + text)
 
 
-@settings(laws, max_examples=40)
+@settings(properties, max_examples=40)
 @given(decodings())
 @example(right_guesses())
 @torch.no_grad()
@@ -94,9 +132,15 @@ def test_a_record_says_what_base_and_heads_think_at_each_node(case):
             assert thoughts[node][record["says"][node]] > 0
         for node, parent in enumerate(tree["parents"][1:], start=1):
             hidden = model(torch.tensor([text[:-1]]))[0, -1]
-            head_probs = distribution(heads(hidden, model.lm_head)[tree["depths"][node] - 1], sampling.temperature or 1.0)
-            assert math.isclose(record["head_probs"][node], head_probs[record["tokens"][node]], abs_tol=1e-4)
-            assert math.isclose(record["base_probs"][node], thoughts[parent][record["tokens"][node]], abs_tol=1e-4)
+            head_probs = distribution(
+                heads(hidden, model.lm_head)[tree["depths"][node] - 1], sampling.temperature or 1.0
+            )
+            assert math.isclose(
+                record["head_probs"][node], head_probs[record["tokens"][node]], abs_tol=1e-4
+            )
+            assert math.isclose(
+                record["base_probs"][node], thoughts[parent][record["tokens"][node]], abs_tol=1e-4
+            )
         check_verdicts(record, tree["parents"], thoughts, sampling)
         text += record["emitted"]
 
@@ -110,14 +154,26 @@ def check_verdicts(record, parents, thoughts, sampling) -> None:
         threshold = min(0.09, 0.3 * math.exp(-entropy))
         if sampling.typical:
             assert math.isclose(record["thresholds"][parent], threshold, abs_tol=1e-4)
-        right = thoughts[parent][token] > threshold if sampling.typical else token == record["says"][parent]
+        right = (
+            thoughts[parent][token] > threshold
+            if sampling.typical
+            else token == record["says"][parent]
+        )
         reached |= {node} if right and parent in reached else set()
-        expected = "accepted" if node in record["path"] else "passed" if node in reached else "rejected" if parent in reached else "unseen"
+        expected = (
+            "accepted"
+            if node in record["path"]
+            else "passed"
+            if node in reached
+            else "rejected"
+            if parent in reached
+            else "unseen"
+        )
         assert record["verdicts"][node] == expected
     assert sampling.typical or "passed" not in record["verdicts"]
 
 
-@settings(laws, max_examples=40)
+@settings(properties, max_examples=40)
 @given(decodings())
 @example(right_guesses())
 def test_the_cache_rows_of_a_record_are_those_that_the_cache_kept(case):
@@ -132,10 +188,12 @@ def test_the_cache_rows_of_a_record_are_those_that_the_cache_kept(case):
         trace, _ = traced(*case)
     prompt_step, *steps = trace.records
     assert (prompt_step["past"], prompt_step["path"]) == (len(case[3]) - 1, [0])
-    assert [(record["past"], record["path"], len(record["tokens"])) for record in steps] == kept[: len(steps)]
+    assert [(record["past"], record["path"], len(record["tokens"])) for record in steps] == kept[
+        : len(steps)
+    ]
 
 
-@settings(laws, max_examples=40)
+@settings(properties, max_examples=40)
 @given(decodings())
 @example(right_guesses())
 def test_the_mask_of_a_record_is_its_trees(case):
@@ -148,20 +206,40 @@ def test_the_mask_of_a_record_is_its_trees(case):
         assert [[mark == "1" for mark in row] for row in drawn["mask"]] == tree.mask.tolist()
         assert all(mark in "01" for row in drawn["mask"] for mark in row)
     if len(content["steps"]) > 1 and case[2].cut(1) != case[2]:
-        assert {len(record["tokens"]) for record in content["steps"][1:]} <= {len(case[2].cut(depth)) for depth in range(9)}
+        assert {len(record["tokens"]) for record in content["steps"][1:]} <= {
+            len(case[2].cut(depth)) for depth in range(9)
+        }
 
 
 # ---- tokens as text ----
 
-ODD = ["</script>", "<!--", "<script>", "{{trace}}", "&lt;", "\u2028", "\u202e", "\x00", '"', "\\", "'", "\u05d0\u0628", "\U0001f469\u200d\U0001f680"]
+ODD = [
+    "</script>",
+    "<!--",
+    "<script>",
+    "{{trace}}",
+    "&lt;",
+    "\u2028",
+    "\u202e",
+    "\x00",
+    '"',
+    "\\",
+    "'",
+    "\u05d0\u0628",
+    "\U0001f469\u200d\U0001f680",
+]
 odd_text = st.lists(st.sampled_from(ODD) | st.text(max_size=3), max_size=6).map("".join)
-byte_tokens = st.lists(st.integers(0, VOCABULARY + 3), max_size=24)  # most of them bytes, in no valid order; some beyond the vocabulary
+byte_tokens = st.lists(
+    st.integers(0, VOCABULARY + 3), max_size=24
+)  # most of them bytes, in no valid order; some beyond the vocabulary
 any_tokens = byte_tokens | odd_text.map(lambda text: small_tokenizer().encode(text))
 
 
-@settings(laws, max_examples=200)
+@settings(properties, max_examples=200)
 @given(any_tokens, any_tokens)
-def test_the_parts_of_a_text_join_to_the_text_and_each_whole_character_comes_with_its_last_token(before, tokens):
+def test_the_parts_of_a_text_join_to_the_text_and_each_whole_character_comes_with_its_last_token(
+    before, tokens
+):
     tokenizer = small_tokenizer()
     parts = split_text(tokenizer, before[-1:], tokens)
     assert len(parts) == len(tokens)
@@ -169,7 +247,9 @@ def test_the_parts_of_a_text_join_to_the_text_and_each_whole_character_comes_wit
     assert "".join(parts) == tokenizer.decode(before[-1:] + tokens)[start:]
     for n in range(1, len(tokens)):
         so_far = "".join(parts[:n])
-        assert so_far.rstrip("\ufffd") == tokenizer.decode(before[-1:] + tokens[:n])[start:].rstrip("\ufffd")
+        assert so_far.rstrip("\ufffd") == tokenizer.decode(before[-1:] + tokens[:n])[start:].rstrip(
+            "\ufffd"
+        )
 
 
 def test_a_token_without_a_text_of_its_own_is_shown_by_its_name():
@@ -195,7 +275,9 @@ def fake(steps: list[list[int]], prompt: str, ends=()) -> Trace:
         logits = torch.full((N, VOCABULARY + 4), -9.0, dtype=torch.float64)
         logits[range(N), emitted] = 9.0
         trace._listen(heads, (), logits[:-1])
-        assert trace.accept(tree, torch.tensor([last, *emitted[:-1]]), logits, Sampling(), None) == (list(range(N)), emitted)
+        assert trace.accept(
+            tree, torch.tensor([last, *emitted[:-1]]), logits, Sampling(), None
+        ) == (list(range(N)), emitted)
         trace.step(emitted)
         last = emitted[-1]
     return trace
@@ -228,8 +310,14 @@ class Outline(HTMLParser):
 EMPTY = Outline(tracing.TEMPLATE.read_text("utf-8").replace("{{trace}}", ""))
 
 
-@settings(laws, max_examples=150)
-@given(st.recursive(odd_text | st.integers() | st.none() | st.booleans(), lambda inner: st.lists(inner) | st.dictionaries(odd_text, inner), max_leaves=9))
+@settings(properties, max_examples=150)
+@given(
+    st.recursive(
+        odd_text | st.integers() | st.none() | st.booleans(),
+        lambda inner: st.lists(inner) | st.dictionaries(odd_text, inner),
+        max_leaves=9,
+    )
+)
 def test_any_data_stands_in_the_page_as_it_is_and_cannot_break_out_of_it(content):
     text = page({"content": content})
     outline = Outline(text)
@@ -238,10 +326,11 @@ def test_any_data_stands_in_the_page_as_it_is_and_cannot_break_out_of_it(content
     text.encode("ascii")
 
 
-@settings(laws, max_examples=25)
+@settings(properties, max_examples=25)
 @given(
     st.lists(
-        st.lists(st.integers(0, VOCABULARY + 3), min_size=1, max_size=4) | odd_text.map(lambda text: small_tokenizer().encode(text)[:6] or [3]),
+        st.lists(st.integers(0, VOCABULARY + 3), min_size=1, max_size=4)
+        | odd_text.map(lambda text: small_tokenizer().encode(text)[:6] or [3]),
         min_size=1,
         max_size=4,
     )
@@ -251,18 +340,30 @@ def test_any_token_comes_through_the_page(steps):
     content = json.loads(Outline(page(trace.content())).data)
     tokenizer, tokens = small_tokenizer(), [token for emitted in steps for token in emitted]
     assert [record["emitted"] for record in content["steps"]] == steps
-    assert "".join(part for record in content["steps"] for part in record["text"]) == tokenizer.decode(tokens)
+    assert "".join(
+        part for record in content["steps"] for part in record["text"]
+    ) == tokenizer.decode(tokens)
     for token in tokens:
         name = content["names"][str(token)]
-        assert name == ([tokenizer.piece(token)] if tokenizer.decode([token]) in ("", "\ufffd") else tokenizer.decode([token]))
+        assert name == (
+            [tokenizer.piece(token)]
+            if tokenizer.decode([token]) in ("", "\ufffd")
+            else tokenizer.decode([token])
+        )
 
 
 def test_the_page_needs_nothing_from_anywhere():
     text = tracing.TEMPLATE.read_text("utf-8")
     assert text.count("{{trace}}") == 1
-    assert not re.search(r"//\w|@import|url\(|\bsrc=|fetch\(|XMLHttpRequest|WebSocket|import\(|sendBeacon", text)
-    assert [value for name, value in EMPTY.attributes if name in ("href", "src", "action", "data")] == ["data:,"]
-    policy = next(value for name, value in EMPTY.attributes if name == "content" and "default-src" in value)
+    assert not re.search(
+        r"//\w|@import|url\(|\bsrc=|fetch\(|XMLHttpRequest|WebSocket|import\(|sendBeacon", text
+    )
+    assert [
+        value for name, value in EMPTY.attributes if name in ("href", "src", "action", "data")
+    ] == ["data:,"]
+    policy = next(
+        value for name, value in EMPTY.attributes if name == "content" and "default-src" in value
+    )
     assert policy.startswith("default-src 'none';")
 
 
@@ -273,14 +374,27 @@ def test_the_page_needs_nothing_from_anywhere():
 def directories(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     write_base(folder)
-    random_heads(sample.GPT.from_pretrained(folder / "base"), 3, 0).save_pretrained(folder / "heads")
+    random_heads(sample.GPT.from_pretrained(folder / "base"), 3, 0).save_pretrained(
+        folder / "heads"
+    )
     return folder
 
 
 @pytest.fixture
 def main(directories, monkeypatch, capsys):
     def call(page, *argv) -> str:
-        fixed = ["--base", str(directories / "base"), "--heads", str(directories / "heads"), "--prompt", "def </script>", "--tree", "3x2", "--device", "cpu"]
+        fixed = [
+            "--base",
+            str(directories / "base"),
+            "--heads",
+            str(directories / "heads"),
+            "--prompt",
+            "def </script>",
+            "--tree",
+            "3x2",
+            "--device",
+            "cpu",
+        ]
         monkeypatch.setattr(sys, "argv", ["sample.py", *fixed, "--trace", str(page), *argv])
         sample.run(sample.main)
         return capsys.readouterr().out
@@ -288,7 +402,9 @@ def main(directories, monkeypatch, capsys):
     return call
 
 
-@pytest.mark.parametrize("flags", [[], ["--temperature", "1"], ["--temperature", "1", "--accept", "typical"]], ids=str)
+@pytest.mark.parametrize(
+    "flags", [[], ["--temperature", "1"], ["--temperature", "1", "--accept", "typical"]], ids=str
+)
 def test_the_command_writes_the_generation_that_it_printed(main, flags, tmp_path):
     out = main(tmp_path / "page.html", "--max-new-tokens", "12", *flags)
     content = json.loads(Outline((tmp_path / "page.html").read_text("utf-8")).data)
@@ -309,8 +425,12 @@ def test_a_text_of_one_token_has_a_page(main, tmp_path):
     assert len(content["steps"]) == 1 and content["costs"] == [0, 0]
 
 
-@pytest.mark.parametrize("name", ["no/such/folder/page.html", ".", "file/page.html", "n" * 300 + ".html", "pipe"])
-def test_a_page_that_cannot_be_written_is_refused_before_any_work(main, name, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "name", ["no/such/folder/page.html", ".", "file/page.html", "n" * 300 + ".html", "pipe"]
+)
+def test_a_page_that_cannot_be_written_is_refused_before_any_work(
+    main, name, tmp_path, monkeypatch, capsys
+):
     (tmp_path / "file").write_text("kept")
     os.mkfifo(tmp_path / "pipe")
     monkeypatch.setattr(sample, "load_base", lambda *ignored: pytest.fail("work was done"))

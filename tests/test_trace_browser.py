@@ -45,7 +45,10 @@ def browser(tmp_path_factory):
 def opened(browser, file, screen=DESKTOP, scheme="light", at=""):
     """The page on this screen; in the end it must have had nothing to complain about."""
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia",
+        {"features": [{"name": "prefers-color-scheme", "value": scheme}]},
+    )
     browser.get("about:blank")  # else a new #step alone would not load the page anew
     browser.get(f"file://{file}{at}")
     yield browser
@@ -68,7 +71,9 @@ def file(request, tmp_path_factory):
         "64 nodes": ["--tree", "64", "--temperature", "0.7"],
         "typical": ["--tree", "24", "--temperature", "1", "--accept", "typical"],
     }
-    return written(tmp_path_factory.mktemp("page"), "--max-new-tokens", "128", *flags[request.param])
+    return written(
+        tmp_path_factory.mktemp("page"), "--max-new-tokens", "128", *flags[request.param]
+    )
 
 
 def press(browser, *keys) -> None:
@@ -86,7 +91,9 @@ NODES = "return [...document.querySelectorAll(arguments[0])].map(element => +ele
 LIT = "return [...document.querySelectorAll('#mask .cell.row[data-column]')].map(cell => +cell.dataset.column)"
 
 
-def test_each_step_shows_the_accepted_path_of_its_record_the_text_and_the_rows_that_move(browser, file):
+def test_each_step_shows_the_accepted_path_of_its_record_the_text_and_the_rows_that_move(
+    browser, file
+):
     content = json.loads(Outline(file.read_text("utf-8")).data)
     text = content["prompt"]
     with opened(browser, file):
@@ -96,14 +103,24 @@ def test_each_step_shows_the_accepted_path_of_its_record_the_text_and_the_rows_t
             text += "".join(record["text"])
             assert step_of(browser) == number
             assert sorted(browser.execute_script(NODES, "#tree .node.accepted")) == record["path"]
-            assert sorted(browser.execute_script(NODES, "#tree .node")) == list(range(len(record["tokens"])))
+            assert sorted(browser.execute_script(NODES, "#tree .node")) == list(
+                range(len(record["tokens"]))
+            )
             shown = browser.execute_script("return document.getElementById('text').textContent")
             assert shown == text
-            assert browser.execute_script(NODES, "#cache .row-node") == [*range(len(record["tokens"])), *record["path"]]
-            assert browser.execute_script(LIT) == [node for node, mark in enumerate(tree["mask"][record["path"][-1]]) if mark == "1"]
+            assert browser.execute_script(NODES, "#cache .row-node") == [
+                *range(len(record["tokens"])),
+                *record["path"],
+            ]
+            assert browser.execute_script(LIT) == [
+                node for node, mark in enumerate(tree["mask"][record["path"][-1]]) if mark == "1"
+            ]
             press(browser, "ARROW_RIGHT")
         assert step_of(browser) == len(content["steps"]) - 1
-        assert browser.find_element("id", "rate").text == f"{(len_of(content) - 1) / (len(content['steps']) - 1):.2f}"
+        assert (
+            browser.find_element("id", "rate").text
+            == f"{(len_of(content) - 1) / (len(content['steps']) - 1):.2f}"
+        )
 
 
 def len_of(content) -> int:
@@ -115,7 +132,14 @@ def test_the_keyboard_steps_plays_and_walks_the_tree(browser, file):
     last = len(content["steps"]) - 1
     with opened(browser, file):
         assert step_of(browser) == 1
-        for key, expected in (("HOME", 0), ("ARROW_LEFT", 0), ("ARROW_RIGHT", 1), ("END", last), ("ARROW_RIGHT", last), ("ARROW_LEFT", last - 1)):
+        for key, expected in (
+            ("HOME", 0),
+            ("ARROW_LEFT", 0),
+            ("ARROW_RIGHT", 1),
+            ("END", last),
+            ("ARROW_RIGHT", last),
+            ("ARROW_LEFT", last - 1),
+        ):
             press(browser, key)
             assert step_of(browser) == expected
         press(browser, "HOME", "SPACE")
@@ -124,7 +148,9 @@ def test_the_keyboard_steps_plays_and_walks_the_tree(browser, file):
         assert 1 <= (paused := step_of(browser)) <= 3
         time.sleep(1.2)
         assert step_of(browser) == paused
-        browser.find_element("id", "play").click()  # the button has the focus now: space must not press it as well
+        browser.find_element(
+            "id", "play"
+        ).click()  # the button has the focus now: space must not press it as well
         press(browser, "SPACE")
         time.sleep(1.2)
         assert step_of(browser) == paused
@@ -148,10 +174,18 @@ def test_the_mouse_lights_up_row_and_column_and_moves_the_time(browser, file):
             element = browser.find_element("css selector", f".node[data-node='{node}']")
             browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
             ActionChains(browser).move_to_element(element).perform()
-            assert browser.execute_script(LIT) == [other for other in range(len(mask)) if mask[node][other] == "1"]
-            seen_by = browser.execute_script("return [...document.querySelectorAll('#mask .cell.seen-by')].map(cell => +cell.dataset.row)")
-            assert seen_by == [other for other in range(len(mask)) if mask[other][node] == "1" and other != node]
-            assert browser.find_element("id", "detail").text.startswith(f"Node {node} " if node else "Root ")
+            assert browser.execute_script(LIT) == [
+                other for other in range(len(mask)) if mask[node][other] == "1"
+            ]
+            seen_by = browser.execute_script(
+                "return [...document.querySelectorAll('#mask .cell.seen-by')].map(cell => +cell.dataset.row)"
+            )
+            assert seen_by == [
+                other for other in range(len(mask)) if mask[other][node] == "1" and other != node
+            ]
+            assert browser.find_element("id", "detail").text.startswith(
+                f"Node {node} " if node else "Root "
+            )
         timeline = browser.find_element("id", "timeline")
         ActionChains(browser).move_to_element(timeline).click().perform()
         assert abs(step_of(browser) - (len(content["steps"]) - 1) / 2) <= 1
@@ -167,7 +201,9 @@ def test_the_page_is_small_and_soon_there(browser, file, capsys):
     with opened(browser, file):
         times = browser.execute_async_script(TIMES)
     with capsys.disabled():
-        print(f"\n{file.stat().st_size / 1e6:.3f} MB, drawn after {times[0]:.0f} ms, painted after {times[1]:.0f} ms")
+        print(
+            f"\n{file.stat().st_size / 1e6:.3f} MB, drawn after {times[0]:.0f} ms, painted after {times[1]:.0f} ms"
+        )
     assert file.stat().st_size <= 1.5e6
     assert max(times) <= 1000
 
@@ -199,26 +235,51 @@ return [...document.querySelectorAll("main *, header *, footer *")].filter(e => 
 def test_text_is_legible_in_light_and_dark(browser, file, scheme):
     with opened(browser, file, scheme=scheme):
         assert browser.execute_script(CONTRAST) == []
-        red = browser.execute_script("return +getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0]")
+        red = browser.execute_script(
+            "return +getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0]"
+        )
         assert (red < 64) == (scheme == "dark")
 
 
-NASTY = ["</script><script>pwned=1</script>", "<img src=x onerror=pwned=1>", "{{trace}}", "\u202eevil\u2066", *ODD]
+NASTY = [
+    "</script><script>pwned=1</script>",
+    "<img src=x onerror=pwned=1>",
+    "{{trace}}",
+    "\u202eevil\u2066",
+    *ODD,
+]
 
 
 def test_odd_tokens_are_shown_and_do_nothing(browser, tmp_path):
-    steps, prompt = [[token] for token in small_tokenizer().encode("x")] + [small_tokenizer().encode(text) for text in NASTY], "".join(NASTY)
-    about = {"prompt": prompt, "why": "<b>why</b>", "difference": "</script><b>", "costs": [0.002, 0.001]}
+    steps, prompt = (
+        [[token] for token in small_tokenizer().encode("x")]
+        + [small_tokenizer().encode(text) for text in NASTY],
+        "".join(NASTY),
+    )
+    about = {
+        "prompt": prompt,
+        "why": "<b>why</b>",
+        "difference": "</script><b>",
+        "costs": [0.002, 0.001],
+    }
     file = tmp_path / "page.html"
     file.write_text(page(fake(steps, prompt).content() | about), "utf-8")
     with opened(browser, file):
         press(browser, "HOME")
         for number, tokens in enumerate(steps):
             assert step_of(browser) == number
-            shown = browser.execute_script("return [...document.querySelectorAll('#story .end .chip')].map(chip => chip.textContent)")
-            assert len(shown) == (len(tokens) if number else 2) and all(shown)  # of the prompt: its last token, and what follows
+            shown = browser.execute_script(
+                "return [...document.querySelectorAll('#story .end .chip')].map(chip => chip.textContent)"
+            )
+            assert len(shown) == (len(tokens) if number else 2) and all(
+                shown
+            )  # of the prompt: its last token, and what follows
             assert not set("\0\n\u2028\u202e\u2066") & set("".join(shown))
             press(browser, "ARROW_RIGHT")
         text = browser.execute_script("return document.getElementById('text').textContent")
-        assert text == (prompt + "x" + prompt).translate({0: "\\x00", 0x2028: "\\u2028", 0x202E: "\\u202e", 0x2066: "\\u2066"})
-        assert browser.execute_script("return window.pwned === undefined && !document.querySelector('img, #about b, #tree-why b')")
+        assert text == (prompt + "x" + prompt).translate(
+            {0: "\\x00", 0x2028: "\\u2028", 0x202E: "\\u202e", 0x2066: "\\u2066"}
+        )
+        assert browser.execute_script(
+            "return window.pwned === undefined && !document.querySelector('img, #about b, #tree-why b')"
+        )
