@@ -1,108 +1,93 @@
-"""Turns of a conversation as the text that a chat model was trained on: the checkpoint's own Jinja template, run in a sandbox."""
+"""Chat turns to tokens, as a chat model was trained on them: by the checkpoint's Jinja template."""
 
 import json
 from datetime import datetime
 from functools import lru_cache, partial
 from pathlib import Path
 
+from data.command import optional
 from data.corpus import is_validation
-from data.packages import optional
 from data.tokenizer import AnyTokenizer, JsonTokenizer, special_tokens
 from model import read_json
 
 
 def read_template(directory) -> str:
-    """chat_template.jinja, or else the one in tokenizer_config.json, of several the default."""
+    """chat_template.jinja, or else the one in tokenizer_config.json; of several, the default."""
     path = Path(directory) / "chat_template.jinja"
     if path.exists():
         return path.read_text(encoding="utf-8")
     path = Path(directory) / "tokenizer_config.json"
     template = read_json(path).get("chat_template") if path.exists() else None
     if isinstance(template, list):
-        template = next(
-            (
-                entry.get("template")
-                for entry in template
-                if isinstance(entry, dict) and entry.get("name") == "default"
-            ),
-            None,
-        )
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        named = {entry.get("name"): entry.get("template") for entry in entries}
+        template = named.get("default")
     if not isinstance(template, str):
-        raise ValueError(
-            f"{directory} has no chat template, in chat_template.jinja or tokenizer_config.json: it is no chat model"
-        )
+        raise ValueError(f"{directory} has no chat template: it is no chat model")
     return template
 
 
-def chat_prompt(directory, tokenizer: AnyTokenizer, turns: list[dict[str, str]]) -> list[int]:
-    """The tokens of turns {"role", "content"}, and of the opening of the model's answer."""
-    text = chat_text(directory, turns)
-    if not isinstance(tokenizer, JsonTokenizer):
-        raise ValueError(
-            f"{directory} has no tokenizer.json: a tokenizer.model does not know which marks of the chat template are tokens"
-        )
-    return tokenizer.encode(text)
+@lru_cache(maxsize=1)
+def compiled(template: str, sandbox):
+    """The template as jinja2's sandbox runs it; compiled once for all turns of a file."""
 
+    def raise_exception(message: str):
+        raise ValueError(message)
 
-def chat_text(directory, turns: list[dict[str, str]]) -> str:
-    """Raises ValueError for a template that is missing, broken or objects."""
-    template = read_template(directory)
-    modules = [
-        optional(name, f"the chat template of {directory}") for name in ("jinja2", "jinja2.sandbox")
-    ]
-    try:
-        return compiled(template, *modules).render(
-            messages=turns, add_generation_prompt=True, **special_tokens(directory)
-        )
-    except Exception as error:  # whatever a template raises is its own fault
-        raise ValueError(
-            f"the chat template of {directory} fails: {type(error).__name__}: {error}"
-        ) from None
-
-
-@lru_cache(maxsize=1)  # a file of turns asks for one template again and again
-def compiled(template: str, jinja2, sandbox):
-    def objection(message: str):
-        raise jinja2.TemplateError(message)
-
+    # Templates expect the settings, the filter and the functions that transformers gives them.
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-    environment.globals |= {
-        "raise_exception": objection,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-    }
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(template)
 
 
-def turn_prompts(
-    paths: list[str], directory, tokenizer: AnyTokenizer, most: int
-) -> dict[str, list[list[int]]]:
-    """The prompts of both sides, of at most `most` tokens each: files of user turns, a JSON string a line, split by a hash of the turn."""
+def chat_text(directory, turns: list[dict[str, str]]) -> str:
+    """The text of turns {"role", "content"}, and of the opening of the model's answer."""
+    template, special = read_template(directory), special_tokens(directory)
+    sandbox = optional("jinja2.sandbox", f"the chat template of {directory}")
+    try:
+        prepared = compiled(template, sandbox)
+        return prepared.render(messages=turns, add_generation_prompt=True, **special)
+    except Exception as error:  # a template may raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"the chat template of {directory} fails: {reason}") from None
+
+
+def chat_prompt(directory, tokenizer: AnyTokenizer, turns: list[dict[str, str]]) -> list[int]:
+    """The tokens of chat_text; special tokens in it become their own ids."""
+    text = chat_text(directory, turns)
+    if not isinstance(tokenizer, JsonTokenizer):
+        raise ValueError(f"{directory} has no tokenizer.json, which a chat template needs")
+    return tokenizer.encode(text)
+
+
+def read_turns(path: str) -> list[str]:
+    """A file of user turns, one JSON string a line."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        turns = [json.loads(line) for line in lines if line.strip()]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as one JSON string a line: {error}") from None
+    if not all(isinstance(turn, str) for turn in turns):
+        raise ValueError(f"{path}: must hold one JSON string a line")
+    return turns
+
+
+def turn_prompts(paths: list[str], directory, tokenizer, most: int) -> dict[str, list[list[int]]]:
+    """The prompts of at most `most` tokens of each side, split by a hash of the turn."""
     if not paths:
-        raise ValueError(
-            "--chat needs --text: a file of user turns; python -m data.turns writes one"
-        )
+        raise ValueError("--chat needs --text: a file of turns; python -m data.turns writes one")
     sides = {"validation": [], "train": []}
     for path in paths:
-        try:
-            turns = [
-                json.loads(line)
-                for line in Path(path).read_text(encoding="utf-8").split("\n")
-                if line.strip()
-            ]
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: cannot be read as one JSON string a line: {error}") from None
-        if not all(isinstance(turn, str) for turn in turns):
-            raise ValueError(f"{path}: must hold one JSON string a line")
-        for turn in turns:
+        for turn in read_turns(path):
             prompt = chat_prompt(directory, tokenizer, [{"role": "user", "content": turn}])
             if len(prompt) <= most:
                 sides["validation" if is_validation(turn) else "train"].append(prompt)
     for side, prompts in sides.items():
         if not prompts:
-            raise ValueError(
-                f"the {side} side of the turns is empty: give more turns, or a larger --prompt-tokens than {most}"
-            )
+            advice = f"give more turns, or a larger --prompt-tokens than {most}"
+            raise ValueError(f"the {side} side of the turns is empty: {advice}")
     return sides

@@ -1,33 +1,30 @@
-"""A command line out of a config dataclass: its fields are the flags, their defaults and help stand in one place; and what the
-user can mend costs one line."""
+"""What all scripts share: flags made from a config dataclass, errors in one line, the device."""
 
 import argparse
+import importlib
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Any
+
+import torch
 
 
 def option(default, help: str, **more) -> Any:
     """A field of a config dataclass that becomes a flag of the command line."""
     metadata = {"help": help} | more
-    return (
-        field(default_factory=lambda: list(default), metadata=metadata)
-        if isinstance(default, list)
-        else field(default=default, metadata=metadata)
-    )
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 class OneLineParser(argparse.ArgumentParser):
     """Errors in one line, exit code 2; flags are spelled out."""
 
     def __init__(self, description: str | None = None, **more):
-        """description: a docstring, of which the first line is shown."""
-        super().__init__(
-            description=(description or "").partition("\n")[0], allow_abbrev=False, **more
-        )
+        first_line = (description or "").partition("\n")[0]
+        super().__init__(description=first_line, allow_abbrev=False, **more)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -35,51 +32,60 @@ class OneLineParser(argparse.ArgumentParser):
 
 def add_options(parser: argparse.ArgumentParser, config: type) -> None:
     for f in fields(config):
-        default = getattr(config(), f.name)
-        flag, more = (
-            "--" + f.name.replace("_", "-"),
-            {key: value for key, value in f.metadata.items() if key != "help"},
-        )
+        default, more = getattr(config(), f.name), dict(f.metadata)
+        shown = "" if default in ("", []) else f" (default: {default})"
+        more["help"] = (more["help"] + shown).replace("%", "%%")
         if isinstance(default, bool):
             more["action"] = argparse.BooleanOptionalAction
         elif isinstance(default, list):
             more["nargs"] = "+"
         else:
             more["type"] = type(default)
-        text = f.metadata["help"] + ("" if default in ("", []) else f" (default: {default})")
-        parser.add_argument(flag, default=default, help=text.replace("%", "%%"), **more)
+        parser.add_argument("--" + f.name.replace("_", "-"), default=default, **more)
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call main; what the user can mend ends in one line and exit code 2."""
+def run(main) -> None:
+    """Call main; an error that the user can mend ends in one line and exit code 2."""
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, RuntimeError) as error:
-        says = " ".join(str(error).split())
-        if isinstance(error, RuntimeError):
-            if "out of memory" in says or "can't allocate memory" in says:
-                says = "out of memory: ask for less at once, such as a smaller --batch, --context, --rows or --tree, or a larger --accumulate"
-            elif "No working C++ compiler" in says:
-                says = "--compile needs a C++ compiler, such as g++: install one, or leave --compile out"
-            else:
-                raise
-        print(f"{Path(sys.argv[0]).name}: error: {says}", file=sys.stderr)
+        message = " ".join(str(error).split())
+        if "out of memory" in message or "can't allocate memory" in message:
+            message = "out of memory: ask for a smaller --batch, --context, --rows or --tree"
+        elif isinstance(error, RuntimeError):
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
-@dataclass(frozen=True)
-class Common:
-    """Settings of every mode."""
+def optional(package: str, user, file="data/requirements.txt"):
+    """The package, or a ValueError that says who needs it and what to install."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise ValueError(f"{user} needs the package {package}: pip install -r {file}") from None
 
-    text: list[str] = option([], "UTF-8 files to use in place of the Python standard library")
-    seed: int = option(0, "seed of all that is random")
-    device: str = option("auto", "auto, cpu, cuda or mps")
-    precision: str = option(
-        "auto",
-        "of matmuls, and of a base that does not learn: float32 or bfloat16; auto is bfloat16 on cuda",
-        choices=("auto", "float32", "bfloat16"),
-    )
+
+def pick_device(name: str) -> torch.device:
+    """auto, cpu, cuda or mps; of several processes, each takes a GPU of its own."""
+    if name == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
+    if name == "cuda" and torch.distributed.is_initialized():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:  # a generator, too: some devices hold tensors, but have no random numbers
+        return torch.Generator(torch.zeros(1, device=name).device).device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {name} cannot be used here: {reason}") from None
+
+
+def check_out(directory: str) -> None:
+    """Raises ValueError if the directory cannot be written: before the work, not after it."""
+    nearest = next(path for path in Path(directory, "_").absolute().parents if path.exists())
+    if not directory or not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"--out {directory or 'is empty'}: name a directory that can be written")

@@ -1,7 +1,8 @@
-"""The text that everything here trains and is measured on: the standard library of the running Python, or files of one's own.
+"""The text for training and measuring: Python's standard library, or text files of one's own.
 
-A file goes to training or validation by a hash of its path inside the library, so the split is the same on every machine and
-in every version. Token arrays are cached in the user's cache directory, under a name that is a hash of all that went in.
+A file of the library goes to training or validation by a hash of its path there, so the split is
+the same on every machine and in every version. Tokens are cached in the user's cache directory,
+under a name that is a hash of all that they depend on.
 """
 
 import hashlib
@@ -15,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.shards import digest_of
+from data.rows import digest_of
 from data.tokenizer import AnyTokenizer
 from model import write_atomically
 
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-VALIDATION_SHARE = 20  # one file in so many is held out
-PIECE = 8192  # characters of a text of one's own that go to one side of the split together
+VALIDATION_SHARE = 20  # one document in so many is held out
+PIECE = 8192  # characters of a text file that make one document
 
 
 def cache_directory() -> Path:
@@ -33,85 +34,63 @@ def is_validation(name: str) -> bool:
     return int.from_bytes(hashlib.sha256(name.encode()).digest(), "big") % VALIDATION_SHARE == 0
 
 
-def python_files(root: Path) -> dict[str, str]:
-    """{path relative to root, with slashes: text} of all .py files below root that are UTF-8, tests left out."""
-    files = {}
+def library_documents() -> dict[str, str]:
+    """{path, with slashes: text} of the standard library's .py files, tests left out."""
+    root, found = Path(sysconfig.get_paths()["stdlib"]), {}
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if NOT_LIBRARY.isdisjoint(relative.parts):
-            try:
-                files[relative.as_posix()] = path.read_bytes().decode("utf-8")
-            except (UnicodeDecodeError, OSError):
-                continue  # a few library files are in another encoding on purpose
-    return files
-
-
-def library_documents(validation: bool) -> list[str]:
-    """The standard library's files of one side of the split."""
-    files = python_files(Path(sysconfig.get_paths()["stdlib"]))
-    return [text for name, text in files.items() if is_validation(name) == validation]
-
-
-def text_documents(paths: list[str], validation: bool) -> list[str]:
-    """One's own files, cut at line ends into pieces of about PIECE characters, split by a hash of name and number."""
-    documents = []
-    for path in paths:
-        try:
-            lines = Path(path).read_bytes().decode("utf-8").splitlines(keepends=True)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--text {path}: cannot be read as UTF-8 text: {error}") from None
-        pieces, size = [[]], 0
-        for line in lines:
-            if size >= PIECE:
-                pieces, size = pieces + [[]], 0
-            pieces[-1].append(line)
-            size += len(line)
-        name = Path(path).name
-        documents += [
-            "".join(piece)
-            for i, piece in enumerate(pieces)
-            if piece and is_validation(f"{name}:{i}") == validation
-        ]
-    return documents
-
-
-def documents(validation: bool, text: list[str] | None = None) -> list[str]:
-    found = text_documents(text, validation) if text else library_documents(validation)
-    if not found:
-        raise ValueError(
-            f"the {'validation' if validation else 'training'} side of the text is empty: give more text"
-        )
+            # A few files are in another encoding on purpose.
+            with suppress(UnicodeDecodeError, OSError):
+                found[relative.as_posix()] = path.read_bytes().decode("utf-8")
     return found
 
 
-def pack(documents: list[str], tokenizer: AnyTokenizer) -> np.ndarray:
-    """All documents, each as <s> ... </s>, in one token array (tokens,) of uint16 or uint32; made once, then cached."""
+def text_documents(path: str) -> dict[str, str]:
+    """{name:number: text} of a file's pieces; each ends with a line, after PIECE characters."""
+    try:
+        lines = Path(path).read_bytes().decode("utf-8").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--text {path}: cannot be read as UTF-8 text: {error}") from None
+    pieces = [""]
+    for line in lines:
+        if len(pieces[-1]) >= PIECE:
+            pieces.append("")
+        pieces[-1] += line
+    return {f"{Path(path).name}:{i}": piece for i, piece in enumerate(pieces) if piece}
+
+
+def documents(validation: bool, text: list[str] | None = None) -> list[str]:
+    """All documents of one side of the split: of the files in text, or of the library."""
+    found = []
+    for source in [text_documents(path) for path in text] if text else [library_documents()]:
+        found += [source[name] for name in source if is_validation(name) == validation]
+    if not found:
+        side = "validation" if validation else "training"
+        raise ValueError(f"the {side} side of the text is empty: give more text")
+    return found
+
+
+def packed(texts: list[str], tokenizer: AnyTokenizer) -> Tensor:
+    """All documents, each as <s> ... </s>, in one row of tokens (n,); made once, then cached."""
     digest = hashlib.sha256(tokenizer.model)
-    for text in documents:
+    for text in texts:
         digest.update(len(text).to_bytes(8, "big") + text.encode())
     path = cache_directory() / f"tokens-{digest.hexdigest()[:16]}.npy"
-    with suppress(
-        OSError, EOFError, ValueError
-    ):  # not there, or broken: made (again) from the documents
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+
+    # A file that is missing or broken is made from the documents.
+    with suppress(OSError, EOFError, ValueError):
+        return torch.from_numpy(np.load(path, allow_pickle=False).astype("int32"))
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    tokens = np.concatenate(
-        [
-            np.array([tokenizer.bos, *tokenizer.encode(text), tokenizer.eos], dtype)
-            for text in documents
-        ]
-    )
+    rows = ([tokenizer.bos, *tokenizer.encode(text), tokenizer.eos] for text in texts)
+    tokens = np.concatenate([np.array(row, dtype) for row in rows])
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
             np.save(file, tokens)
 
     write_atomically(path, write)
-    return tokens
-
-
-def packed(texts: list[str], tokenizer: AnyTokenizer) -> Tensor:
-    return torch.from_numpy(pack(texts, tokenizer).astype("int32"))
+    return torch.from_numpy(tokens.astype("int32"))
 
 
 def seeded(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -127,8 +106,6 @@ def shuffled(n: int, seed: int, epoch: int) -> Tensor:
 def windows(tokens: Tensor, n: int, length: int, generator: torch.Generator) -> Tensor:
     """n windows (n, length) at random places of a packed text (tokens,)."""
     if len(tokens) < length:
-        raise ValueError(
-            f"the text has {len(tokens)} tokens, fewer than a row of {length}: give more text or a smaller --context"
-        )
+        raise ValueError(f"the text has {len(tokens)} tokens, a row {length}: give more text")
     starts = torch.randint(len(tokens) - length + 1, (n, 1), generator=generator)  # (n, 1)
     return tokens[starts + torch.arange(length)].long()  # (n, length)

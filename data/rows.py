@@ -1,52 +1,65 @@
-"""The rows of each step of training: a function of the step alone, so that a run can go on where it was stopped."""
+"""Rows of text that a base model wrote, as the heads are trained on, in shards on disk.
 
-from collections.abc import Callable
+A shard is one safetensors file of equally long rows: their tokens, and which of the tokens carry
+loss (a prompt and padding do not). Its metadata names the base and the settings that wrote it.
+"""
+
+import hashlib
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data.corpus import documents, packed, seeded, shuffled, windows
-from data.shards import read_shards
-from data.states import KeptStates, lengths
-from data.tokenizer import AnyTokenizer
-from model import GPT
+from model import read_safetensors, write_safetensors
 
 
-def rows_to_train(
-    config, shards: Path, tokenizer: AnyTokenizer, model: GPT
-) -> tuple[Callable[[int], tuple[Tensor, Tensor]], Tensor, Any]:
-    """A function from the step alone to tokens (B, T) and mask (B, T); all tokens that carry loss (n,); and what tells a frozen base's hidden states.
+def digest_of(*parts) -> str:
+    """Names a combination of tensors and plain values."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
+    return digest.hexdigest()[:16]
 
-    That is the base itself, or its states as they are kept beside the shards.
-    """
-    if config.data == "corpus":
-        corpus = packed(documents(False, config.text), tokenizer)
 
-        def windows_of_step(step: int) -> tuple[Tensor, Tensor]:
-            tokens = windows(corpus, config.batch, config.context, seeded(config.seed, step))
-            return tokens, torch.ones_like(tokens, dtype=torch.bool)
+def base_digest(directory) -> str:
+    """Names a base by its configuration and weights."""
+    digest, folder = hashlib.sha256(), Path(directory)
+    for path in (folder / "config.json", *sorted(folder.glob("model*.safetensors"))):
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()[:16]
 
-        return windows_of_step, corpus, model
-    rows, loss_mask = read_shards(shards, "train-*.safetensors", model.config.vocab_size)
-    ends = lengths(loss_mask)
 
-    def rows_of_step(step: int) -> tuple[Tensor, Tensor]:
-        places = range(step * config.batch, (step + 1) * config.batch)
-        chosen = torch.stack(
-            [
-                shuffled(len(rows), config.seed, place // len(rows))[place % len(rows)]
-                for place in places
-            ]
-        )
-        chosen = chosen[
-            ends[chosen].argsort(stable=True)
-        ]  # by length: of a part of the batch as little as possible is padding
-        return rows[chosen], loss_mask[chosen]
+def metadata_of(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; {} if it has none, or is none."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
 
-    return (
-        rows_of_step,
-        rows[loss_mask],
-        KeptStates(model, shards) if any(shards.glob("states-*.safetensors")) else model,
-    )
+
+def write_shard(path: Path, tokens: Tensor, loss_mask: Tensor, vocab_size: int, base: str) -> None:
+    """tokens (R, T), loss_mask (R, T) bool; base: digest of the base and of its settings."""
+    tokens = tokens.to(torch.int16 if vocab_size <= 1 << 15 else torch.int32).cpu()
+    write_safetensors(path, {"tokens": tokens, "loss": loss_mask.cpu()}, {"base": base})
+
+
+def read_shards(directory: Path, pattern: str, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """tokens (R, T) long and loss_mask (R, T) bool of all shards whose name matches."""
+    shards = [read_safetensors(path) for path in sorted(directory.glob(pattern))]
+    if not shards:
+        raise ValueError(f"{directory} has no {pattern}: make it with train.py --mode distill")
+    for shard in shards:
+        # Rows of another base have other tokens; all rows are equally long.
+        tokens, loss_mask = shard.get("tokens", torch.empty(0)), shard.get("loss", torch.empty(0))
+        fits = tokens.dim() == 2 and tokens.numel() > 0 and not tokens.is_floating_point()
+        fits = fits and 0 <= tokens.min().item() and tokens.max().item() < vocab_size
+        fits = fits and tokens.shape[1] == shards[0]["tokens"].shape[1]
+        if not fits or loss_mask.dtype != torch.bool or loss_mask.shape != tokens.shape:
+            advice = "make them with train.py --mode distill"
+            raise ValueError(f"{directory}: {pattern} holds no rows of this base; {advice}")
+    tokens = torch.cat([shard["tokens"] for shard in shards]).long()
+    return tokens, torch.cat([shard["loss"] for shard in shards])
