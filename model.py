@@ -1,22 +1,19 @@
-"""A Llama-style GPT, as small as it goes: RMSNorm, rotary positions, grouped-query attention, SwiGLU, a KV cache.
+"""A Llama-style GPT: RMSNorm, rotary positions, grouped-query attention, SwiGLU, a KV cache.
 
-It knows nothing of speculative decoding. What a tree of guesses needs is only that `positions` and `mask` are arguments of
-`forward`, and that the cache can keep chosen rows of what was written last ("Tree attention" in the Medusa paper needs no more).
-The model ends with `GPT`; behind it stand fast products for a CPU, the layout on disk, checks and files.
+Speculative decoding needs of it only `positions`, `mask`, and a cache that keeps chosen slots.
 
 Dimension key
-    B  batch               T   tokens fed now        S   tokens in the cache
-    D  model width         V   vocabulary            L   layers
-    nh attention heads     nkv key/value heads       hs  size of one attention head
+    B batch   T tokens fed now   S tokens in the cache   D model width   V vocabulary   L layers
+    nh attention heads   nkv key/value heads   hs size of one attention head
 """
 
 import json
 import math
 import os
 import warnings
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-torch.backends.cuda.enable_cudnn_sdp(
-    False
-)  # cuDNN's attention plans anew for every length that the text has, and takes tens of milliseconds
-
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The fields of a Llama config.json that shape the computation, under the names they have there."""
+    """The fields of a Llama config.json that shape the computation; ValueError names a bad one."""
 
     vocab_size: int = 2048
     hidden_size: int = 160
@@ -45,7 +38,7 @@ class ModelConfig:
     tie_word_embeddings: bool = True
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
-    head_dim: int | None = None  # hidden_size / num_attention_heads unless given
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
     rope_scaling: dict | None = None
     model_type: str = "llama"  # or qwen2: queries, keys and values have biases
 
@@ -59,174 +52,114 @@ class ModelConfig:
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """The tokens that end a text."""
-        return (
-            tuple(self.eos_token_id)
-            if isinstance(self.eos_token_id, list)
-            else ()
-            if self.eos_token_id is None
-            else (self.eos_token_id,)
-        )
-
-
-# rope_scaling["rope_type"]: the numbers that it needs
-ROPE_SCALING = {
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+        eos = self.eos_token_id
+        ids = eos if isinstance(eos, list) else [eos]
+        return tuple(token for token in ids if token is not None)
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, in one tensor allocated once: (L, 2, B, nkv, capacity, hs).
+    """Keys and values of the tokens so far: data (L, 2, B, nkv, capacity, hs), `length` in use."""
 
-    Rows [0, length) are valid. `GPT.forward` writes its T rows behind them and moves `length`.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch: int,
-        capacity: int,
-        dtype=torch.float32,
-        device: torch.device | str = "cpu",
-    ):
-        shape = (
-            config.num_hidden_layers,
-            2,
-            batch,
-            config.num_key_value_heads,
-            capacity,
-            config.head_size,
-        )
+    def __init__(self, config, batch: int, capacity: int, dtype=torch.float32, device=None):
+        L, nkv = config.num_hidden_layers, config.num_key_value_heads
+        shape = (L, 2, batch, nkv, capacity, config.head_size)
         self.data = torch.zeros(shape, dtype=dtype, device=device)
-        self.layers = [
-            tuple(layer) for layer in self.data
-        ]  # per layer (keys, values), each a view (B, nkv, capacity, hs)
+        # Per layer (keys, values), each a view (B, nkv, capacity, hs).
+        self.layers = [tuple(layer) for layer in self.data]
         self.capacity, self.length = capacity, 0
 
     def keep(self, start: int, rows: list[int]) -> None:
-        """Of the rows written from `start` on, keep `rows` (ascending, relative to `start`) and forget the others."""
-        if rows != list(range(len(rows))):  # else they lie in place already
+        """Of the slots written from `start` on, keep `rows` (ascending, relative to `start`)."""
+        # Rows 0, 1, 2, ... are in place.
+        if rows != list(range(len(rows))):
             index = torch.tensor(rows, device=self.data.device) + start
             self.data[..., start : start + len(rows), :] = self.data.index_select(4, index)
         self.length = start + len(rows)
 
     def keep_batch(self, rows: Tensor) -> None:
-        """Keep these batch entries alone, in this order; rows (kept,) long. What stands in its place already is not copied."""
+        """Keep only these sequences of the batch, in this order: rows (kept,) long."""
+        # Sequences that do not move are not copied.
         moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
         self.data[:, :, moved] = self.data[:, :, rows[moved]]
         self.data = self.data[:, :, : len(rows)]  # (L, 2, kept, nkv, capacity, hs)
         self.layers = [tuple(layer) for layer in self.data]
 
 
-def inv_freq(config: ModelConfig) -> Tensor:
-    """theta^(-2i/hs), the angle by which a position turns pair i: (hs/2,) in float64.
-
-    Rope scaling slows pairs down, to 1/factor. "linear": all of them. "llama3": those that turn fewer than low_freq_factor times
-    within the original context; those that turn more than high_freq_factor times keep their speed, and in between it blends.
-    """
-    half = config.head_size // 2
-    speed = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)  # (hs/2,)
-    if (scaling := config.rope_scaling) is None:
-        return speed
-    kept = torch.zeros(())
-    if scaling["rope_type"] == "llama3":
-        turns = speed * scaling["original_max_position_embeddings"] / (2 * math.pi)  # (hs/2,)
-        kept = (turns - scaling["low_freq_factor"]) / (
-            scaling["high_freq_factor"] - scaling["low_freq_factor"]
-        )
-    kept = kept.clamp(0, 1)
-    return speed * (kept + (1 - kept) / scaling["factor"])
+# Kinds of rope_scaling, and the numbers that each needs.
+ROPE_SCALING = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 def rotary_table(config: ModelConfig) -> Tensor:
     """cos and signed sin of every position's angles: (max_position_embeddings, 2, 1, hs).
 
-    Dimension i of a head turns together with dimension i + hs/2, by position * its speed. The sign that the first half
-    needs stands in the table, so that rotating is x * cos + roll(x, hs/2) * sin.  (RoFormer, in the layout of Llama)
+    Llama rotates dimensions i and i + hs/2 of a head together: x * cos + roll(x, hs/2) * sin.
     """
-    angle = torch.outer(
-        torch.arange(config.max_position_embeddings, dtype=torch.float64), inv_freq(config)
-    )  # (positions, hs/2)
+    # The angle by which one position turns pair i is theta^(-2i/hs).
+    half = config.head_size // 2
+    inv_freq = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)  # (hs/2,)
+    scaling = config.rope_scaling
+    if scaling is not None:
+        # Divided by `factor`, but "llama3" keeps short wavelengths as they are (smooth = 1).
+        smooth = torch.zeros_like(inv_freq)
+        if scaling["rope_type"] == "llama3":
+            wavelengths = 2 * math.pi / inv_freq
+            low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+            smooth = scaling["original_max_position_embeddings"] / wavelengths
+            smooth = ((smooth - low) / (high - low)).clamp(0, 1)
+        inv_freq = torch.lerp(inv_freq / scaling["factor"], inv_freq, smooth)
+    # The minus of the first half of a rotation is put into the table's sin.
+    positions = torch.arange(config.max_position_embeddings, dtype=torch.float64)
+    angle = torch.outer(positions, inv_freq)  # (positions, hs/2)
     cos = torch.cat((angle.cos(), angle.cos()), dim=-1)
     sin = torch.cat((-angle.sin(), angle.sin()), dim=-1)
-    return (
-        torch.stack((cos, sin), dim=1).unsqueeze(2).to(torch.get_default_dtype())
-    )  # (positions, 2, 1, hs)
+    return torch.stack((cos, sin), dim=1).unsqueeze(2).to(torch.get_default_dtype())
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(hs)) v, with q, k, v from one fused matrix."""
+    """softmax(q k^T / sqrt(hs) + mask) v, with q, k, v from one fused matrix."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.nh, self.nkv, self.hs = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_size,
-        )
-        self.qkv_proj = Linear(
-            config.hidden_size,
-            (self.nh + 2 * self.nkv) * self.hs,
-            bias=config.model_type == "qwen2",
-        )
-        self.o_proj = Linear(self.nh * self.hs, config.hidden_size, bias=False)
+        self.nh, self.nkv = config.num_attention_heads, config.num_key_value_heads
+        self.hs, D = config.head_size, config.hidden_size
+        qkv, has_bias = (self.nh + 2 * self.nkv) * self.hs, config.model_type == "qwen2"
+        self.qkv_proj = nn.Linear(D, qkv, bias=has_bias)
+        self.o_proj = nn.Linear(self.nh * self.hs, D, bias=False)
 
-    def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor | None,
-        cache: tuple[Tensor, Tensor] | None,
-        start: int | Tensor,
-    ) -> Tensor:
-        """x (B, T, D) -> (B, T, D); cos and sin ([B,] T, 1, hs); cache: this layer's keys and values, of which `start` rows are valid."""
+    def forward(self, x: Tensor, cos, sin, mask, cache, S: int) -> Tensor:
+        """x (B, T, D) -> (B, T, D); cos and sin ([B,] T, 1, hs); mask (T, S+T), or None if S = 0
+        or T = 1; cache: this layer's keys and values, of which S slots are valid, or None."""
         B, T, _ = x.shape
-        qkv = self.qkv_proj(x).view(B, T, self.nh + 2 * self.nkv, self.hs)  # (B, T, nh + 2 nkv, hs)
-        qk, v = qkv.split(
-            (self.nh + self.nkv, self.nkv), dim=2
-        )  # (B, T, nh + nkv, hs), (B, T, nkv, hs)
-        qk = torch.addcmul(
-            qk * cos, qk.roll(self.hs // 2, dims=-1), sin
-        )  # queries and keys turned at once
-        q, k = qk.transpose(1, 2).split(
-            (self.nh, self.nkv), dim=1
-        )  # (B, nh, T, hs), (B, nkv, T, hs)
+        nh, nkv, hs = self.nh, self.nkv, self.hs
+        # One product for queries, keys and values of all heads.
+        qkv = self.qkv_proj(x).view(B, T, nh + 2 * nkv, hs)
+        # Rotate queries and keys at once, then put heads before tokens.
+        qk, v = qkv.split((nh + nkv, nkv), dim=2)  # (B, T, nh + nkv, hs), (B, T, nkv, hs)
+        qk = torch.addcmul(qk * cos, qk.roll(hs // 2, dims=-1), sin)
+        q, k = qk.transpose(1, 2).split((nh, nkv), dim=1)  # (B, nh, T, hs), (B, nkv, T, hs)
         v = v.transpose(1, 2)  # (B, nkv, T, hs)
+
+        # Write the new keys and values into the cache, and attend to all that it holds.
         if cache is not None:
             keys, values = cache
-            if isinstance(
-                start, Tensor
-            ):  # compiled (data/compiled.py): the T rows to write; the mask hides those not written yet
-                k, v = (
-                    keys.index_copy_(2, start, k),
-                    values.index_copy_(2, start, v),
-                )  # (B, nkv, capacity, hs)
-            else:
-                keys[:, :, start : start + T] = k
-                values[:, :, start : start + T] = v
-                k, v = keys[:, :, : start + T], values[:, :, : start + T]  # (B, nkv, S + T, hs)
-        group = self.nh // self.nkv
-        if (
-            T == 1
-            and mask is None
-            or group > 1
-            and q.is_cuda
-            and mask is not None
-            and mask.dim() == 2
-        ):
-            # a group's queries as rows of one product: its keys and values are read once, and CUDA has a kernel for it
-            rows = (
-                mask if mask is None else mask.expand(T, -1).repeat(group, 1)
-            )  # (group * T, S + T)
-            y = F.scaled_dot_product_attention(
-                q.reshape(B, self.nkv, -1, self.hs), k, v, rows
-            ).reshape(q.shape)
-        else:
-            y = F.scaled_dot_product_attention(
-                q, k, v, mask, is_causal=mask is None, enable_gqa=group > 1
-            )  # (B, nh, T, hs)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+            keys[:, :, S : S + T] = k
+            values[:, :, S : S + T] = v
+            k, v = keys[:, :, : S + T], values[:, :, : S + T]  # (B, nkv, S+T, hs)
+
+        # The query heads that share a key/value head become one sequence of the batch: `expand`
+        # gives each the same keys and copies nothing. If there is a single token, the group's
+        # queries are instead rows of one head, so that its keys are read only once.
+        heads, rows = (nh // nkv, T) if T > 1 else (1, nh // nkv)
+        q = q.reshape(B * nkv, heads, rows, hs)
+        k = k.reshape(B * nkv, 1, -1, hs).expand(-1, heads, -1, -1)  # (B * nkv, heads, S+T, hs)
+        v = v.reshape(B * nkv, 1, -1, hs).expand(-1, heads, -1, -1)
+        causal = mask is None and T > 1
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+        y = y.reshape(B, nh, T, hs).transpose(1, 2).reshape(B, T, nh * hs)
+        return self.o_proj(y)  # (B, T, D)
 
 
 class MLP(nn.Module):
@@ -234,8 +167,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # each (B, T, intermediate_size)
@@ -250,252 +183,135 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor | None,
-        cache: tuple[Tensor, Tensor] | None,
-        start: int | Tensor,
-    ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, start)
+    def forward(self, x: Tensor, cos, sin, mask, cache, S: int) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, S)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class GPT(nn.Module):
-    """tokens (B, T) -> hidden states after the final norm (B, T, D); `lm_head` makes logits (..., V) of them."""
-
-    rotary: Tensor
+    """tokens (B, T) -> hidden states (B, T, D); `lm_head` makes logits (..., V) of them."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        blocks = [Block(config) for _ in range(config.num_hidden_layers)]
-        self.layers = nn.ModuleList(blocks)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.register_buffer("rotary", rotary_table(config), persistent=False)
-        self.apply(self._init_weights)
-        for block in blocks:  # the residual stream sums 2L branches: each starts smaller by sqrt(2L), so that the sum does not grow with L (GPT-2)
-            for branch in (block.self_attn.o_proj, block.mlp.down_proj):
-                nn.init.normal_(branch.weight, std=0.02 / (2 * config.num_hidden_layers) ** 0.5)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.rotary = nn.Buffer(rotary_table(config), persistent=False)
+        # GPT-2's start: the residual stream sums 2L branches, so each starts smaller by sqrt(2L).
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                nn.init.normal_(weight, std=0.02)
+            if name.endswith("bias"):
+                nn.init.zeros_(weight)
+        for name, weight in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.num_hidden_layers))
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
-    @staticmethod
-    def _init_weights(module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
+        # On CUDA, cuDNN's attention would plan again for every length of the cache.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         weight = self.embed_tokens.weight
         return KVCache(self.config, batch, capacity, weight.dtype, weight.device)
 
-    def forward(
-        self,
-        tokens: Tensor,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
+    def forward(self, tokens, positions=None, mask=None, cache: KVCache | None = None) -> Tensor:
         """tokens (B, T) long -> hidden (B, T, D).
 
-        positions  (T,) or (B, T) long; default S, S+1, ... behind what the cache holds.
-        mask       (T, S+T), or anything that broadcasts to (B, nh, T, S+T): boolean, True where a token may look, or a float that is
-                   added to the scores. Default: causal.
+        positions  (T,) or (B, T) long; default S, S+1, ... after what the cache holds.
+        mask       (T, S+T): bool, True where a token may look, or a float to add to the scores.
         cache      read, written and advanced by T.
-        Raises ValueError if the cache, or, without `positions`, the context, has no room for T more.
+        ValueError if the cache, or, without `positions`, the context, has no room for T tokens.
         """
-        T = tokens.shape[1]
-        start = cache.length if cache is not None else 0
-        if cache is not None and start + T > cache.capacity:
-            raise ValueError(f"the cache holds {cache.capacity} tokens; {start} + {T} do not fit")
-        if positions is None and start + T > len(self.rotary):
-            raise ValueError(f"the context is {len(self.rotary)} tokens; {start} + {T} do not fit")
-        cos_sin = (
-            self.rotary[start : start + T] if positions is None else self.rotary[positions]
-        )  # ([B,] T, 2, 1, hs)
-        if mask is None and start > 0 and T > 1:
-            mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(
-                start
-            )  # (T, S+T)
-        hidden = self.trunk(tokens, cos_sin, mask, cache and cache.layers, start)
+        T, context = tokens.shape[1], len(self.rotary)
+        S = 0 if cache is None else cache.length
         if cache is not None:
-            cache.length = start + T
-        return hidden
+            check(S + T <= cache.capacity, f"cache of {cache.capacity}: {S} + {T} do not fit")
+        if positions is None:
+            check(S + T <= context, f"context of {context}: {S} + {T} do not fit")
+            positions = torch.arange(S, S + T, device=tokens.device)
+        # After a cached past, token i sees all of it, and the new tokens up to i.
+        if mask is None and S > 0 and T > 1:
+            mask = torch.ones(T, S + T, dtype=torch.bool, device=tokens.device).tril(S)
 
-    def trunk(
-        self,
-        tokens: Tensor,
-        cos_sin: Tensor,
-        mask: Tensor | None,
-        layers: list | None,
-        start: int | Tensor,
-    ) -> Tensor:
-        """The part of `forward` that can be compiled. cos_sin ([B,] T, 2, 1, hs): the positions' rows of `rotary`; layers: those of the cache; start:
-        its length, or, compiled, the rows to write (T,)."""
-        cos, sin = cos_sin.unbind(-3)  # each ([B,] T, 1, hs)
+        # Embed, go through the blocks, normalise.
         x = self.embed_tokens(tokens)  # (B, T, D)
+        cos, sin = self.rotary[positions].unbind(-3)  # each ([B,] T, 1, hs)
         for i, block in enumerate(self.layers):
-            x = block(x, cos, sin, mask, layers and layers[i], start)
+            x = block(x, cos, sin, mask, None if cache is None else cache.layers[i], S)
+        if cache is not None:
+            cache.length = S + T
         return self.norm(x)
-
-    def pack(self) -> "GPT":
-        """For decoding on a CPU: a second copy of each large matrix, with which a tree's rows are up to twice as fast. The weights must not change afterwards."""
-        for module in self.modules():
-            if isinstance(module, Linear) and packable(module.weight):
-                module.packed = torch.ops.mkldnn._reorder_linear_weight(
-                    module.weight.detach(), 8
-                )  # made for 8 rows, it serves any number
-        return self
 
     def save_pretrained(self, directory, dtype: torch.dtype | None = None) -> None:
         """Write config.json and model.safetensors in the Hugging Face layout, each atomically."""
-        directory = Path(directory)
-        state = {
-            name: t.detach().to(dtype or t.dtype).cpu().contiguous()
-            for name, t in to_llama(self.state_dict(), self.config).items()
-        }
-        dtype_name = str(next(iter(state.values())).dtype).removeprefix("torch.")
-        about = {
-            "architectures": [ARCHITECTURES[self.config.model_type]],
-            "head_dim": self.config.head_size,
-            "dtype": dtype_name,
-        }
-        write_json(directory / "config.json", CONSTANTS | asdict(self.config) | about)
-        write_safetensors(directory / "model.safetensors", state)
+        state = to_llama(self.state_dict(), self.config)
+        state = {name: t.to(dtype or t.dtype).cpu().contiguous() for name, t in state.items()}
+        raw = FIXED | asdict(self.config) | {"head_dim": self.config.head_size}
+        raw["architectures"] = [f"{self.config.model_type.capitalize()}ForCausalLM"]
+        raw["dtype"] = str(state["model.norm.weight"].dtype).removeprefix("torch.")
+        write_json(Path(directory) / "config.json", raw)
+        write_safetensors(Path(directory) / "model.safetensors", state)
 
     @classmethod
-    def from_pretrained(
-        cls, directory, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> "GPT":
-        """Open a Hugging Face directory of the Llama family. Raises ValueError, naming file and field, for what this model cannot honour."""
-        directory = Path(directory)
-        config = read_config(directory / "config.json")
-        state = from_llama(read_weights(directory), config, directory)
-        with torch.device("meta"):  # no memory, and no weights drawn that are to be replaced
+    def from_pretrained(cls, directory, dtype=torch.float32, device=None) -> "GPT":
+        """Open a directory of the family: llama, mistral, qwen2. ValueError: file and field."""
+        config = read_config(Path(directory) / "config.json")
+        state = from_llama(read_weights(Path(directory)), config, directory)
+        # On "meta" the weights, which are to be replaced, take no memory and no time.
+        with torch.device("meta"):
             model = cls(config)
-        for name in state:
-            state[name] = state[name].to(device, dtype, copy=True)
         model.load_state_dict(state, assign=True)
-        model.rotary = rotary_table(config).to(device, dtype)
+        model.rotary = rotary_table(config)
         if config.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
-        return model.eval()
+        return model.to(device, dtype).eval()
 
 
-# ---- products on a CPU; on a first reading, Linear is nn.Linear ----
-
-FEW = 16  # rows of x; with no more, (W x^T)^T is faster
-LARGE = 1 << 18  # a matrix of so many numbers is worth a packed copy
+# ---- the Llama layout on disk, where q, k, v and gate, up are separate tensors ----
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b. A few rows go as (W x^T)^T on a CPU: the same product, but its weights are read in the order in which they lie."""
-    rows = x.shape[:-1].numel()
-    if rows > FEW or x.device.type != "cpu":
-        return F.linear(x, weight, bias)
-    columns = (
-        x.reshape(rows, -1) if rows > 1 else torch.cat((x.flatten(), x.flatten())).view(2, -1)
-    )  # (rows, in); two columns are faster than one
-    y = (
-        (weight @ columns.mT).mT[:rows].contiguous().view(*x.shape[:-1], -1)
-    )  # (..., out); attention is slow on what lies in columns
-    return y if bias is None else y + bias
+def llama_names(name: str) -> list[str]:
+    """Name in memory -> names on disk: norm.weight -> model.norm.weight; fused: of its parts."""
+    if name == "lm_head.weight":
+        return [name]
+    prefix, module, kind = f"model.{name}".rsplit(".", 2)
+    return [f"{prefix}.{part}.{kind}" for part in FUSED.get(module, (module,))]
 
 
-def packable(weight: Tensor) -> bool:
-    """Is it large, and has oneDNN an order of its own for it on this machine?"""
-    if (
-        weight.numel() < LARGE
-        or weight.device.type != "cpu"
-        or not torch.backends.mkldnn.is_available()
-    ):
-        return False
-    return weight.dtype == torch.float32 or (
-        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-
-
-class Linear(nn.Linear):
-    packed: Tensor | None = None  # the weights once more, in oneDNN's own order: see GPT.pack
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.packed is None or x.shape[:-1].numel() <= 2 or torch.is_grad_enabled():
-            return linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-
-
-# ---- the Llama layout on disk: the one place that knows that q, k, v and gate, up stand apart there ----
-
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-CONSTANTS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-FUSED = {
-    "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "mlp.gate_up_proj": ("gate_proj", "up_proj"),
-}
-
-
-def _parts(config: ModelConfig):
-    """Per layer and fused matrix: (fused name, names on disk, rows of each)."""
-    q, kv = (
-        heads * config.head_size
-        for heads in (config.num_attention_heads, config.num_key_value_heads)
-    )
-    rows = {"self_attn.qkv_proj": (q, kv, kv), "mlp.gate_up_proj": (config.intermediate_size,) * 2}
-    kinds = [(fused, "weight") for fused in FUSED] + [("self_attn.qkv_proj", "bias")] * (
-        config.model_type == "qwen2"
-    )
-    for i in range(config.num_hidden_layers):
-        for fused, kind in kinds:
-            prefix = f"layers.{i}.{fused.split('.')[0]}."
-            yield (
-                f"layers.{i}.{fused}.{kind}",
-                [f"model.{prefix}{part}.{kind}" for part in FUSED[fused]],
-                rows[fused],
-            )
-
-
-def to_llama(state: dict, config: ModelConfig) -> dict:
-    """Names and tensors in memory -> on disk."""
-    state = dict(state)
+def to_llama(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """State dict in memory -> tensors on disk. A tied LM head is left out."""
+    # Rows: q | k | v, gate | up in halves, all others in one piece.
+    q, kv = (n * config.head_size for n in (config.num_attention_heads, config.num_key_value_heads))
     disk = {}
-    for fused, names, rows in _parts(config):
-        disk |= dict(zip(names, state.pop(fused).split(rows)))
-    head = state.pop("lm_head.weight")
-    if not config.tie_word_embeddings:
-        disk["lm_head.weight"] = head
-    return disk | {f"model.{name}": t for name, t in state.items()}
+    for name, t in state.items():
+        names = llama_names(name)
+        sizes = [q, kv, kv] if "qkv_proj" in name else len(t) // len(names)
+        disk |= zip(names, t.split(sizes))
+    if config.tie_word_embeddings:
+        del disk["lm_head.weight"]
+    return disk
 
 
-def from_llama(disk: dict, config: ModelConfig, where) -> dict:
-    """Names and tensors on disk -> in memory; a missing, surplus or misshapen tensor is a ValueError with its name."""
+def from_llama(disk: dict[str, Tensor], config: ModelConfig, where) -> dict[str, Tensor]:
+    """Tensors on disk -> state dict in memory, all of it copied. ValueError names a bad tensor."""
     with torch.device("meta"):
-        shapes = {name: t.shape for name, t in to_llama(GPT(config).state_dict(), config).items()}
-    # some files hold rotary tables, or a tied LM head once more
-    disk = {
-        name: t
-        for name, t in disk.items()
-        if name in shapes or not (name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight")
-    }
-    if odd := sorted(shapes.keys() ^ disk.keys()):
-        raise ValueError(
-            f"{where}: tensor {odd[0]} is {'missing' if odd[0] in shapes else 'not part of this model'}"
-        )
-    for name, shape in shapes.items():
-        if disk[name].shape != shape:
-            raise ValueError(
-                f"{where}: tensor {name} has shape {tuple(disk[name].shape)}, config.json asks for {tuple(shape)}"
-            )
-    state = {
-        fused: torch.cat([disk.pop(name) for name in names]) for fused, names, _ in _parts(config)
-    }
-    state |= {name.removeprefix("model."): t for name, t in disk.items()}
-    state.setdefault("lm_head.weight", state["embed_tokens.weight"])
+        state = GPT(config).state_dict()
+    ours = {name: tuple(t.shape) for name, t in to_llama(state, config).items()}
+    # Some files also hold rotary tables or a tied LM head, which say nothing new.
+    extra = ("rotary_emb.inv_freq", "lm_head.weight")
+    disk = {name: t for name, t in disk.items() if name in ours or not name.endswith(extra)}
+    theirs = {name: tuple(t.shape) for name, t in disk.items()}
+    for name in sorted(ours.keys() | theirs.keys()):
+        here, there = ours.get(name, "missing"), theirs.get(name, "missing")
+        check(here == there, f"{where}: tensor {name} is {there} in the file, {here} in the model")
+    # A tied LM head is the embedding; parts of fused matrices are joined, and freed one by one.
+    disk.setdefault("lm_head.weight", disk["model.embed_tokens.weight"])
+    for name in state:
+        state[name] = torch.cat([disk.pop(part) for part in llama_names(name)])
     return state
 
 
@@ -504,195 +320,146 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     index = directory / "model.safetensors.index.json"
     if (directory / "model.safetensors").exists() or not index.exists():
         return read_safetensors(directory / "model.safetensors")
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(
-        isinstance(shard, str) and Path(shard).name == shard for shard in shards.values()
-    ):
-        raise ValueError(f"{index}: weight_map must name a file of this directory for each tensor")
-    return {
-        name: t
-        for shard in sorted(set(shards.values()))
-        for name, t in read_safetensors(directory / shard).items()
-    }
+    weight_map = read_json(index).get("weight_map")
+    shards: list = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+    named = all(isinstance(shard, str) and Path(shard).name == shard for shard in shards)
+    check(named, f"{index}: weight_map must name a file of this directory for each tensor")
+    weights = {}
+    for shard in set(shards):
+        weights |= read_safetensors(directory / shard)
+    return weights
 
 
-SUPPORTED = {  # field: all that it may say
-    "model_type": ("llama", "mistral", "qwen2"), "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,),
-    "partial_rotary_factor": (1, None), "quantization_config": (None,),
-}  # fmt: skip
+# The only values of these fields that are built here.
+FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+UNUSED = {"partial_rotary_factor": 1, "quantization_config": None}
 
 
 def read_config(path: Path) -> ModelConfig:
-    """config.json -> ModelConfig. A setting that changes the computation in a way not built here is refused by name."""
-    raw = read_json(path)
-    defaults: dict[str, Any] = {
-        "tie_word_embeddings": False,
-        "rope_theta": 10000.0,
-        "head_dim": None,
-        "model_type": "llama",
-    }
-    raw = defaults | {"num_key_value_heads": raw.get("num_attention_heads")} | raw
-    raw |= read_rope(raw, path)
-    for name, allowed in SUPPORTED.items():
-        if raw.get(name, allowed[0]) not in allowed:
-            raise ValueError(
-                f"{path}: {name} = {raw[name]!r} is not supported here, only {allowed[0]!r}"
-            )
-    qwen = raw["model_type"] == "qwen2"
-    raw = (
-        {"bos_token_id": None, "eos_token_id": None} if qwen else {}
-    ) | raw  # which Qwen2 files may leave out
-    config: ModelConfig = config_of(
-        ModelConfig, raw | {"model_type": "qwen2" if qwen else "llama"}, path
-    )
-    if (
-        config.head_dim == config.hidden_size / config.num_attention_heads
-    ):  # the default, spelled out
+    """config.json -> ModelConfig; ValueError, naming file and field, for what is not supported."""
+    defaults = {"model_type": "llama", "tie_word_embeddings": False, "rope_theta": 10000.0}
+    raw = defaults | {"head_dim": None} | read_json(path)
+    raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
+    kind = raw["model_type"]
+    if kind == "qwen2":
+        # It may leave these out, and does not use the window that it names unless it says so.
+        raw = {"bos_token_id": None, "eos_token_id": None, "use_sliding_window": False} | raw
+    with naming_errors(path):
+        check(kind in ("llama", "mistral", "qwen2"), f"model_type = {kind!r}: unsupported")
+        raw |= read_rope(raw) | {"model_type": "qwen2" if kind == "qwen2" else "llama"}
+        for name, value in (FIXED | UNUSED).items():
+            check(raw.get(name) in (None, value), f"{name} = {raw.get(name)!r}: unsupported")
+        # In a context no longer than the sliding window, the window hides nothing.
+        window = raw.get("sliding_window") if raw.get("use_sliding_window", True) else None
+        fits = window is None or (type(window) is int and window > 0)
+        check(fits, f"sliding_window = {window!r}: must be a whole number above 0, or null")
+    config: ModelConfig = config_of(ModelConfig, raw, path)
+    if config.head_dim == config.hidden_size / config.num_attention_heads:
         config = replace(config, head_dim=None)
-    # Qwen2 uses the window that it names only where use_sliding_window says so
-    window = raw.get("sliding_window") if raw.get("use_sliding_window", not qwen) else None
-    if window is None:
-        return config
-    if type(window) is not int or window < 1:
-        raise ValueError(
-            f"{path}: sliding_window = {window!r}: must be a whole number above 0, or null"
-        )
-    return replace(
-        config, max_position_embeddings=min(window, config.max_position_embeddings)
-    )  # a context in which the window hides nothing
+    context = config.max_position_embeddings
+    return replace(config, max_position_embeddings=min(window or context, context))
+
+
+def read_rope(raw: dict) -> dict:
+    """The rotary settings of a config; newer transformers write all of them to rope_parameters."""
+    name = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    rope = raw.get(name) or {}
+    check(isinstance(rope, dict), f"{name} = {rope!r}: must be an object")
+    # Older files call the kind `type`.
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    check(kind in ("default", *ROPE_SCALING), f"{name}.rope_type = {kind!r}: unsupported")
+    found = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    scaling = {"rope_type": kind} | {key: rope.get(key) for key in ROPE_SCALING.get(kind, ())}
+    return found | {"rope_scaling": None if kind == "default" else scaling}
 
 
 def config_of(kind, raw: dict, path: Path):
-    """kind(...) of its fields in raw. Raises ValueError, naming file and field, for one that is missing or refused."""
-    if missing := [f.name for f in fields(kind) if f.name not in raw]:
-        raise ValueError(f"{path}: {missing[0]} is missing")
-    try:
+    """kind(...) of its fields in raw; ValueError, naming file and field, if missing or refused."""
+    with naming_errors(path):
         return kind(**{f.name: raw[f.name] for f in fields(kind)})
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def read_rope(raw: dict, path: Path) -> dict:
-    """What a config says of rotary positions; newer transformers write all of it into rope_parameters."""
-    name = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
-    rope = raw.get(name) or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"{path}: {name} = {rope!r}: must be an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", *ROPE_SCALING):
-        raise ValueError(
-            f"{path}: {name}.rope_type = {kind!r} is not supported here, only default, {', '.join(ROPE_SCALING)}"
-        )
-    scaling = (
-        None
-        if kind == "default"
-        else {"rope_type": kind} | {field: rope.get(field) for field in ROPE_SCALING[kind]}
-    )
-    return {"rope_scaling": scaling} | {
-        field: rope[field] for field in ("rope_theta", "partial_rotary_factor") if field in rope
-    }
 
 
 # ---- checks ----
-
-
-def check_config(config: ModelConfig) -> None:
-    """Raises ValueError, naming the field, for values that no model can have."""
-    check_sizes(
-        config,
-        [
-            f.name
-            for f in fields(config)
-            if f.type is int or f.name == "head_dim" and config.head_dim is not None
-        ],
-    )
-    scaling: dict = config.rope_scaling or {}
-    numbers: dict[str, Any] = {
-        name: getattr(config, name) for name in ("rms_norm_eps", "rope_theta")
-    }
-    numbers |= {
-        name: scaling.get(name) for name in ROPE_SCALING.get(scaling.get("rope_type", ""), ())
-    }
-    for name, value in numbers.items():
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise ValueError(f"{name} = {value!r}: must be a number above 0")
-    if (
-        scaling.get("rope_type") == "llama3"
-        and scaling["low_freq_factor"] >= scaling["high_freq_factor"]
-    ):
-        raise ValueError(
-            f"high_freq_factor = {scaling['high_freq_factor']}: must be above low_freq_factor = {scaling['low_freq_factor']}"
-        )
-    if type(config.bos_token_id) is not int and config.bos_token_id is not None:
-        raise ValueError(f"bos_token_id = {config.bos_token_id!r}: must be one token id, or null")
-    if not all(type(token) is int for token in config.eos_ids):
-        raise ValueError(
-            f"eos_token_id = {config.eos_token_id!r}: must be a token id, a list of them, or null"
-        )
-    if (
-        config.head_size % 2
-        or config.head_dim is None
-        and config.hidden_size % config.num_attention_heads
-    ):
-        raise ValueError(
-            f"hidden_size {config.hidden_size} does not split into {config.num_attention_heads} heads of even size: head_dim = {config.head_dim}"
-        )
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise ValueError(
-            f"num_attention_heads {config.num_attention_heads} is no multiple of num_key_value_heads {config.num_key_value_heads}"
-        )
+def check(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
 
 
 def check_sizes(config, names: list[str]) -> None:
     """Raises ValueError, naming the field, unless each is a whole number from 1 to 2^31 - 1."""
     for name in names:
-        if type(value := getattr(config, name)) is not int or not 1 <= value < 1 << 31:
-            raise ValueError(f"{name} = {value!r}: must be a whole number above 0, and below 2^31")
+        value = getattr(config, name)
+        is_size = type(value) is int and 1 <= value < 1 << 31
+        check(is_size, f"{name} = {value!r}: must be a whole number above 0, below 2^31")
+
+
+def check_config(config: ModelConfig) -> None:
+    # Every number is above 0, and the whole ones are sizes.
+    sizes = [f.name for f in fields(config) if f.type is int]
+    check_sizes(config, sizes if config.head_dim is None else [*sizes, "head_dim"])
+    rope = config.rope_scaling or {}
+    numbers = {"rms_norm_eps": config.rms_norm_eps, "rope_theta": config.rope_theta}
+    numbers |= {name: rope.get(name) for name in ROPE_SCALING.get(rope.get("rope_type", ""), ())}
+    for name, value in numbers.items():
+        is_number = type(value) in (int, float) and 0 < value < math.inf
+        check(is_number, f"{name} = {value!r}: must be a number above 0")
+    low, high = rope.get("low_freq_factor", 0), rope.get("high_freq_factor", math.inf)
+    check(low < high, f"high_freq_factor = {high}: must be above low_freq_factor = {low}")
+    for name, ids in (("bos_token_id", [config.bos_token_id]), ("eos_token_id", config.eos_ids)):
+        is_id = all(type(token) in (int, type(None)) for token in ids)
+        check(is_id, f"{name} = {getattr(config, name)!r}: must be a token id, or null")
+    # Heads split the model's width, come in groups, and rotate in pairs of dimensions.
+    D, nh, nkv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    if config.head_dim is None:
+        check(D % nh == 0, f"hidden_size = {D}: no multiple of num_attention_heads = {nh}")
+    check(config.head_size % 2 == 0, f"head_dim = {config.head_size}: must be even")
+    check(nh % nkv == 0, f"num_attention_heads = {nh}: no multiple of num_key_value_heads = {nkv}")
 
 
 # ---- files: read with a clear error, written atomically ----
+@contextmanager
+def naming_errors(path: Path, what: str = ""):
+    """What goes wrong with this file is a ValueError that begins with its name."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except KeyError as error:
+        raise ValueError(f"{path}: {error.args[0]} is missing") from None
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise ValueError(f"{path}{what}: {error}") from None
 
 
 def read_json(path: Path, kind: type = dict):
-    """The content of a JSON file; raises ValueError, naming the file, unless it is of this kind, dict or list."""
-    try:
+    """The content of a JSON file of this kind, dict or list; ValueError names the file."""
+    with naming_errors(path, " cannot be read as JSON"):
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(content, kind):
-        raise ValueError(f"{path} holds no JSON {'object' if kind is dict else 'list'}")
+    what = "object" if kind is dict else "list"
+    check(isinstance(content, kind), f"{path} holds no JSON {what}")
     return content
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
+    """The tensors of a file, by name; ValueError names the file."""
+    with naming_errors(path, " cannot be read as safetensors"):
         return load_file(path)
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """A torch.save file that holds tensors by name and nothing else: code in it is refused, not run."""
+    """The tensors of a torch.save file, by name. Code in it is not run: that is a ValueError."""
+    # torch warns of unusual pickles, and its errors advise to run their code: neither is shown.
     try:
-        with warnings.catch_warnings(action="ignore"):  # of pickles in an unusual dialect
+        with warnings.catch_warnings(action="ignore"):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except Exception:  # unpickling fails in many ways, and what torch says advises to run the code
-        raise ValueError(
-            f"{path} cannot be read as tensors: it is damaged, or holds something else"
-        ) from None
-    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
-        raise ValueError(f"{path} holds no tensors by name")
+    except Exception:
+        raise ValueError(f"{path} cannot be read as tensors: missing, or damaged") from None
+    tensors = content.values() if isinstance(content, dict) else [None]
+    check(all(isinstance(t, Tensor) for t in tensors), f"{path} holds no tensors by name")
     return content
 
 
 def write_atomically(path: Path, write) -> None:
-    """write(temporary path), then rename: a reader, or a kill at any moment, sees the old file or the new one, never half. Makes the directory, too."""
+    """write(temporary path), then rename: a kill at any moment leaves the old file or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -703,18 +470,10 @@ def write_atomically(path: Path, write) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    write_atomically(
-        Path(path),
-        lambda temporary: temporary.write_text(
-            json.dumps(content, indent=1) + "\n", encoding="utf-8"
-        ),
-    )
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomically(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def write_safetensors(
-    path: Path, state: dict[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
-    write_atomically(
-        Path(path),
-        lambda temporary: temporary.write_bytes(save(state, metadata=metadata or {"format": "pt"})),
-    )
+def write_safetensors(path: Path, state: dict[str, Tensor], metadata=None) -> None:
+    content = save(state, metadata=metadata or {"format": "pt"})
+    write_atomically(Path(path), lambda temporary: temporary.write_bytes(content))
