@@ -1,62 +1,70 @@
 """Training: a base model, text that it writes itself, and Medusa heads for it.
 
-    python train.py --mode base      a small Llama from nothing: tokenizer, then next-token cross-entropy
-    python train.py --mode distill   continuations of seed prompts, sampled from the base model  (paper, "Self-distillation")
-    python train.py --mode medusa1   heads on the frozen base  (paper, "Medusa-1"), then the tree is calibrated
+    python train.py --mode base      a small Llama from nothing
+    python train.py --mode distill   text sampled from the base  (paper, "Self-distillation")
+    python train.py --mode medusa1   heads on the frozen base  (paper, "Medusa-1")
     python train.py --mode medusa2   heads alone, then heads and base together  (paper, "Medusa-2")
 
-Without other flags the heads are for the shipped base in data/base, and learn from text distilled from it. Every mode has its own
-flags: `python train.py --mode MODE --help`. A run that was stopped goes on with `--resume`; on several GPUs a run is started with
-`torchrun --nproc-per-node N train.py ...`. In data/: distilled.py, text that the base writes; rows.py, what a step trains on; lora.py, what of
-a base learns, and its teacher; calibration.py, the tree; checkpoint.py, --resume.
+Without other flags the heads are for the shipped base. --resume goes on with a stopped run;
+`torchrun --nproc-per-node N train.py ...` uses N GPUs. To be read downwards: settings, batches,
+losses, the loop, the modes, LoRA, self-distillation, calibration.
 
-Dimension key: B rows, T tokens, D model width, V vocabulary, K heads.
+Dimension key: R rows of the data, B of a batch, T tokens, D model width, V vocabulary (v: that of
+the heads), K heads, n any number of positions.
 """
 
+import copy
 import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
+from functools import partial
+from itertools import chain, takewhile
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data.calibration import calibrate, held_out_rows, report
-from data.checkpoint import finish, prepare, resume, save_checkpoint
-from data.command import Common, OneLineParser, add_options, option, run
-from data.corpus import documents, packed, seeded, windows
-from data.distilled import DistillConfig, distill, distilled_rows, regenerate
-from data.lora import merge_adapters, trained_base
-from data.machine import (
-    autocast,
-    check_kind,
-    is_main_process,
-    print0,
-    rank_and_world_size,
-    sum_over_processes,
-)
-from data.perplexity import bits_per_byte, perplexity
-from data.rows import rows_to_train
-from data.shards import base_digest, digest_of
+from data.chat import turn_prompts
+from data.command import OneLineParser, add_options, check_out, option, pick_device, run
+from data.corpus import documents, packed, seeded, shuffled, windows
+from data.rows import base_digest, digest_of, metadata_of, read_shards, write_shard
 from data.tokenizer import SHIPPED_BASE, copy_tokenizer, disk_dtype, load_base, train_tokenizer
-from medusa import (
-    DECAY,
-    ROOT_ONLY,
-    MedusaConfig,
-    MedusaHeads,
-    Sampling,
-    check_compatible,
-    cross_entropy_ahead,
-    distillation_loss,
-    medusa_loss,
-)
-from model import GPT, ModelConfig, check_sizes, write_atomically, write_json
+from medusa import GREEDY, MedusaConfig, MedusaHeads, Sampling, check_compatible
+from medusa import IGNORED, cross_entropy, distillation_loss, medusa_loss, targets_ahead
+from medusa import at_least_float32, exponential_noise, gumbel_scores, logits_to_probs, sample
+from model import GPT, ModelConfig, check, check_sizes, read_json, read_safetensors
+from model import write_atomically, write_json, write_safetensors
+from tree import calibrated_tree, expected_tokens, prefix_counts
+from tree import ranked_prefixes, read_counts, replay
+
+SHIPPED_ROWS = "data/distilled"
+SAVE_EVERY = 200  # steps between checkpoints
+MAX_NORM = 1.0  # gradients are clipped to it, those of heads and base apart
+# Heads are calibrated at these temperatures, on at most so many rows of each, ...
+TEMPERATURES = 0.0, 0.7, 1.0
+HELD_OUT_ROWS = 256
+# ... by a replay with a tree of so many nodes. The file keeps the most frequent prefixes.
+CALIBRATION_NODES = 16
+CALIBRATION_PREFIXES = 256
+PERPLEXITY_TOKENS = 1 << 15
+
+
+# ---- settings: each field is a flag ----
+@dataclass(frozen=True)
+class Common:
+    text: list[str] = option([], "UTF-8 files to use in place of the Python standard library")
+    seed: int = option(0, "seed of all that is random")
+    device: str = option("auto", "auto, cpu, cuda or mps")
+    precision: str = option("auto", "of matmuls", choices=("auto", "float32", "bfloat16"))
 
 
 @dataclass(frozen=True)
@@ -64,163 +72,246 @@ class TrainConfig(Common):
     out: str = option("out", "directory to write")
     steps: int = option(1200, "optimiser steps")
     batch: int = option(2, "rows in a batch, over all processes")
-    accumulate: int = option(
-        1, "parts into which a process splits its rows, one after the other, to save memory"
-    )
     context: int = option(256, "tokens in a row")
-    lr: float = option(
-        7e-3, "learning rate: raised linearly in the warm-up, and lowered to 0 along a cosine"
-    )
-    warmup: int = option(100, "steps of linear warm-up")
-    weight_decay: float = option(0.0, "AdamW weight decay, of matrices only")
-    clip: float = option(1.0, "largest norm of the gradient, of heads and of base apart")
-    save_every: int = option(200, "steps between checkpoints")
+    lr: float = option(7e-3, "peak learning rate: linear warm-up, times a cosine to 0")
+    warmup: int = option(100, "steps of warm-up")
     resume: bool = option(False, "go on from the checkpoint in --out")
-    plot: bool = option(
-        False, "draw losses, accuracies and rates of the run (needs bench/requirements.txt)"
-    )
 
     def __post_init__(self):
-        check_sizes(self, ["steps", "batch", "accumulate", "context", "warmup", "save_every"])
-        if not 0 < self.lr < math.inf or not self.clip > 0 or not 0 <= self.weight_decay < math.inf:
-            raise ValueError("--lr and --clip must be above 0, --weight-decay 0 or more")
+        check_sizes(self, ["steps", "batch", "context", "warmup"])
+        check(self.context > 1, f"--context {self.context}: a token needs another to predict")
+        for name in ("lr", "lr_ratio"):
+            value = getattr(self, name, 1)
+            check(0 < value < math.inf, f"--{name.replace('_', '-')} {value}: must be above 0")
+        for name in ("weight_decay", "mtp_weight", "lambda_0", "heads_steps"):
+            value = getattr(self, name, 0)
+            check(0 <= value < math.inf, f"--{name.replace('_', '-')} {value}: must be 0 or more")
 
 
 @dataclass(frozen=True)
 class BaseConfig(TrainConfig):
-    """A Llama from nothing. Its validation text is never trained on, and the tokenizer learns from the training side alone."""
+    """A Llama from nothing: its tokenizer, then next-token cross-entropy."""
 
     out: str = option("out/base", "directory to write")
-    mtp_weight: float = option(
-        1.0,
-        "weight, at the end, of the loss of Medusa heads trained along and then dropped: hidden states learn to look ahead",
-    )
+    steps: int = option(3600, "optimiser steps")
+    context: int = option(1024, "tokens in a row, and the model's longest context")
+    lr: float = option(2e-3, "peak learning rate: linear warm-up, times a cosine to 0")
+    warmup: int = option(150, "steps of warm-up")
+    weight_decay: float = option(0.1, "AdamW weight decay, of matrices only")
+    mtp_weight: float = option(1.0, "final weight of the loss of heads trained along, then dropped")
     vocab_size: int = option(ModelConfig.vocab_size, "pieces of the tokenizer")
     hidden_size: int = option(ModelConfig.hidden_size, "model width")
     intermediate_size: int = option(ModelConfig.intermediate_size, "width inside the MLP")
     num_hidden_layers: int = option(ModelConfig.num_hidden_layers, "blocks")
     num_attention_heads: int = option(ModelConfig.num_attention_heads, "attention heads")
     num_key_value_heads: int = option(ModelConfig.num_key_value_heads, "key/value heads")
-    steps: int = option(3600, "optimiser steps")
-    context: int = option(1024, "tokens in a row, and the longest context of the model")
-    lr: float = option(
-        2e-3, "learning rate: raised linearly in the warm-up, and lowered to 0 along a cosine"
-    )
-    warmup: int = option(150, "steps of linear warm-up")
-    weight_decay: float = option(0.1, "AdamW weight decay, of matrices only")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.mtp_weight >= 0:
-            raise ValueError(f"--mtp-weight {self.mtp_weight}: must be 0 or more")
 
 
 @dataclass(frozen=True)
-class Medusa1Config(TrainConfig):
-    """L = sum_k decay^k CE(head_probs_k at t, token t+k+1) on the frozen base."""
+class DistillConfig(Common):
+    """Text of the base's own: prompts continued by sampling. Only the continuation carries loss."""
 
     base: str = option(SHIPPED_BASE, "directory of the base model")
+    out: str = option("out/rows", "directory to write; files that are there are kept")
+    shards: int = option(12, "files of training rows; the held-out ones come with them")
+    rows: int = option(256, "rows of a file, sampled together")
+    chat: bool = option(False, "--text holds user turns, one JSON string a line: answer these")
+    prompt_tokens: int = option(32, "tokens of a prompt; with --chat, longer ones are left out")
+    new_tokens: int = option(224, "most tokens sampled after a prompt")
+    temperature: float = option(0.7, "sampling temperature")
+    top_p: float = option(1.0, "sample among the fewest tokens that hold so much probability")
+
+    def __post_init__(self):
+        check_sizes(self, ["rows", "prompt_tokens", "new_tokens"])
+        check(self.shards >= 0, f"--shards {self.shards}: must be 0 (held-out rows alone) or more")
+        Sampling(self.temperature, top_p=self.top_p)  # refuses bad values
+
+
+@dataclass(frozen=True)
+class MedusaTraining(TrainConfig):
+    base: str = option(SHIPPED_BASE, "directory of the base model")
+    data: str = option("distilled", "what to train on", choices=("distilled", "corpus"))
+    distilled: str = option("", "rows of --mode distill; default: shipped, or made in OUT/rows")
+
+    def __post_init__(self):
+        super().__post_init__()
+        written = Path(self.out, "base" if isinstance(self, Medusa2Config) else "")
+        if Path(self.base).resolve() == written.resolve():
+            raise ValueError(f"--out {self.out} would overwrite --base: name another directory")
+        is_default = self.context == TrainConfig.context
+        check(self.data == "corpus" or is_default, "--context: needs --data corpus")
+
+
+@dataclass(frozen=True)
+class Medusa1Config(MedusaTraining):
+    """L = sum_k 0.8^k CE(head_probs_k at t, token t+k+1) on the frozen base."""
+
     out: str = option("out/heads", "directory to write")
-    data: str = option(
-        "distilled",
-        "text to train on: distilled from the base, or the corpus itself",
-        choices=("distilled", "corpus"),
-    )
-    distilled: str = option(
-        "",
-        "a directory that --mode distill wrote; default: the shipped one for the shipped base, else one made now and cached",
-    )
     num_heads: int = option(MedusaConfig.num_heads, "K, heads to train")
     num_hidden_layers: int = option(MedusaConfig.num_hidden_layers, "residual layers of a head")
-    truncated_vocab_size: int = option(
-        MedusaConfig.truncated_vocab_size,
-        "tokens that heads with a shared LM head guess among, the most frequent of the text; 0: all",
-    )
-    original_lm_head: bool = option(
-        MedusaConfig.original_lm_head,
-        "share the base's LM head; --no-original-lm-head gives each head its own",
-    )
-    decay: float = option(DECAY, "weight of head k's loss is decay^k")
+    original_lm_head: bool = option(True, "share the base's LM head; if not, each head has its own")
+    truncated_vocab_size: int = option(0, "guess among the most frequent tokens alone; 0: all")
+    keep_states: bool = option(False, "run the base once over all rows; keep its states on disk")
 
     def __post_init__(self):
         super().__post_init__()
         check_sizes(self, ["num_heads", "num_hidden_layers"])
-        if self.context < 2:
-            raise ValueError(f"--context {self.context}: a token needs another to guess")
-        if (
-            not 0 < self.decay < math.inf
-            or self.truncated_vocab_size < 0
-            or self.truncated_vocab_size
-            and not self.original_lm_head
-        ):
-            raise ValueError(
-                "--decay must be above 0, --truncated-vocab-size 0 or more, and 0 beside --no-original-lm-head"
-            )
-        if (
-            Path(self.base).resolve()
-            == (Path(self.out) / ("base" if isinstance(self, Medusa2Config) else "")).resolve()
-        ):
-            raise ValueError(
-                f"--out {self.out} would overwrite its own --base: name another directory"
-            )
-        if self.data == "distilled" and self.context != TrainConfig.context:
-            raise ValueError(
-                "--context belongs to --data corpus: distilled rows are as long as they were written"
-            )
+        rows = self.data == "distilled"
+        check(rows or not self.keep_states, "--keep-states: needs --data distilled")
 
 
 @dataclass(frozen=True)
-class Medusa2Config(Medusa1Config):
-    """L = L_base + lambda_0 L_medusa, after a stage in which the heads learn alone. Writes OUT/base and OUT/heads."""
+class Medusa2Config(MedusaTraining):
+    """L = L_base + lambda_0 L_medusa, after the heads alone. Writes OUT/base and OUT/heads."""
 
     out: str = option("out/medusa2", "directory to write")
-    heads: str = option("", "directory of trained heads to start from; default: new ones")
-    heads_steps: int = option(800, "steps of the first stage, heads alone; 0: none")
-    steps: int = option(1600, "steps of the second stage, heads and base together")
-    lr: float = option(
-        2e-3,
-        "learning rate of the heads: raised linearly in the warm-up of each stage, and lowered to 0 along a cosine",
-    )
+    heads: str = option("", "directory of heads to start from; default: new ones")
+    heads_steps: int = option(800, "steps of stage 1, the heads alone")
+    steps: int = option(1600, "steps of stage 2, heads and base together")
+    lr: float = option(2e-3, "peak learning rate of the heads, in each stage")
     lr_ratio: float = option(4.0, "how many times lower the base's learning rate is")
-    lambda_0: float = option(0.2, "weight of the heads' loss beside the base's")
-    ramp: bool = option(False, "raise lambda_0 along a sine from 0")
-    base_loss: str = option(
-        "auto",
-        "kl: to the base as it was; ce: the text's own tokens; auto: kl on distilled text, else ce",
-        choices=("auto", "kl", "ce"),
-    )
-    lora: bool = option(
-        False,
-        "train adapters of the base's linear layers in place of the weights; they are merged in the end",
-    )
-    checkpoint_activations: bool = option(
-        False, "recompute the blocks' activations in the backward pass, to save memory"
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.heads_steps < 0 or not self.lr_ratio > 0 or not self.lambda_0 >= 0:
-            raise ValueError("--heads-steps and --lambda-0 must be 0 or more, --lr-ratio above 0")
-        new = ("num_heads", "num_hidden_layers", "original_lm_head", "truncated_vocab_size")
-        if self.heads and any(getattr(self, name) != getattr(MedusaConfig, name) for name in new):
-            raise ValueError(
-                "--num-heads, --num-hidden-layers, --original-lm-head and --truncated-vocab-size are of new heads: leave them out beside --heads"
-            )
+    lambda_0: float = option(0.2, "weight of the heads' loss")
+    weight_decay: float = option(0.0, "AdamW weight decay, of matrices only")
+    lora: bool = option(False, "train adapters of the base's matrices, merged in the end")
 
 
-MODES: dict[str, type[Common]] = {
-    "base": BaseConfig,
-    "distill": DistillConfig,
-    "medusa1": Medusa1Config,
-    "medusa2": Medusa2Config,
-}
+# ---- one process, or several that torchrun started ----
+def rank_and_world_size() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-# ---- optimisation, the same in every mode ----
+def print0(line: str) -> None:
+    if rank_and_world_size()[0] == 0:
+        print(line)
 
 
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products in training, and of a frozen base."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+# ---- batches ----
+@dataclass(frozen=True)
+class Batch:
+    """What a step feeds and what it asks for: this process's part of the rows."""
+
+    step: int
+    rows: Tensor  # (B,) their numbers in the training data; unused for a corpus
+    tokens: Tensor  # (B, T)
+    targets: Tensor  # (B, T, K+1): token t+1, the base's, then each head's; IGNORED: no loss
+    counts: Tensor  # (K+1,) targets in the whole batch, over all processes
+
+
+def make_batch(config: TrainConfig, data: tuple, heads: MedusaHeads, device, step: int) -> Batch:
+    """data: tokens (R, T) and loss mask (R, T) bool; or a corpus (n,), and the length of a window.
+
+    Depends on the step's number alone, so that a resumed run sees the same batches.
+    """
+    if data[0].dim() == 1:
+        corpus, length = data
+        rows = torch.arange(config.batch)
+        tokens = windows(corpus, config.batch, length, seeded(config.seed, step))  # (B, T)
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+    else:
+        # Every row once, in random order, before any comes again.
+        numbers, R = range(step * config.batch, (step + 1) * config.batch), len(data[0])
+        places = [divmod(number, R) for number in numbers]
+        rows = torch.stack([shuffled(R, config.seed, epoch)[i] for epoch, i in places])
+        tokens, mask = data[0][rows], data[1][rows]  # (B, T)
+
+    # The index of the last target: what follows it need not be fed.
+    last = max(int((mask.any(0) * torch.arange(mask.shape[1])).max()), 1)
+    tokens, mask = tokens[:, : last + 1], mask[:, : last + 1]
+
+    # A token outside of the heads' vocabulary is no target of theirs.
+    of_heads = targets_ahead(heads.index_of(tokens), mask, heads.config.num_heads)
+    targets = torch.cat((targets_ahead(tokens, mask, 0), of_heads[1:]))  # (K+1, B, T)
+    counts = (targets != IGNORED).flatten(1).sum(1)  # (K+1,)
+
+    # To (B, T, K+1): a (B, T) mask then picks positions. The last has no target.
+    parts = rows, tokens[:, :-1], targets.permute(1, 2, 0)[:, :-1]
+    rank, world_size = rank_and_world_size()
+    rows, tokens, targets = (part.tensor_split(world_size)[rank].to(device) for part in parts)
+    return Batch(step, rows, tokens, targets, counts.to(device))
+
+
+# ---- losses: one function for each mode ----
+CHUNK_LOGITS = 1 << 24  # so many logits are in memory at once
+
+
+def in_chunks(loss_of: Callable, logits_per_position: int, *inputs: Tensor) -> list[Tensor]:
+    """The sums of what loss_of(*inputs) returns, over chunks of the n positions.
+
+    K x V logits of all positions would fill the memory. The backward pass computes those of a chunk
+    again (torch.utils.checkpoint).
+    """
+    size = max(CHUNK_LOGITS // logits_per_position, 1)
+    # A single chunk is not computed twice.
+    if len(inputs[0]) <= size:
+        return loss_of(*inputs)
+    chunks = zip(*(t.split(size) for t in inputs))
+    results = [checkpoint(loss_of, *chunk, use_reentrant=False) for chunk in chunks]
+    return [torch.stack(parts).sum(0) for parts in zip(*results)]
+
+
+def base_loss(lm_head: nn.Linear, hidden: Tensor, batch: Batch, teacher=None) -> Tensor:
+    """Cross-entropy of the base; with a teacher KL(teacher || base)  (paper, "Self-distillation").
+
+    hidden (B, T, D). teacher: a model with an lm_head; its states replace the targets.
+    """
+    targets, count = batch.targets[..., 0], batch.counts[0]  # (B, T), ()
+    used = targets != IGNORED  # (B, T)
+    if teacher is not None:
+        with torch.no_grad():
+            targets = teacher(batch.tokens)  # (B, T, D)
+
+    def loss_of(hidden, targets):  # (n, D); (n,), or of a teacher (n, D)
+        if teacher is None:
+            return [cross_entropy(lm_head(hidden), targets, count)]
+        return [distillation_loss(lm_head(hidden), teacher.lm_head(targets).detach(), count)]
+
+    return in_chunks(loss_of, 2 * len(lm_head.weight), hidden[used], targets[used])[0]
+
+
+def medusa1_loss(heads: MedusaHeads, lm_head: nn.Linear, hidden: Tensor, batch: Batch):
+    """L = sum_k 0.8^k CE(head_probs_k at t, token t+k+1)  (paper, "Medusa-1"); hidden (B, T, D).
+
+    Returns it, and metrics (1 + 2K,): [base loss (here 0), K head losses, K top-1 accuracies].
+    """
+    # Positions without any target of a head are left out.
+    used = (batch.targets[..., 1:] != IGNORED).any(-1)  # (B, T): n positions
+    K, counts, heads_lm_head = heads.config.num_heads, batch.counts[1:], heads.truncated(lm_head)
+
+    def loss_of(hidden, targets):  # (n, D), (n, K)
+        logits = heads(hidden, heads_lm_head)  # (K, n, v)
+        loss, losses = medusa_loss(logits, targets.mT, counts=counts)
+        # A head is correct where its target has the largest logit; amax is faster than argmax.
+        of_targets = logits.gather(-1, targets.mT.clamp(min=0)[..., None])[..., 0]  # (K, n)
+        correct = ((of_targets == logits.amax(-1)) & (targets.mT != IGNORED)).sum(-1)  # (K,)
+        return [loss, losses.detach(), correct]
+
+    size = K * heads.config.truncated_vocab_size
+    loss, losses, correct = in_chunks(loss_of, size, hidden[used], batch.targets[used][:, 1:])
+    return loss, torch.cat((losses.new_zeros(1), losses, correct / counts.clamp(min=1)))
+
+
+def medusa2_loss(model: GPT, heads: MedusaHeads, batch: Batch, lambda_0: float, teacher=None):
+    """L = L_base + lambda_0 L_medusa  (paper, "Medusa-2"), and metrics as above."""
+    hidden = model(batch.tokens)  # (B, T, D)
+    loss = base_loss(model.lm_head, hidden, batch, teacher)
+    loss_of_base, metrics = loss.detach(), loss.new_zeros(1 + 2 * heads.config.num_heads)
+    if lambda_0 > 0:
+        loss_of_heads, metrics = medusa1_loss(heads, model.lm_head, hidden, batch)
+        loss = loss + lambda_0 * loss_of_heads
+    metrics[0] = loss_of_base
+    return loss, metrics
+
+
+# ---- the loop, the same in every mode ----
 def learning_rate(step: int, lr: float, warmup: int, steps: int) -> float:
-    """Linear warm-up, times a cosine from 1 at the first step to 0 behind the last.
+    """Linear warm-up, times a cosine from 1 at the first step to 0 after the last.
 
     >>> [round(learning_rate(step, 1.0, warmup=2, steps=4), 2) for step in range(4)]
     [0.5, 0.85, 0.5, 0.15]
@@ -228,461 +319,646 @@ def learning_rate(step: int, lr: float, warmup: int, steps: int) -> float:
     return lr * min(1, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def sine_ramp(step: int, steps: int) -> float:
-    """sin(pi/2 * step / steps), from 0 at the first step to nearly 1 at the last: a factor of the weight of the heads' loss  (paper, "Medusa-2")"""
-    return math.sin(math.pi / 2 * step / steps)
+class Run:
+    """What learns, its optimiser, and the steps that are done: all that a checkpoint holds."""
+
+    def __init__(self, config: TrainConfig, device: torch.device, parts: dict, inputs: str):
+        """parts: "heads", "base" -> parameters by name. inputs: a digest of base and text."""
+        self.config, self.device, self.parts = config, device, parts
+        self.step, self.log, self.path = 0, [], Path(config.out) / "checkpoint.safetensors"
+        settings = {k: v for k, v in asdict(config).items() if k not in ("out", "resume", "device")}
+        self.about = {"settings": json.dumps(settings), "inputs": inputs}
+        weight_decay, groups = getattr(config, "weight_decay", 0.0), []
+        for part, parameters in parts.items():
+            print0(f"{part}: {sum(p.numel() for p in parameters.values()):,} parameters to train")
+            # Weight decay is for matrices, not for gains and biases; a head's bias is (J, K, 1, D).
+            matrices = [p for p in parameters.values() if p.dim() > 1 and p.shape[-2] > 1]
+            others = [p for p in parameters.values() if p.dim() == 1 or p.shape[-2] == 1]
+            groups.append({"part": part, "params": matrices, "weight_decay": weight_decay})
+            groups.append({"part": part, "params": others, "weight_decay": 0.0})
+        fused = device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)
+        if config.resume:
+            self.load()
+
+    def save(self) -> None:
+        # Each parameter, and what AdamW keeps of it, under part|name|field.
+        tensors, log = {}, "\n".join(self.log) + "\n"
+        for part, parameters in self.parts.items():
+            for name, p in parameters.items():
+                for field, t in {"value": p, **self.optimizer.state[p]}.items():
+                    tensors[f"{part}|{name}|{field}"] = t.detach().cpu().contiguous()
+        write_atomically(self.path.with_name("log.jsonl"), lambda to: to.write_text(log))
+        done = {"step": str(self.step), "tensors": str(len(tensors))}
+        write_safetensors(self.path, tensors, self.about | done)
+
+    def load(self) -> None:
+        try:
+            tensors, about = read_safetensors(self.path), metadata_of(self.path)
+            self.step, n = int(about.pop("step")), int(about.pop("tensors"))
+            theirs, ours = json.loads(about["settings"]), json.loads(self.about["settings"])
+            other = [f"{name} {value}" for name, value in theirs.items() if ours.get(name) != value]
+            check(not other, f"it was started with {', '.join(other)}")
+            same = about["inputs"] == self.about["inputs"]
+            check(same, "it was started with another base or other text")
+            check(len(tensors) == n, f"{len(tensors)} tensors are there, of {n}")
+            for key, t in tensors.items():
+                part, name, field = key.split("|")
+                p = self.parts[part][name]
+                if field == "value":
+                    p.data.copy_(t)
+                else:
+                    self.optimizer.state[p][field] = t.to(p.device)
+        except (ValueError, KeyError, RuntimeError, OSError) as error:
+            raise ValueError(f"--resume: {self.path} cannot be used: {error}") from None
+        log = self.path.with_name("log.jsonl")
+        self.log = log.read_text().splitlines()[: self.step] if log.exists() else []
+
+    def finish(self) -> None:
+        """The results are written: the checkpoint goes, and what a kill left half written."""
+        for name in ("checkpoint.safetensors", "states.npy"):
+            for path in (self.path.with_name(name), *self.path.parent.glob(f".{name}.*")):
+                path.unlink(missing_ok=True)
 
 
-CHUNK_LOGITS = (
-    1 << 24
-)  # at most so many logits of heads, base and teacher stand in memory at once; a chunk is one position at least
-
-
-def targets_ahead(tokens: Tensor, mask: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What of tokens (B, T) is to be fed, given mask (B, T) bool, True where a token carries loss as a target; and the targets of each position.
-
-    Returns the tokens to feed (B, t), up to the last target; which of these positions have a target at all (B, t) bool, n of them; and
-    for each of the n a row of its own token and the K + 1 behind it, (n, K + 2), and which of these carry loss. Head k's is in column k + 1.
-    """
-    width = max(
-        [2, *(mask.any(0).nonzero()[:, 0] + 1).tolist()]
-    )  # behind the last target nothing is learnt
-    tokens, mask = tokens[:, :width], mask[:, :width]
-    ahead, loss_mask = (
-        F.pad(rows, (0, K)).unfold(1, K + 2, 1) for rows in (tokens, mask)
-    )  # (B, t, K + 2)
-    used = loss_mask[..., 1:].any(-1)  # (B, t)
-    used[0, 0] |= ~used.any()  # one at least, so that there is a gradient
-    return tokens[:, :-1], used, ahead[used], loss_mask[used]
-
-
-def backpropagate(
-    model: GPT,
-    heads: MedusaHeads,
-    tokens: Tensor,
-    mask: Tensor,
-    counts: Tensor,
-    weights: tuple[float, float],
-    decay: float = DECAY,
-    teacher=None,
-) -> Tensor:
-    """Add the gradient of weights[0] * L_base + weights[1] * L_medusa to the parameters.
-
-    tokens (B, T), mask (B, T) bool, counts (K + 1,): the targets that carry loss in the whole batch, of which these rows are a part,
-    for the base and each head. teacher is a pair, a function from tokens to hidden states and its LM head: L_base is the KL divergence
-    to it, or cross-entropy without one. With weights[0] = 0 the base is frozen, and `model` may be anything that makes hidden states of
-    tokens and has an lm_head (data/states.py).
-    Returns (2K + 1,): the losses of base and heads, and the share of targets that each head's first guess met.
-
-    K x V logits of all positions would fill the memory. So the hidden states are cut off from the base, the loss is taken
-    chunk by chunk and backpropagated to them, and from there through the base once. Positions without a target are left out.
-    """
-    weight_base, weight_heads = weights
-    K, V, truncated = (
-        heads.config.num_heads,
-        heads.config.vocab_size,
-        heads.config.truncated_vocab_size,
-    )
-    tokens, used, ahead, loss_mask = targets_ahead(
-        tokens, mask, K
-    )  # (B, t) twice, (n, K + 2) twice
-    targets = heads.places(
-        ahead
-    )  # what a truncated vocabulary leaves out is no target of the heads
-    with torch.set_grad_enabled(weight_base > 0):
-        hidden = model(tokens)[used]  # (n, D)
-    cut = hidden.detach().requires_grad_(weight_base > 0)
-    figures = torch.zeros(2 * K + 1, device=tokens.device)
-    if teacher and weight_base > 0:
-        with torch.no_grad():
-            teacher_hidden, teacher_head = teacher[0](tokens)[used], teacher[1]  # (n, D)
-    chunk = max(CHUNK_LOGITS // (K * truncated + 2 * V * (weight_base > 0)), 1)
-    for start in range(0, len(cut), chunk):
-        part = slice(start, start + chunk)
-        loss = torch.zeros((), device=tokens.device)
-        if weight_base > 0:
-            logits = model.lm_head(cut[part])  # (chunk, V)
-            if teacher:
-                loss = distillation_loss(
-                    logits,
-                    teacher_head(teacher_hidden[part]).detach(),
-                    loss_mask[part, 1],
-                    counts[0],
-                )
-            else:
-                loss = cross_entropy_ahead(
-                    logits[:, None], ahead[part], loss_mask[part], 1, counts[0]
-                )  # each position as a row of one
-            figures[0] += loss.detach()
-            loss = weight_base * loss
-        if weight_heads > 0:
-            guesses = heads(cut[part], heads.shortened(model.lm_head))  # (K, chunk, truncated V)
-            wanted, known = targets[part], loss_mask[part] & (targets[part] >= 0)  # (chunk, K + 2)
-            medusa, per_head = medusa_loss(guesses[:, :, None], wanted, known, decay, counts[1:])
-            hits = ((guesses.argmax(-1).mT == wanted[:, 2:]) & known[:, 2:]).sum(0)  # (K,)
-            figures[1:] += torch.cat((per_head.detach(), hits / counts[1:].clamp(min=1)))
-            loss = loss + weight_heads * medusa
-        if loss.requires_grad:
-            loss.backward()
-    if weight_base > 0:
-        hidden.backward(cut.grad)
-    return figures
-
-
-def is_matrix(parameter: nn.Parameter) -> bool:
-    """Weight decay is for matrices, not for gains and biases; the biases of heads are (J, K, 1, D)."""
-    return parameter.dim() > 1 and parameter.shape[-2] > 1
-
-
-def adamw(
-    config: TrainConfig, parts: dict[str, dict[str, nn.Parameter]], device: torch.device
-) -> torch.optim.AdamW:
-    """AdamW over two groups of each part: matrices, and gains and biases."""
-    groups = [
-        {
-            "part": part,
-            "params": [p for p in parameters.values() if matrix == is_matrix(p)],
-            "weight_decay": config.weight_decay * matrix,
-        }
-        for part, parameters in parts.items()
-        for matrix in (True, False)
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=(0.9, 0.95),
-        fused=device.type in ("cpu", "cuda"),
-    )
+def start(config: TrainConfig, writes_heads: bool) -> tuple[torch.device, torch.dtype]:
+    """Refuse before the work what would fail after it. The device, and the dtype of products."""
+    check_out(config.out)
+    path, about = Path(config.out) / "checkpoint.safetensors", Path(config.out) / "config.json"
+    if config.resume and not path.exists():
+        raise ValueError(f"--resume: {path} does not exist; leave --resume out to start a run")
+    if path.exists() and not config.resume:
+        raise ValueError(f"{path} is of a run that was stopped: use --resume, or delete it")
+    if about.exists() and (read_json(about).get("model_type") == "medusa") != writes_heads:
+        raise ValueError(f"--out {config.out} holds another kind of model: name another directory")
+    check(config.batch >= rank_and_world_size()[1], f"--batch {config.batch}: fewer than processes")
+    device = pick_device(config.device)
+    return device, pick_precision(config.precision, device)
 
 
 def train_loop(
-    config: TrainConfig,
-    steps: int,
-    rows_of_step: Callable[[int], tuple[Tensor, Tensor]],
-    step_on_rows: Callable[[int, Tensor, Tensor, Tensor], Tensor],
-    parts: dict[str, dict[str, nn.Parameter]],
-    rates: Callable[[int], dict[str, float]],
-    K: int,
-    device: torch.device,
-    inputs: str,
+    run: Run, first: int, until: int, batch_of: Callable, loss_of: Callable, lr_factors: dict
 ) -> None:
-    """AdamW on all parts, to the last step. What a step does depends on its number alone, so that a run can go on where it was stopped.
+    """Steps first to until - 1, or those that are left; the learning rate rises and falls once.
 
-    steps         config.steps, and in Medusa-2 those of the first stage too
-    rows_of_step  step -> tokens (B, T) and mask (B, T) of the whole batch
-    step_on_rows  (step, tokens, mask, counts) of some of these rows -> the figures of `backpropagate`, which has added the gradients
-    parts         name -> its parameters by name; each part is clipped by itself, and has the learning rate that `rates` gives
-    K             heads
-    inputs        names what the run depends on besides its settings
+    batch_of: step -> Batch. loss_of: Batch -> loss, metrics (1 + 2K,). lr_factors: part -> factor.
     """
-    process, processes = rank_and_world_size()
-    optimizer = adamw(config, parts, device)
-    log = Path(config.out) / "log.jsonl"
-    first = resume(config, parts, optimizer, inputs)
-    lines = log.read_text().splitlines()[:first] if first and log.exists() else []
-    bar = tqdm(
-        range(first, steps),
-        desc="training",
-        unit="step",
-        mininterval=1,
-        initial=first,
-        total=steps,
-        disable=process > 0,
-    )
+    config, parts, is_main = run.config, run.parts, rank_and_world_size()[0] == 0
+    dtype, steps = pick_precision(config.precision, run.device), range(max(run.step, first), until)
+    # No cache of casts: those made under no_grad have no gradient.
+    mixed = {"dtype": dtype, "enabled": dtype != torch.float32, "cache_enabled": False}
+    bar = tqdm(steps, "training", until, initial=run.step, disable=not is_main)
     for step in bar:
-        tokens, mask = rows_of_step(step)
-        counts = torch.stack([mask[:, ahead:].sum() for ahead in range(1, K + 2)]).to(
-            device
-        )  # (K + 1,), of base and heads
-        now = rates(step)
-        for group in optimizer.param_groups:
-            group["lr"] = now[group["part"]]
-        pieces = list(
-            zip(
-                tokens.tensor_split(processes * config.accumulate),
-                mask.tensor_split(processes * config.accumulate),
-            )
-        )
-        mine = [
-            step_on_rows(step, rows.to(device), loss_mask.to(device), counts)
-            for rows, loss_mask in pieces[process::processes]
-        ]
-        figures = torch.stack(mine).sum(0)
-        gradients = [
-            p.grad
-            for parameters in parts.values()
-            for p in parameters.values()
-            if p.grad is not None
-        ]
-        sum_over_processes([figures, *gradients])
-        norms = {
-            part: nn.utils.clip_grad_norm_(parameters.values(), config.clip).item()
-            for part, parameters in parts.items()
-        }
-        figures = figures.tolist()
-        if not math.isfinite(sum(figures) + sum(norms.values())):
-            raise ValueError(
-                f"the loss is {figures[: K + 1]} at step {step}, the gradient's norm {norms}: try a lower --lr or --precision float32; "
-                f"{config.out} keeps the last checkpoint"
-            )
-        optimizer.step()
-        optimizer.zero_grad()
-        record = {
-            "step": step,
-            "base": figures[0],
-            "heads": figures[1 : K + 1],
-            "top1": figures[K + 1 :],
-            "lr": now,
-            "norm": norms,
-        }  # losses of weight 0 are 0
-        lines.append(json.dumps(record))
-        bar.set_postfix(
-            base=f"{figures[0]:.2f}", heads=" ".join(f"{value:.2f}" for value in figures[1 : K + 1])
-        )
-        if process == 0 and ((step + 1) % config.save_every == 0 or step + 1 == steps):
-            write_atomically(
-                log,
-                lambda temporary: temporary.write_text("\n".join(lines) + "\n", encoding="utf-8"),
-            )
-            save_checkpoint(config, step + 1, parts, optimizer, inputs)
+        rate = learning_rate(step - first, config.lr, config.warmup, until - first)
+        rates = {part: rate * factor for part, factor in lr_factors.items()}
+        for group in run.optimizer.param_groups:
+            group["lr"] = rates[group["part"]]
+
+        # 1. Loss and gradient of this process's rows; the sum over processes is the batch's.
+        batch = batch_of(step)
+        with torch.autocast(run.device.type, **mixed):
+            loss, metrics = loss_of(batch)
+        loss.backward()
+        if dist.is_initialized():
+            learning = chain.from_iterable(part.values() for part in parts.values())
+            for t in (metrics, *(p.grad for p in learning if p.grad is not None)):
+                dist.all_reduce(t)
+
+        # 2. Clip: heads and base each by themselves, since their gradients differ in size.
+        norms = {}
+        for part, parameters in parts.items():
+            norms[part] = nn.utils.clip_grad_norm_(parameters.values(), MAX_NORM).item()
+        metrics, K = metrics.tolist(), len(metrics) // 2
+        if not math.isfinite(sum(metrics) + sum(norms.values())):
+            advice = "try a lower --lr or --precision float32; the last checkpoint is kept"
+            raise ValueError(f"step {step}: loss or gradient is not finite; {advice}")
+
+        # 3. Update.
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.step = step + 1
+
+        # 4. Log, and save.
+        losses, top1 = metrics[1 : K + 1], metrics[K + 1 :]
+        record = {"step": step, "base": metrics[0], "heads": losses, "top1": top1}
+        run.log.append(json.dumps(record | {"lr": rates, "norm": norms}))
+        shown = " ".join(f"{value:.2f}" for value in losses)
+        bar.set_postfix(base=f"{metrics[0]:.2f}", heads=shown, refresh=False)
+        if is_main and (run.step % SAVE_EVERY == 0 or run.step == until):
+            run.save()
 
 
-# ---- base ----
-
-
+# ---- the modes that train ----
 def train_base(config: BaseConfig) -> None:
-    check_kind(config.out, heads=False)
-    device, dtype = prepare(config)
-    shape = {
-        f.name: getattr(config, f.name) for f in fields(ModelConfig) if hasattr(config, f.name)
-    }
+    device, _ = start(config, writes_heads=False)
+    shape = {name: v for name, v in asdict(config).items() if hasattr(ModelConfig, name)}
     model_config = ModelConfig(**shape, max_position_embeddings=config.context)
-    texts, held_out = documents(False, config.text), documents(True, config.text)
+    texts = documents(False, config.text)
     tokenizer = train_tokenizer(texts, config.vocab_size)
-    tokens, held_out_tokens = packed(texts, tokenizer), packed(held_out, tokenizer)
+    tokens, held_out = packed(texts, tokenizer), packed(documents(True, config.text), tokenizer)
     torch.manual_seed(seeded(config.seed).initial_seed())
     model = GPT(model_config).to(device)
-    heads = MedusaHeads(MedusaConfig(config.hidden_size, config.vocab_size)).to(
-        device
-    )  # trained along, then dropped: --mtp-weight
-    print0(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokens):,} tokens of text, {dtype} on {device}"
-    )
 
-    def rows_of_step(step: int) -> tuple[Tensor, Tensor]:
-        rows = windows(
-            tokens, config.batch, config.context + 1, seeded(config.seed, step)
-        )  # (B, T + 1)
-        return rows, torch.ones_like(rows, dtype=torch.bool)
+    # Ours, not the paper's: an auxiliary multi-token-prediction loss, by heads that are dropped in
+    # the end. Its weight rises along a sine: the base learns its own task first.
+    heads = MedusaHeads(MedusaConfig(config.hidden_size, config.vocab_size)).to(device)
 
-    def step_on_rows(step: int, rows: Tensor, mask: Tensor, counts: Tensor) -> Tensor:
-        with autocast(device, dtype):
-            return backpropagate(
-                model,
-                heads,
-                rows,
-                mask,
-                counts,
-                (1.0, config.mtp_weight * sine_ramp(step, config.steps)),
-            )
+    def loss_of(batch: Batch):
+        ramp = math.sin(math.pi / 2 * batch.step / config.steps)
+        return medusa2_loss(model, heads, batch, config.mtp_weight * ramp)
 
-    def rates(step: int) -> dict[str, float]:
-        return dict.fromkeys(
-            ("base", "heads"), learning_rate(step, config.lr, config.warmup, config.steps)
-        )
-
+    batch_of = partial(make_batch, config, (tokens, config.context + 1), heads, device)
     parts = {"base": dict(model.named_parameters()), "heads": dict(heads.named_parameters())}
-    train_loop(
-        config,
-        config.steps,
-        rows_of_step,
-        step_on_rows,
-        parts,
-        rates,
-        heads.config.num_heads,
-        device,
-        digest_of(tokens),
-    )
-    if is_main_process():
+    run = Run(config, device, parts, digest_of(tokens))
+    train_loop(run, 0, config.steps, batch_of, loss_of, {"base": 1.0, "heads": 1.0})
+    if rank_and_world_size()[0] == 0:
+        # Written in half precision, and measured as written.
         tokenizer.save(config.out)
         model.save_pretrained(config.out, torch.float16)
-        bits = bits_per_byte(
-            GPT.from_pretrained(config.out, device=device),
-            held_out_tokens,
-            sum(len(text.encode()) for text in held_out),
-        )
-        finish(config)
-        size = sum(
-            (Path(config.out) / name).stat().st_size
-            for name in ("config.json", "model.safetensors", "tokenizer.model")
-        )
-        print0(f"{config.out}: {bits:.3f} bits per byte on held-out text, in {size:,} bytes")
-        print0(f"next: python train.py --mode medusa1 --base {config.out}")
+        run.finish()
+        model = GPT.from_pretrained(config.out, device=device)
+        print(f"perplexity on held-out text: {perplexity(model, held_out):.3f}")
+        print(f"next: python train.py --mode medusa1 --base {config.out}")
 
 
-# ---- medusa1 and medusa2 ----
-
-
-def heads_to_train(config: Medusa1Config, model: GPT, device: torch.device) -> MedusaHeads:
-    if isinstance(config, Medusa2Config) and config.heads:
-        heads = MedusaHeads.from_pretrained(config.heads, device=device)
-        check_compatible(model, heads, ROOT_ONLY)
-        return heads
-    sizes = (
-        config.num_heads,
-        config.num_hidden_layers,
-        config.original_lm_head,
-        config.truncated_vocab_size,
-    )
-    return MedusaHeads(
-        MedusaConfig(model.config.hidden_size, model.config.vocab_size, *sizes), model.lm_head
-    ).to(device, torch.float32)
-
-
-def schedule(config: Medusa1Config, step: int) -> tuple[tuple[float, float], dict[str, float]]:
-    """The weights of the base's and the heads' losses, and the learning rates. Medusa-1, and Medusa-2's first stage: heads alone."""
-    if not isinstance(config, Medusa2Config) or step < config.heads_steps:
-        alone = config.heads_steps if isinstance(config, Medusa2Config) else config.steps
-        return (0.0, 1.0), {
-            "base": 0.0,
-            "heads": learning_rate(step, config.lr, config.warmup, alone),
-        }
-    step -= config.heads_steps
-    rate = learning_rate(step, config.lr, config.warmup, config.steps)
-    return (1.0, config.lambda_0 * (sine_ramp(step, config.steps) if config.ramp else 1.0)), {
-        "base": rate / config.lr_ratio,
-        "heads": rate,
-    }
-
-
-def train_medusa(config: Medusa1Config) -> None:
-    """Medusa-1, and with a Medusa2Config Medusa-2."""
-    # what learns, and from what
-    joint = isinstance(config, Medusa2Config)
-    if not joint:
-        check_kind(config.out, heads=True)
-    device, dtype = prepare(config)
-    tokenizer, model = load_base(
-        config.base, torch.float32 if joint else dtype, device
-    )  # a frozen base needs no more digits than it is used with
-    model.requires_grad_(False)
-    heads = heads_to_train(config, model, device)
+def training_data(config: MedusaTraining, tokenizer, heads: MedusaHeads):
+    """What `make_batch` takes; its target tokens (n,); the held-out rows; held-out text (n,)."""
+    V, rows = heads.config.vocab_size, distilled_rows(config)
+    held_out = held_out_rows(rows, V, heads.config.num_heads)
     text = packed(documents(True, config.text), tokenizer)
-    before = perplexity(model, text) if is_main_process() and joint else None
-    shards = distilled_rows(config)
-    rows_of_step, targets, frozen_base = rows_to_train(config, shards, tokenizer, model)
-    if config.truncated_vocab_size and heads.token_map is not None:
-        heads.token_map.copy_(
-            targets.bincount(minlength=model.config.vocab_size)
-            .topk(config.truncated_vocab_size)
-            .indices
-        )
-    held_out = held_out_rows(shards, model.config.vocab_size, heads.config.num_heads)
-    parts, teacher = {"heads": dict(heads.named_parameters())}, None
-    if joint:
-        parts["base"], teacher = trained_base(config, model)
-    print0(
-        f"{sum(p.numel() for part in parts.values() for p in part.values()):,} parameters to train, {heads.config.num_heads} heads, {dtype} on {device}"
-    )
+    if config.data == "corpus":
+        corpus = packed(documents(False, config.text), tokenizer)
+        return (corpus, config.context), corpus, held_out, text
+    tokens, mask = read_shards(rows, "train-*.safetensors", V)
+    return (tokens, mask), tokens[mask], held_out, text
 
-    def step_on_rows(step: int, tokens: Tensor, mask: Tensor, counts: Tensor) -> Tensor:
-        weights, _ = schedule(config, step)
-        for p in parts.get("base", {}).values():  # which stands still in the first stage
-            p.requires_grad_(weights[0] > 0)
-        with autocast(device, dtype):
-            return backpropagate(
-                model if weights[0] > 0 else frozen_base,
-                heads,
-                tokens,
-                mask,
-                counts,
-                weights,
-                config.decay,
-                teacher,
-            )
 
-    inputs = digest_of(base_digest(config.base), targets)
-    steps = config.steps + (config.heads_steps if joint else 0)
-    train_loop(
-        config,
-        steps,
-        rows_of_step,
-        step_on_rows,
-        parts,
-        lambda step: schedule(config, step)[1],
-        heads.config.num_heads,
-        device,
-        inputs,
-    )
-    if not is_main_process():
-        return
+def train_medusa1(config: Medusa1Config) -> None:
+    # A frozen base needs no more digits than it computes with.
+    device, dtype = start(config, writes_heads=True)
+    tokenizer, model = load_base(config.base, dtype, device)
+    model.requires_grad_(False)
+    D, V = model.config.hidden_size, model.config.vocab_size
+    sizes = config.num_heads, config.num_hidden_layers, config.original_lm_head
+    shape = MedusaConfig(D, V, *sizes, config.truncated_vocab_size)
+    heads = MedusaHeads(shape, model.lm_head).to(device, torch.float32)
+    data, targets, held_out, text = training_data(config, tokenizer, heads)
 
-    # what it leaves: base, heads, calibration
-    base, out = config.base, config.out
-    if joint:
-        base, out = f"{config.out}/base", f"{config.out}/heads"
+    # A truncated vocabulary holds the most frequent targets.
+    if heads.token_map is not None:
+        most_frequent = targets.bincount(minlength=V).topk(len(heads.token_map)).indices
+        heads.token_map.copy_(most_frequent)
+    states = kept_states(config, model, data[0]) if config.keep_states else None
+
+    parts = {"heads": dict(heads.named_parameters())}
+    run = Run(config, device, parts, digest_of(base_digest(config.base), targets))
+    batch_of = partial(make_batch, config, data, heads, device)
+    loss_of = partial(frozen_loss, model, heads, states)
+    train_loop(run, 0, config.steps, batch_of, loss_of, {"heads": 1.0})
+    if rank_and_world_size()[0] == 0:
+        write_heads(model, heads, held_out, config.out, config.base)
+        run.finish()
+        print(f"perplexity of the base on held-out text: {perplexity(model, text):.3f}, frozen")
+        print(f"next: python sample.py --base {config.base} --heads {config.out}")
+
+
+def frozen_loss(model: GPT, heads: MedusaHeads, states: np.ndarray | None, batch: Batch):
+    """`medusa1_loss` on a frozen base, or on its states if they are kept: (R, T-1, D)."""
+    if states is None:
+        with torch.no_grad():
+            hidden = model(batch.tokens)  # (B, T, D)
+    else:
+        kept = states[batch.rows.cpu().numpy(), : batch.tokens.shape[1]]
+        hidden = torch.from_numpy(kept).to(model.lm_head.weight)
+    return medusa1_loss(heads, model.lm_head, hidden, batch)
+
+
+def kept_states(config: Medusa1Config, model: GPT, tokens: Tensor) -> np.ndarray:
+    """The base's states of all rows (R, T): (R, T-1, D) float16, in a file that is made once."""
+    path, shape = Path(config.out) / "states.npy", (*tokens[:, 1:].shape, model.config.hidden_size)
+
+    def write(temporary: Path) -> None:
+        header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+        with temporary.open("wb") as file, torch.no_grad():
+            np.lib.format.write_array_header_1_0(file, header)
+            for rows in tqdm(tokens[:, :-1].split(16), "states of the base"):
+                hidden = model(rows.to(model.lm_head.weight.device))
+                file.write(hidden.half().cpu().numpy().tobytes())
+
+    # The first process writes the file, the others wait for it.
+    if rank_and_world_size()[0] == 0 and not (config.resume and path.exists()):
+        write_atomically(path, write)
+    if dist.is_initialized():
+        dist.barrier()
+    return np.load(path, mmap_mode="r")
+
+
+def trained_base(config: Medusa2Config, model: GPT) -> tuple[dict, Callable | None]:
+    """What of the base learns, by name: all weights, or adapters of low rank; and its teacher.
+
+    The teacher is the base as it is now. Text of the corpus needs none: its tokens are the labels.
+    """
+    if config.lora:
+        adapters = add_adapters(model, config.seed)
+        base = {f"{name}.{k}": p for name, a in adapters.items() for k, p in a.named_parameters()}
+        teacher = WithoutAdapters(model)
+    else:
+        base, teacher = dict(model.named_parameters()), copy.deepcopy(model)
+    return base, None if config.data == "corpus" else teacher
+
+
+def train_medusa2(config: Medusa2Config) -> None:
+    device, _ = start(config, writes_heads=False)
+    tokenizer, model = load_base(config.base, torch.float32, device)
+    model.requires_grad_(False)
+    if config.heads:
+        heads = MedusaHeads.from_pretrained(config.heads, device=device)
+        check_compatible(model, heads)
+    else:
+        shape = MedusaConfig(model.config.hidden_size, model.config.vocab_size)
+        heads = MedusaHeads(shape, model.lm_head).to(device)
+    data, targets, held_out, text = training_data(config, tokenizer, heads)
+    before = perplexity(model, text)
+
+    base, teacher = trained_base(config, model)
+    parts = {"heads": dict(heads.named_parameters()), "base": base}
+    run = Run(config, device, parts, digest_of(base_digest(config.base), targets))
+    batch_of, end_1 = partial(make_batch, config, data, heads, device), config.heads_steps
+
+    # Stage 1: the heads alone, on the frozen base, as in Medusa-1.
+    for p in base.values():
+        p.requires_grad_(False)
+    loss_of_heads = partial(frozen_loss, model, heads, None)
+    train_loop(run, 0, end_1, batch_of, loss_of_heads, {"heads": 1.0, "base": 0.0})
+
+    # Stage 2: heads and base together, the base at a lower rate.
+    def loss_of_both(batch: Batch):
+        return medusa2_loss(model, heads, batch, config.lambda_0, teacher)
+
+    for p in base.values():
+        p.requires_grad_(True)
+    lr_factors = {"heads": 1.0, "base": 1 / config.lr_ratio}
+    train_loop(run, end_1, end_1 + config.steps, batch_of, loss_of_both, lr_factors)
+    if rank_and_world_size()[0] == 0:
+        base_out, heads_out = f"{config.out}/base", f"{config.out}/heads"
         merge_adapters(model)
-        copy_tokenizer(config.base, base)
-        model.save_pretrained(base, disk_dtype(config.base))
-        model = load_base(base, device=device)[1]
-        # the base has changed: it continues the held-out prompts anew
-        held_out = {
-            t: regenerate(model, *rows, Sampling(float(t)), config.seed)
-            for t, rows in held_out.items()
-        }
-    print0(
-        "the heads are trained; calibrating on held-out rows, and measuring the base's perplexity"
-    )
-    heads = heads.to(disk_dtype(base)).float().eval()  # as they will stand on disk
+        copy_tokenizer(config.base, base_out)
+        model.save_pretrained(base_out, disk_dtype(config.base))
+        model = GPT.from_pretrained(base_out, device=device)
+        # The base has changed, so it writes the held-out rows again.
+        for t, old in held_out.items():
+            held_out[t] = regenerate(model, *old, Sampling(float(t)), config.seed)
+        write_heads(model, heads, held_out, heads_out, base_out)
+        run.finish()
+        after = perplexity(model, text)
+        print(f"perplexity of the base on held-out text: {after:.3f}, {before:.3f} before training")
+        print(f"next: python sample.py --base {base_out} --heads {heads_out}")
+
+
+# ---- low-rank adapters of a base  ("LoRA", Hu et al., 2021) ----
+class Adapter(nn.Module):
+    """W + alpha / r * up down, of rank r; up starts at zero, so that nothing changes at first."""
+
+    RANK, ALPHA = 32, 16
+    on = True  # of all adapters at once
+
+    def __init__(self, weight: Tensor, generator: torch.Generator):
+        super().__init__()
+        rows, columns = weight.shape
+        down = torch.randn(self.RANK, columns, generator=generator) / columns**0.5
+        self.down = nn.Parameter(down.to(weight))
+        self.up = nn.Parameter(weight.new_zeros(rows, self.RANK))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.ALPHA / self.RANK * (self.up @ self.down) if self.on else weight
+
+
+def add_adapters(model: GPT, seed: int) -> dict[str, Adapter]:
+    """On every linear layer of the blocks; the layers' own weights stay frozen."""
+    adapters, generator = {}, seeded(seed)
+    for name, module in list(model.layers.named_modules()):
+        if isinstance(module, nn.Linear):
+            adapters[name] = Adapter(module.weight, generator)
+            parametrize.register_parametrization(module, "weight", adapters[name])
+    return adapters
+
+
+class WithoutAdapters:
+    """The base as it was: a teacher that costs no memory."""
+
+    def __init__(self, model: GPT):
+        self.model, self.lm_head = model, model.lm_head
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        Adapter.on = False
+        try:
+            return self.model(tokens)
+        finally:
+            Adapter.on = True
+
+
+def merge_adapters(model: GPT) -> None:
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            parametrize.remove_parametrizations(module, "weight")
+
+
+# ---- self-distillation: text that the base writes itself  (paper, "Self-distillation") ----
+@torch.inference_mode()
+def sample_rows(model: GPT, prompts: list[list[int]], length: int, sampling: Sampling, generator):
+    """Continue R prompts of any lengths by sampling, to rows of at most `length` tokens.
+
+    Returns tokens (R, length) and the loss mask (R, length) bool, True where a token was sampled. A
+    row ends after EOS; what follows is padding.
+    """
+    device = model.lm_head.weight.device
+    # Padded with 0, which is no mark: `loss_mask` and `prompt_lengths` tell what is text.
+    padded = [prompt + [0] * (length - len(prompt)) for prompt in prompts]
+    tokens = torch.tensor(padded, device=device)  # (R, length)
+    loss_mask = torch.zeros_like(tokens, dtype=torch.bool)
+    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (R,)
+    eos_ids = torch.tensor(model.config.eos_ids, dtype=torch.long, device=device)
+    cache = model.new_cache(length, batch=len(prompts))
+
+    # All rows grow together, one token a step. rows: those in the batch; new: what is fed next.
+    rows, shortest = torch.arange(len(prompts), device=device), min(map(len, prompts))
+    new = tokens[:, :shortest]
+    for position in range(shortest, length):
+        logits = at_least_float32(model.lm_head(model(new, cache=cache)[:, -1]))  # (rows, V)
+        sampled = sample(logits, sampling, exponential_noise(logits, generator))  # (rows,)
+
+        # Where a prompt is longer, its own token stays.
+        after_prompt = prompt_lengths[rows] <= position  # (rows,)
+        loss_mask[rows, position] = after_prompt
+        tokens[rows, position] = torch.where(after_prompt, sampled, tokens[rows, position])
+        new = tokens[rows, position, None]  # (rows, 1)
+
+        # A row that ended leaves; an alive one from after the first n fills its gap, which copies
+        # less than moving up all that follow. alive = [1, 0, 1, 0, 1]: n = 3, kept = [0, 4, 2].
+        alive = ~(after_prompt & torch.isin(new[:, 0], eos_ids))  # (rows,)
+        n = int(alive.sum())
+        if n == 0:
+            break
+        if n < len(rows):
+            kept = torch.arange(n, device=device)
+            kept[~alive[:n]] = n + alive[n:].nonzero()[:, 0]
+            rows, new = rows[kept], new[kept]
+            cache.keep_batch(kept)
+    return tokens, loss_mask
+
+
+def regenerate(model: GPT, tokens: Tensor, loss_mask: Tensor, sampling: Sampling, seed: int):
+    """The prompts of these rows (R, T), continued by this model: see `sample_rows`."""
+    lengths = loss_mask.int().argmax(1).clamp(min=1).tolist()  # up to the first sampled token
+    prompts = [row[:length].tolist() for row, length in zip(tokens, lengths)]
+    generator = seeded(seed, device=model.lm_head.weight.device)
+    return sample_rows(model.eval(), prompts, tokens.shape[1], sampling, generator)
+
+
+def shard_prompts(config: DistillConfig, side, i: int, rows: int, shards: int) -> list[list[int]]:
+    """The prompts of file i of one side of the split: windows of a text (n,), or given prompts."""
+    if isinstance(side, Tensor):
+        return windows(side, rows, config.prompt_tokens, seeded(config.seed, i)).tolist()
+    # All are used equally often, and those of similar length are in one file.
+    chosen = sorted((side[n % len(side)] for n in range(shards * rows)), key=len)
+    return chosen[i * rows : (i + 1) * rows]
+
+
+def distill(config: DistillConfig) -> Path:
+    """Write files of training rows, and held-out rows for each of TEMPERATURES. Returns --out."""
+    check_out(config.out)
+    device = pick_device(config.device)
+    dtype = pick_precision(config.precision, device)
+    tokenizer, model = load_base(config.base, dtype, device)
+    # What the prompts are made of: user turns, or windows of the text, for each side of the split.
+    length, context = config.prompt_tokens + config.new_tokens, model.config.max_position_embeddings
+    if length > context:
+        raise ValueError(f"--prompt-tokens + --new-tokens: {length} exceed the context {context}")
+    if config.chat:
+        sides = turn_prompts(config.text, config.base, tokenizer, config.prompt_tokens)
+    else:
+        sides = {"train": packed(documents(False, config.text), tokenizer)}
+        sides["validation"] = packed(documents(True, config.text), tokenizer)
+
+    # A file is marked with its base and settings: a stopped run goes on with its own files only.
+    # --shards may grow later, but not with --chat, where prompts are dealt out over all files.
+    left_out = ["base", "out", "text", "device", "precision", *([] if config.chat else ["shards"])]
+    settings = {name: value for name, value in asdict(config).items() if name not in left_out}
+    mark = f"{base_digest(config.base)} {digest_of(settings, sides['train'], sides['validation'])}"
+    out, files = Path(config.out), []
+    for t in TEMPERATURES:
+        files.append(("validation", 0, t, out / f"validation-{t}.safetensors"))
+    for i in range(config.shards):
+        files.append(("train", i, config.temperature, out / f"train-{i:05d}.safetensors"))
+    for *_, path in files:
+        if path.exists() and metadata_of(path).get("base") != mark:
+            raise ValueError(f"{path} is of another base, text or settings; name another --out")
+
+    # The files are dealt out to the processes.
+    rank, world_size = rank_and_world_size()
+    mine = list(enumerate(files))[rank::world_size]
+    for number, (side, i, temperature, path) in tqdm(mine, "distilling", disable=rank > 0):
+        if path.exists():
+            continue
+        rows, shards, top_p = config.rows, config.shards, config.top_p
+        if side == "validation":
+            rows, shards, top_p = min(rows, HELD_OUT_ROWS), 1, 1.0
+        prompts = shard_prompts(config, sides[side], i, rows, shards)
+        generator = seeded(config.seed, number, device=device)
+        sampling = Sampling(temperature, top_p=top_p)
+        tokens, loss_mask = sample_rows(model, prompts, length, sampling, generator)
+        write_shard(path, tokens, loss_mask, model.config.vocab_size, mark)
+    if world_size > 1:
+        dist.barrier()
+    return out
+
+
+def distilled_rows(config: MedusaTraining) -> Path:
+    """The directory of the rows to train and calibrate on; made in OUT/rows if there is none."""
+    # A file without a mark counts as the base's own. With --text, the shipped rows do not fit.
+    base, directory = base_digest(config.base), Path(config.distilled or SHIPPED_ROWS)
+    marks = {path: metadata_of(path).get("base", base) for path in directory.glob("*.safetensors")}
+    foreign = [path for path, mark in marks.items() if not mark.startswith(base)]
+    if config.distilled and foreign:
+        raise ValueError(f"--distilled: {foreign[0]} was not written by {config.base}")
+    if config.distilled or (marks and not (foreign or config.text)):
+        return directory
+    shards = DistillConfig.shards if config.data == "distilled" else 0
+    same = {f.name: getattr(config, f.name) for f in fields(Common)}
+    rows = DistillConfig(base=config.base, out=f"{config.out}/rows", shards=shards, **same)
+    return distill(rows)
+
+
+# ---- calibration: how often the heads are right, on held-out rows ----
+def scored_positions(loss_mask: Tensor, K: int) -> Tensor:
+    """(B, T) bool -> (B, T) bool: True at t if tokens t+1 .. t+K+1 all carry loss."""
+    return F.pad(loss_mask, (0, K + 1))[:, 1:].unfold(1, K + 1, 1).all(-1)
+
+
+def held_out_rows(directory: Path, vocab_size: int, K: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """{temperature: tokens (R, T) and loss mask (R, T)}"""
+    found = {}
+    for t in TEMPERATURES:
+        found[str(t)] = read_shards(directory, f"validation-{t}.safetensors", vocab_size)
+        if not scored_positions(found[str(t)][1], K).any():
+            raise ValueError(f"{directory}: rows too short for {K} heads; more --new-tokens")
+    return found
+
+
+def noise_given_tokens(probs: Tensor, tokens: Tensor, generator: torch.Generator) -> Tensor:
+    """Shared noise of tokens that were sampled before: probs (n, V), tokens (n,) -> noise (n, V).
+
+    That is exponential noise e, given that argmax(probs / e) is the token. As a race: i arrives at
+    e_i / probs_i, exponential with rate probs_i. The first arrival is exponential with rate
+    sum(probs) = 1, whoever it is. Then i waits on, again with rate probs_i (no memory), and this
+    wait times probs_i is exponential with rate 1 again:
+
+        e_token = probs_token * first        e_i = probs_i * first + another exponential
+    """
+    first = exponential_noise(probs[:, :1], generator)  # (n, 1)
+    after = exponential_noise(probs, generator).scatter_(1, tokens[:, None], 0)  # (n, V)
+    return after.add_(probs * first).clamp_(min=torch.finfo(probs.dtype).tiny)
+
+
+@torch.inference_mode()
+def head_ranks(model: GPT, heads: MedusaHeads, tokens: Tensor, loss_mask: Tensor, sampling=GREEDY):
+    """For each row a tensor (n, K): the rank (0: first guess) that head k gave to token t+k+1.
+
+    tokens (R, T), loss_mask (R, T) bool; n positions of a row are scored. A token that a truncated
+    vocabulary leaves out has rank V. Ours: if rows were sampled, ranks are by `gumbel_scores`.
+    """
+    K, V, ranks = heads.config.num_heads, model.config.vocab_size, []
+    # Half-precision logits tie often, so the LM head is copied in the heads' dtype.
+    lm_head = copy.deepcopy(model.lm_head).to(heads.weight.dtype)
+    heads_lm_head = heads.truncated(lm_head)
+    generator = torch.Generator(tokens.device).manual_seed(0)
+    # In memory at once: the logits of K heads, the base's probabilities, the noise.
+    size = max(CHUNK_LOGITS // (tokens.shape[1] * V * (K + 2)), 1)
+    for rows, mask in zip(tokens.split(size), loss_mask.split(size)):  # (B, T)
+        hidden = model(rows).to(heads.weight.dtype)  # (B, T, D)
+        scored = scored_positions(mask, K)  # (B, T)
+        row, t = scored.nonzero(as_tuple=True)  # (n,) each
+        if sampling.temperature > 0:
+            # noise[:, t] is what token t+1 was sampled with.
+            base_probs = logits_to_probs(lm_head(hidden), sampling)  # (B, T, V)
+            sampled = rows.roll(-1, dims=1).flatten()  # (B * T,)
+            noise = noise_given_tokens(base_probs.flatten(0, 1), sampled, generator)
+            noise = noise.view(base_probs.shape)  # (B, T, V)
+
+        # With K = 2 and x0 x1 x2 x3 = tokens[t : t + 4]: the base sampled x1, with noise[t];
+        # head 1 is asked for x2, sampled with noise[t + 1]; head 2 for x3, with noise[t + 2].
+        of_heads = []
+        for k, logits in enumerate(heads(hidden[row, t], heads_lm_head), start=1):  # (n, v)
+            noise_k = noise[row, t + k] if sampling.temperature > 0 else None  # (n, V)
+            scores = gumbel_scores(logits, sampling, noise_k, heads.token_map)  # (n, v)
+            index = heads.index_of(rows[row, t + k + 1])  # (n,) of the actual token
+            actual = scores.gather(1, index.clamp(min=0)[:, None])  # (n, 1)
+            of_heads.append((scores > actual).sum(-1).masked_fill(index == IGNORED, V))
+        ranks += torch.stack(of_heads, dim=1).cpu().split(scored.sum(1).tolist())
+    return ranks
+
+
+def rank_paths(ranks: Tensor, heads: MedusaHeads) -> list[tuple[int, ...]]:
+    """ranks (n, K) -> the rank path of each position, up to what the heads cannot guess."""
+    known = heads.config.truncated_vocab_size
+    return [tuple(takewhile(lambda rank: rank < known, row)) for row in ranks.tolist()]
+
+
+def calibrate(model: GPT, heads: MedusaHeads, rows_of: dict[str, tuple[Tensor, Tensor]]) -> dict:
+    """The content of calibration.json. For each temperature: each head's accuracy at all positions,
+    and how often each rank prefix came true at the positions where steps start."""
+    device, content = model.lm_head.weight.device, {}
+    for temperature, (tokens, mask) in rows_of.items():
+        rows = tokens.to(device), mask.to(device)
+        ranks = head_ranks(model, heads, *rows, Sampling(float(temperature)))
+        texts = [rank_paths(text, heads) for text in ranks]
+        tree = calibrated_tree(chain.from_iterable(texts), CALIBRATION_NODES)
+        # Prefixes are counted where steps would start, not everywhere.
+        starts = replay(texts, tree)
+        counts, found = prefix_counts(starts), {}
+        for n in (1, 5):
+            shares = (torch.cat(ranks) < n).double().mean(0).tolist()  # (K,)
+            found[f"top{n}"] = [round(share, 4) for share in shares]
+        kept = ranked_prefixes(counts)[:CALIBRATION_PREFIXES]
+        prefixes = {" ".join(map(str, path)): counts[path] for path in kept}
+        content[temperature] = found | {"steps": len(starts), "prefixes": prefixes}
+    return content
+
+
+def write_heads(model: GPT, heads: MedusaHeads, held_out: dict, out: str, base: str) -> None:
+    """Calibrate the heads as they will be on disk, write both, and report. base: its directory."""
+    print0("calibrating on held-out rows")
+    heads = heads.to(disk_dtype(base)).float().eval()
     calibration = calibrate(model, heads, held_out)
     heads.to(disk_dtype(base)).save_pretrained(out)
     write_json(Path(out) / "calibration.json", calibration)
-    finish(config)
-    after = perplexity(model, text)
-    print0(
-        f"perplexity of the base on held-out text: {after:.3f}, "
-        + (f"frozen, in {dtype}" if before is None else f"{before:.3f} before training")
-    )
-    report(base, out, calibration)
+    for temperature, found in calibration.items():
+        pairs = enumerate(zip(found["top1"], found["top5"]), start=1)
+        accuracy = "   ".join(f"head {k}: {a:.1%} / {b:.1%}" for k, (a, b) in pairs)
+        print(f"temperature {temperature}, top-1 / top-5 on held-out rows:   {accuracy}")
+        counts, expected = read_counts(found), []
+        for n in (4, 8, 16, 32):
+            tokens = expected_tokens(calibrated_tree(counts, n), counts)
+            expected.append(f"{tokens:.2f} with {n} nodes")
+        print(f"   expected tokens/step: {'   '.join(expected)}")
+
+
+@torch.inference_mode()
+def perplexity(model: GPT, tokens: Tensor) -> float:
+    """exp of the mean cross-entropy on the beginning of a text (n,).
+
+    Every token but the first is scored once, with half a context before it wherever there is one.
+    """
+    tokens, context = tokens[:PERPLEXITY_TOKENS].long(), model.config.max_position_embeddings
+    hop, nats = max(context // 2, 1), 0.0
+    count = torch.tensor(len(tokens) - 1, device=model.lm_head.weight.device)
+
+    def loss_of(hidden, targets):
+        return [cross_entropy(model.lm_head(hidden), targets, count)]
+
+    # Windows overlap by half a context, of which only the first scores both halves.
+    for start in range(0, len(tokens) - 1, hop):
+        window = tokens[start : start + context + 1].to(count.device)
+        done = 0 if start == 0 else context - hop  # scored with the window before
+        if len(window) - 1 <= done:
+            break
+        hidden = model(window[None, :-1])[0, done:]  # (n, D)
+        nats += in_chunks(loss_of, model.config.vocab_size, hidden, window[1 + done :])[0].item()
+    return math.exp(nats) if nats < 700 else math.inf  # more than a float can hold
 
 
 def main() -> None:
+    # Which flags there are depends on the mode.
     chooser = OneLineParser(add_help=False)
     chooser.add_argument("--mode", choices=MODES, default="medusa1")
-    mode = chooser.parse_known_args()[0].mode  # which flags there are depends on it
-    parser = OneLineParser(description=MODES[mode].__doc__)
-    parser.add_argument(
-        "--mode",
-        choices=MODES,
-        default="medusa1",
-        help="what to do; the flags below are those of this mode (default: medusa1)",
-    )
-    add_options(parser, MODES[mode])
+    config_class, mode = MODES[chooser.parse_known_args()[0].mode]
+    parser = OneLineParser(description=config_class.__doc__)
+    parser.add_argument("--mode", choices=MODES, default="medusa1", help="what to do")
+    add_options(parser, config_class)
     arguments = vars(parser.parse_args())
-    config = MODES[arguments.pop("mode")](**arguments)
-    if "LOCAL_RANK" in os.environ:  # one of several processes that torchrun started
-        backend = (
-            "nccl" if torch.cuda.is_available() and config.device in ("auto", "cuda") else "gloo"
-        )
-        dist.init_process_group(
-            backend, timeout=timedelta(days=1)
-        )  # the others wait while the first calibrates
+    arguments.pop("mode")
+    config = config_class(**arguments)
+
+    # torchrun sets LOCAL_RANK. While the first process calibrates, the others wait.
+    if "LOCAL_RANK" in os.environ:
+        on_gpu = torch.cuda.is_available() and config.device in ("auto", "cuda")
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(days=1))
     try:
-        if isinstance(config, BaseConfig):
-            train_base(config)
-        elif isinstance(config, DistillConfig):
-            out = (
-                "" if config.base == SHIPPED_BASE else f" --out {Path(config.base) / 'heads'}"
-            )  # where sample.py looks for them
-            print0(
-                f"next: python train.py --mode medusa1 --base {config.base} --distilled {distill(config)}{out}"
-            )
-        elif isinstance(config, Medusa1Config):
-            train_medusa(config)
+        mode(config)
+        if isinstance(config, DistillConfig):
+            about = f"--base {config.base} --distilled {config.out}"
+            print0(f"next: python train.py --mode medusa1 {about}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
+
+MODES: dict[str, tuple[type, Callable]] = {
+    "base": (BaseConfig, train_base),
+    "distill": (DistillConfig, distill),
+    "medusa1": (Medusa1Config, train_medusa1),
+    "medusa2": (Medusa2Config, train_medusa2),
+}
 
 if __name__ == "__main__":
     run(main)
