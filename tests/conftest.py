@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 
-from data.distilled import distill
 from strategies import distilling, write_base, write_text
+from train import distill
 
 torch.set_num_threads(1)  # these models are too small for two, which would only wait for each other
 
@@ -15,17 +14,6 @@ torch.set_num_threads(1)  # these models are too small for two, which would only
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def compilations(monkeypatch) -> CompileCounterWithBackend:
-    """Counts what torch.compile compiles; the graphs are run as they are, so that no compiler is needed."""
-    torch._dynamo.reset()
-    counter, compiling = CompileCounterWithBackend("eager"), torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda function, **more: compiling(function, backend=counter, **more)
-    )
-    return counter
 
 
 @pytest.fixture

@@ -1,7 +1,10 @@
-"""Runs are killed and resumed until enough have died:  python tests/killed.py DIRECTORY WHAT KILLS SEED
+"""Runs are killed and resumed until enough have died:
 
-Each attempt is a forked child, so that a death costs no start of an interpreter. DIRECTORY/whole is a run that nobody kills, and
-DIRECTORY/run-0, run-1, ... are those that reached their end in spite of all. Prints {way to die: deaths} as JSON.
+    python tests/killed.py DIRECTORY WHAT KILLS SEED
+
+Each attempt is a forked child, so that a death costs no start of an interpreter. DIRECTORY/whole is
+a run that nobody kills; DIRECTORY/run-0, run-1, ... are those that reached their end in spite of
+all. Prints {way to die: deaths} as JSON.
 """
 
 import json
@@ -12,7 +15,6 @@ import sys
 import time
 import traceback
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -23,6 +25,8 @@ import torch._dynamo  # noqa: F401  an optimiser asks for it: once, not in every
 
 import train
 from strategies import distilling, training, write_base, write_text
+
+WAYS = ("at any moment", "in the middle of a file", "before a rename", "after a rename")
 
 
 def die() -> None:
@@ -35,11 +39,11 @@ def die_at(way: str, n: int) -> None:
 
     def counted(*arguments):
         left[0] -= 1
-        if way == "in the middle of a file" and left[0] == 0:
+        if left[0] == 0 and way == "in the middle of a file":
             path, content = arguments
             write_bytes(path, content[: len(content) // 2])
             die()
-        if way == "before a rename" and left[0] == 0:
+        if left[0] == 0 and way == "before a rename":
             die()
         (write_bytes if way == "in the middle of a file" else rename)(*arguments)
         if left[0] == 0:
@@ -51,83 +55,64 @@ def die_at(way: str, n: int) -> None:
         os.replace = counted
 
 
-WAYS = ("at any moment", "in the middle of a file", "before a rename", "behind a rename")
-
-
 def survives(work, way: str = "", n: int = 0, seconds: float = 0.0) -> bool:
     """Does a child live to the end of work()?"""
     pid = os.fork()
     if pid == 0:
-        says = sys.stderr
+        errors = sys.stderr
         try:
             sys.stdout = sys.stderr = open(os.devnull, "w")
             if way in WAYS[1:]:
                 die_at(way, n)
             work()
         except BaseException:
-            traceback.print_exc(file=says)
+            traceback.print_exc(file=errors)
             os._exit(1)
         os._exit(0)
     if way == WAYS[0]:
         time.sleep(seconds)
         os.kill(pid, signal.SIGKILL)
     status = os.waitpid(pid, 0)[1]
-    if not os.WIFSIGNALED(status) and status:
-        sys.exit("a child has failed")
+    assert status == 0 or os.WIFSIGNALED(status), "a child has failed"
     return status == 0
 
 
-def config_of(what: str, directory: Path):
-    base, text = (
-        str(directory / "base"),
-        [
-            str(path)
-            for path in sorted(directory.glob("*.txt"), key=lambda path: path.stat().st_size)
-        ],
-    )
+def run(what: str, directory: Path, out: Path) -> None:
+    """Start the run, or go on with it."""
+    texts = sorted(directory.glob("*.txt"), key=lambda path: path.stat().st_size)
+    base, text = str(directory / "base"), list(map(str, texts))
     if what == "distill":
-        return distilling(base, text, shards=5)
-    more = {
-        "distilled": str(directory / "shards"),
-        "save_every": 1 + (what != "medusa1"),
-        "lr": 0.01,
-    }
-    return training(base, text, "", **more, steps=6) if what == "medusa1" else training(
-        base, text, "", train.Medusa2Config, **more, heads_steps=2, lora=what == "lora", accumulate=2
-    )  # fmt: skip
+        train.distill(distilling(base, text, shards=5, out=str(out)))
+        return
+    more = {"distilled": str(directory / "rows"), "lr": 0.01}
+    more["resume"] = (out / "checkpoint.safetensors").exists()
+    if what == "states":
+        train.train_medusa1(training(base, text, out, steps=6, keep_states=True, **more))
+    else:
+        train.train_medusa2(training(base, text, out, train.Medusa2Config, heads_steps=2, **more))
 
 
-def main(directory: str, what: str, kills: str, seed: str) -> None:
-    directory, chance, deaths = Path(directory), random.Random(seed), Counter()
+def main(folder: str, what: str, kills: str, seed: str) -> None:
+    directory, chance, deaths = Path(folder), random.Random(seed), Counter()
     torch.set_num_threads(1)
+    train.SAVE_EVERY = 1 if what == "states" else 2
 
     def prepare():
         text, base = write_text(directory), write_base(directory)
-        train.distill(distilling(base, text, out=str(directory / "shards"), new_tokens=10))
-
-    def run(out: Path):
-        config = replace(config_of(what, directory), out=str(out))
-        if what == "distill":
-            train.distill(config)
-        else:
-            train.train_medusa(replace(config, resume=(out / "checkpoint.safetensors").exists()))
+        train.distill(distilling(base, text, out=str(directory / "rows"), new_tokens=10))
 
     assert survives(prepare)
     start = time.monotonic()
-    assert survives(lambda: run(directory / "whole"))
+    assert survives(lambda: run(what, directory, directory / "whole"))
     seconds, ended = time.monotonic() - start, 0
     while deaths.total() < int(kills):
-        way = WAYS[deaths.total() % len(WAYS)]
-        if survives(
-            lambda: run(directory / f"run-{ended}"),
-            way,
-            chance.randint(1, 12),
-            chance.uniform(0, seconds),
-        ):
+        way, n = WAYS[deaths.total() % len(WAYS)], chance.randint(1, 12)
+        out, moment = directory / f"run-{ended}", chance.uniform(0, seconds)
+        if survives(lambda: run(what, directory, out), way, n, moment):
             ended += 1
         else:
             deaths[way] += 1
-    assert survives(lambda: run(directory / f"run-{ended}"))
+    assert survives(lambda: run(what, directory, directory / f"run-{ended}"))
     print(json.dumps(deaths))
 
 

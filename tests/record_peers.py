@@ -1,4 +1,6 @@
-"""Writes tests/peers.json: what transformers' own classes say of a few tiny checkpoints, so that the default tests guard without them.
+"""Writes tests/peers.json: logits and text of a few tiny checkpoints, by transformers' classes.
+
+The default tests compare with these, and so do without transformers.
 
 pip install -r tests/requirements-peers.txt
 python tests/record_peers.py
@@ -30,33 +32,27 @@ TOKENS = [[1, 7, 3, 3, 10, 0, 4], [9, 2, 6, 8, 5, 1, 1]]
 
 
 def record(kind: str, made_with: dict) -> dict:
-    with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder), kind, made_with)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float64, attn_implementation="eager"
-        )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_checkpoint(folder, kind, made_with)
+        options = {"dtype": torch.float64, "attn_implementation": "eager"}
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+        tokens = torch.tensor(TOKENS)
         with torch.no_grad():
-            logits = model(torch.tensor(TOKENS)).logits
-            text = model.generate(
-                torch.tensor(TOKENS[:1])[:, :2],
-                max_new_tokens=7,
-                do_sample=False,
-                pad_token_id=VOCABULARY - 1,
-            )[0, 2:]
-        shapes = {
-            name: list(t.shape) for name, t in load_file(Path(folder) / "model.safetensors").items()
-        }
-        config = json.loads((Path(folder) / "config.json").read_text())
+            logits = model(tokens).logits
+            more = {"do_sample": False, "pad_token_id": VOCABULARY - 1}
+            text = model.generate(tokens[:1, :2], max_new_tokens=7, **more)[0, 2:]
+        weights = load_file(folder / "model.safetensors")
+        config = json.loads((folder / "config.json").read_text())
     return {
         "config": config,
-        "shapes": shapes,
+        "shapes": {name: list(weight.shape) for name, weight in weights.items()},
         "logits": [[[round(x, 7) for x in row] for row in rows] for rows in logits.tolist()],
         "text": text.tolist(),
     }
 
 
 if __name__ == "__main__":
+    about = f'"transformers": "{transformers.__version__}", "tokens": {json.dumps(TOKENS)}'
     cases = ",\n".join(json.dumps(record(*case)) for case in CASES)
-    (HERE / "peers.json").write_text(
-        f'{{"transformers": "{transformers.__version__}", "tokens": {json.dumps(TOKENS)}, "cases": [\n{cases}\n]}}\n'
-    )
+    (HERE / "peers.json").write_text(f'{{{about}, "cases": [\n{cases}\n]}}\n')

@@ -1,162 +1,206 @@
-"""What students hand in: solutions with one plausible mistake each, and right ones that are written otherwise. All are made of the project's own text.
+"""What students hand in: solutions with one plausible mistake each, and right ones of another form.
 
-WRONG: set -> {name: (file, {text of the reference: what stands there instead}, words of the message that must name the mistake)}
+WRONG: set -> {name: (words of the message that must name the mistake, text of the reference,
+                      what is there instead, and so on in pairs)}
 RIGHT: set -> {name: {function: another body}}
 """
 
+NOT_ANCESTORS = "sees nodes that are not its ancestors"
+FROM_THE_ROOT = "not the ranks from the root down"
+NOT_BELOW = "a rank at depth d is not below widths[d-1]"
+NOT_MADE_OF = "does not hold the paths that it was made of"
+NOT_IN_WORDS = "the ValueError does not say"
+NOT_LM_HEAD = "a new head is not exactly the LM head"
+NOT_FORMULA = "is not W2 (h + SiLU(W1 h + b1))"
+TARGET = "token t+k+1"
+MEAN = "over the targets with loss_mask and only those"
+THRESHOLD = "the threshold is not min(epsilon, delta * exp(-H))"
+AT_PARENTS = "pass the rule at their parents"
+PASSED_OVER = "a deeper node was passed over"
+NEXT_ROOT = "the next root is not the sample of the last accepted node"
+EMITTED = "a step emits the guesses on the path"
+NOT_KEPT = "moved down, all at once"
 NOT_PLAIN = "not the one that plain decoding gives"
-MEAN = "over the targets that carry loss and only those"
-FORMULA = "the threshold is not min(epsilon, delta * exp(-H))"
-WIDTHS_CHECK = """    if not widths or any(width < 1 for width in widths):
+NOTHING = "can emit nothing"
+EACH_PREFIX = "once for each prefix"
+EXPECTED = "the next root, and each node's chance"
+EYE = 'torch.eye(len(self), dtype=torch.bool, device="cpu")'
+SQUARE = "len(self), len(self), dtype=torch.bool"
+INHERIT = "mask[node] |= mask[parent]"
+SIBLINGS = "mask[node, [i for i in range(node) if self.parents[i] == parent]] = True"
+DEPTHS = "tuple(len(path) for path in self.paths)"
+RANKS = "for rank in range(width)]"
+WIDTHS_CHECK = """    if len(widths) == 0 or min(widths) < 1:
         raise ValueError(f"widths {list(widths)}: at least one, and each at least 1")
 """
 PREFIX_CHECK = """        if path[:-1] not in index:
             raise ValueError(f"path {list(path)}: its prefix {list(path[:-1])} is missing")
 """
-ROOT_CHECK = """        if not path:
-            raise ValueError("path []: the root is implied and must not be listed")
-"""
-GUESSES_CHECK = """    if n_nodes < 2 or len(counts) < 2:
-        raise ValueError(f"n_nodes = {n_nodes}, {len(counts)} prefixes: a calibrated tree needs at least one node below the root")
-"""
-RANKED = "return sorted((path for path in counts if path), key=lambda path: (-counts[path], len(path), path))"
-MARGINALS = """heads = Counter()
-    for path in counts:
-        if path:
-            heads[len(path), path[-1]] += counts[path]
-    worth = {path: math.prod(heads[d, rank] / counts[()] for d, rank in enumerate(path, start=1)) for path in counts}
-    return sorted((path for path in counts if path), key=lambda path: (-worth[path], len(path), path))"""
-EYE = 'torch.eye(len(self), dtype=torch.bool, device="cpu")'
-INHERIT = "mask[node] |= mask[parent]"
-DRAWS = "draws = logits.argmax(-1) if sampling.temperature == 0 else draw(base_probs, noise)"
-PASSES = "passes = [guess == drawn[parent] for guess, parent in zip(guesses, tree.parents)]"
-REDRAW = """passes = [
-            guess == (draw(base_probs[parent : parent + 1], torch.empty_like(base_probs[:1]).exponential_()).item() if sampling.temperature else drawn[parent])
-            for guess, parent in zip(guesses, (0, *tree.parents[1:]))
-        ]"""
-CARRIES = "carries = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask[:, ahead : ahead + n]"
-COUNT = "(carries.sum() if count is None else count).clamp(min=1)"
+ROOT_CHECK = 'raise ValueError("path []: the root is implied and must not be listed")'
+AHEAD = "padded[:, k + 1 : k + 1 + T] for k in range(K + 1)]"
+MASKED = "tokens = tokens.masked_fill(~mask, IGNORED)"
+STACKED = f"return torch.stack([{AHEAD})"
+STACKED_MASKED = f"{STACKED}.masked_fill(~mask, IGNORED)"
+COUNTS = "(targets != IGNORED).flatten(1).sum(1) if counts is None else counts"
+ENTROPY = "-torch.xlogy(base_probs, base_probs).sum(-1)"
+TARGETS = "targets = sample(logits, sampling, noise)  #"
+PASSES = "[guess == targets[p] for guess, p in zip(guesses[1:], parents)]"
+AGAIN = "sample(logits[[p]], sampling, exponential_noise(logits[[p]], None)).item()"
+REDRAWN = PASSES.replace("targets[p]", AGAIN)
+REACHED = "passes[node] and parent in paths:\n            paths[node] = paths[parent] + [node]"
+UNREACHED = "passes[node]:\n            paths[node] = tree.mask[node].nonzero()[:, 0].tolist()"
+BEST = "(len(nodes), sum(scores[i] for i in nodes))"
+BONUS = "[targets[path[-1]]]"
+SCORED = "if noise is None or sampling.typical:"
 KEEP = "self.data[..., start : start + len(rows), :] = self.data.index_select(4, index)"
-THRESHOLD = "torch.clamp((math.sqrt(epsilon) if delta is None else delta) * torch.exp(-entropy), max=epsilon)"
-BONUS = "[guesses[node] for node in path[1:]] + [drawn[path[-1]]]"
-LONGER = "reached[node] = [*reached[parent][0], node], reached[parent][1] + scores[node]"
+PIECES = ":start, :], self.data.index_select(4, index), self.data[..., start + len(rows) :, :]"
+ENDS = "if length == end or root in eos_ids:"
+KEY = "(-counts[path], len(path), path)"
+RANKED = f"return sorted(filter(None, counts), key=lambda path: {KEY})"
+MARGINALS = """from math import prod
+
+    heads = Counter()
+    for path in filter(None, counts):
+        heads[len(path), path[-1]] += counts[path]
+    share = {node: heads[node] / counts[()] for node in heads}
+    worth = {path: prod(share[node] for node in enumerate(path, start=1)) for path in counts}
+    return sorted(filter(None, counts), key=lambda path: (-worth[path], len(path), path))"""
+PREFIXES = "counts.update(tuple(ranks[:depth]) for depth in range(len(ranks) + 1))"
+GUESSES_CHECK = """    if n_nodes < 2 or len(counts) < 2:
+        raise ValueError(f"n_nodes = {n_nodes}, {len(counts)} prefixes: both must be at least 2")
+"""
 
 WRONG = {
     1: {
-        "sibling visible": ("tree.py", {INHERIT: INHERIT + "\n            mask[node, [i for i in range(node) if self.parents[i] == parent]] = True"}, "sees nodes that are not its ancestors"),
-        "causal mask": ("tree.py", {EYE: "torch.ones(len(self), len(self), dtype=torch.bool).tril()"}, "a node sees a sibling"),
-        "blind to itself": ("tree.py", {EYE: "torch.zeros(len(self), len(self), dtype=torch.bool)"}, "does not see itself"),
-        "parent alone": ("tree.py", {INHERIT: "mask[node, parent] = True"}, "does not see all of its ancestors"),
-        "transposed": ("tree.py", {"        return mask\n": "        return mask.T\n"}, "a node sees its own children"),
-        "everything visible": ("tree.py", {EYE: "torch.ones(len(self), len(self), dtype=torch.bool)"}, "sees nodes that are not its ancestors"),
-        "mask of floats": ("tree.py", {"        return mask\n": "        return mask.float()\n"}, "the mask is one bool for each pair"),
-        "depth is the index": ("tree.py", {"tuple(len(path) for path in self.paths)": "tuple(range(len(self)))"}, "is not its number of steps from the root"),
-        "depth from one": ("tree.py", {"tuple(len(path) for path in self.paths)": "tuple(len(path) + 1 for path in self.paths)"}, "the root is at depth 0"),
-        "path upwards": ("tree.py", {"paths[parent] + (rank,)": "(rank,) + paths[parent]"}, "not the ranks from the root down"),
-        "path of indices": ("tree.py", {"paths[parent] + (rank,)": "paths[parent] + (len(paths),)"}, "not the ranks from the root down"),
-        "root's rank in the path": ("tree.py", {"        paths: list[Ranks] = [()]\n": "        paths: list[Path] = [(-1,)]\n"}, "its path is empty"),
+        "sibling visible": (NOT_ANCESTORS, INHERIT, f"{INHERIT}\n            {SIBLINGS}"),
+        "causal mask": ("a node sees a sibling", EYE, f"torch.ones({SQUARE}).tril()"),
+        "blind to itself": ("does not see itself", EYE, f"torch.zeros({SQUARE})"),
+        "parent alone": ("does not see all of its ancestors", INHERIT, "mask[node, parent] = True"),
+        "transposed": ("a node sees its own children", "return mask\n", "return mask.T\n"),
+        "everything visible": (NOT_ANCESTORS, EYE, f"torch.ones({SQUARE})"),
+        "mask of floats": ("one bool for each pair", "return mask\n", "return mask.float()\n"),
+        "depth is the index": ("is not its number of steps", DEPTHS, "tuple(range(len(self)))"),
+        "depth from one": ("the root is at depth 0", DEPTHS, DEPTHS.replace("path)", "path) + 1")),
+        "path upwards": (FROM_THE_ROOT, "paths[parent] + (rank,)", "(rank,) + paths[parent]"),
+        "path of indices": (FROM_THE_ROOT, "[parent] + (rank,)", "[parent] + (len(paths),)"),
+        "root's rank in the path": ("its path is empty", "list[Ranks] = [()]", "list = [(-1,)]"),
     },
     2: {
-        "one guess too many": ("tree.py", {"for rank in range(width)]": "for rank in range(width + 1)]"}, "a rank at depth d is not below widths[d-1]"),
-        "ranks from one": ("tree.py", {"for rank in range(width)]": "for rank in range(1, width + 1)]"}, "a rank at depth d is not below widths[d-1]"),
-        "leaves alone": ("tree.py", {"paths += level": "paths = level"}, "is missing"),
-        "first width everywhere": ("tree.py", {"for rank in range(width)]": "for rank in range(widths[0])]"}, "widths 2 and 3"),
-        "depth first": ("tree.py", {"key=lambda path: (len(path), path)):": "key=lambda path: path):"}, "nodes stand by depth"),
-        "prefix unchecked": ("tree.py", {PREFIX_CHECK: "", "index[path[:-1]])": "index.get(path[:-1], 0))"}, "the ValueError does not say"),
-        "duplicates dropped": ("tree.py", {"paths = [tuple(path) for path in paths]": "paths = list({tuple(path) for path in paths})"}, "no ValueError"),
-        "empty path passed over": ("tree.py", {ROOT_CHECK: "        if not path:\n            continue\n"}, "no ValueError"),
-        "last node is the parent": ("tree.py", {"parents.append(index[path[:-1]])": "parents.append(len(parents) - 1)"}, "does not hold the paths that it was made of"),
-        "rank by position": ("tree.py", {"ranks.append(path[-1])": "ranks.append(len(ranks) - 1)"}, "does not hold the paths that it was made of"),
-        "widths unchecked": ("tree.py", {WIDTHS_CHECK: ""}, "the ValueError does not say"),
+        "one guess too many": (NOT_BELOW, RANKS, "for rank in range(width + 1)]"),
+        "ranks from one": (NOT_BELOW, RANKS, "for rank in range(1, width + 1)]"),
+        "leaves alone": ("is missing", "paths += level", "paths = level"),
+        "first width everywhere": ("widths 2 and 3", RANKS, "for rank in range(widths[0])]"),
+        "depth first": ("numbered by depth", "path: (len(path), path)):", "path: path):"),
+        "prefix unchecked": (NOT_IN_WORDS, PREFIX_CHECK, "",
+                             "index[path[:-1]])", "index.get(path[:-1], 0))"),
+        "duplicates dropped": ("no ValueError", "map(tuple, paths),", "set(map(tuple, paths)),"),
+        "empty path passed over": ("no ValueError", ROOT_CHECK, "continue"),
+        "last node is the parent": (NOT_MADE_OF, "index[path[:-1]])", "len(parents) - 1)"),
+        "rank by position": (NOT_MADE_OF, "ranks.append(path[-1])", "ranks.append(len(ranks) - 1)"),
+        "widths unchecked": (NOT_IN_WORDS, WIDTHS_CHECK, ""),
     },
     3: {
-        "bias random": ("medusa.py", {"nn.Parameter(torch.zeros(J, K, 1, D))": "nn.Parameter(torch.randn(J, K, 1, D))"}, "a new head is not exactly the LM head"),
-        "shared block": ("medusa.py", {"torch.zeros(J, K, D, D)": "torch.zeros(1, 1, D, D).expand(J, K, D, D)"}, "share one block of memory"),
-        "private matrices shared": ("medusa.py", {"start.repeat(K, 1, 1)": "start.expand(K, -1, -1)"}, "share one"),
-        "owns the LM head": ("medusa.py", {"        self.lm_heads = None\n": "        self.lm_heads = None\n        self.base = lm_head\n"}, "never the base's"),
-        "no residual": ("medusa.py", {"x = x + F.silu(": "x = F.silu("}, "a new head is not exactly the LM head"),
-        "ReLU": ("medusa.py", {"x + F.silu(": "x + F.relu("}, "is not W2 (h + SiLU(W1 h + b1))"),
-        "W1 transposed": ("medusa.py", {"weight.mT)": "weight)"}, "is not W2 (h + SiLU(W1 h + b1))"),
-        "last layer alone": ("medusa.py", {"zip(self.weight, self.bias):": "zip(self.weight[-1:], self.bias[-1:]):"}, "such layers one behind the other"),
-        "offset k": ("medusa.py", {"tokens, mask, k + 1,": "tokens, mask, k,"}, "token t+k+1"),
-        "offset k + 2": ("medusa.py", {"tokens, mask, k + 1,": "tokens, mask, k + 2,"}, "token t+k+1"),
-        "same offset for all": ("medusa.py", {"tokens, mask, k + 1,": "tokens, mask, 2,"}, "token t+k+1"),
-        "decay from k = 0": ("medusa.py", {"decay**k for k in range(1, len(losses) + 1)": "decay**k for k in range(len(losses))"}, "head k weighs 0.8^k, k from 1"),
-        "decay of its own": ("medusa.py", {"DECAY = 0.8": "DECAY = 0.9"}, "head k weighs 0.8^k"),
-        "mask of the guessing position": ("medusa.py", {"mask[:, ahead : ahead + n]": "mask[:, :n]"}, MEAN),
-        "mask always true": ("medusa.py", {CARRIES: "carries = torch.ones_like(targets, dtype=torch.bool)"}, "a target whose mask is False changes the loss"),
-        "mean over all tokens": ("medusa.py", {COUNT: "max(carries.numel(), 1)"}, MEAN),
-        "one count for all heads": ("medusa.py", {COUNT: "max(tokens.shape[0] * (tokens.shape[1] - 2), 1)"}, MEAN),
-        "mean over nothing": ("medusa.py", {COUNT: "(carries.sum() if count is None else count)"}, "without targets the loss is not finite"),
+        "bias random": (NOT_LM_HEAD, "torch.zeros(J, K, 1, D)", "torch.randn(J, K, 1, D)"),
+        "shared block": ("share one block of memory", "torch.zeros(J, K, D, D)",
+                         "torch.zeros(1, 1, D, D).expand(J, K, D, D)"),
+        "private matrices shared": ("share one block", "start.repeat(K, 1, 1)",
+                                    "start.expand(K, -1, -1)"),
+        "owns the LM head": ("never the base's", "self.lm_heads = None",
+                             "self.base = lm_head\n        self.lm_heads = None"),
+        "no residual": (NOT_LM_HEAD, "x = x + F.silu(", "x = F.silu("),
+        "ReLU": (NOT_FORMULA, "x + F.silu(", "x + F.relu("),
+        "W1 transposed": (NOT_FORMULA, "x, weight.mT)", "x, weight)"),
+        "last layer alone": ("such layers in a row", "zip(self.weight, self.bias):",
+                             "zip(self.weight[-1:], self.bias[-1:]):"),
+        "offset k": (TARGET, AHEAD, AHEAD.replace("k + 1 :", "k :").replace("k + 1 +", "k +")),
+        "offset k + 2": (TARGET, AHEAD, AHEAD.replace("k + 1", "k + 2"),
+                         "F.pad(tokens, (0, K + 1)", "F.pad(tokens, (0, K + 2)"),
+        "same offset for all": (TARGET, AHEAD, AHEAD.replace("k + 1", "2")),
+        "decay from k = 0": ("k = 1, 2, ... of decay^k", "arange(1, K + 1", "arange(K"),
+        "decay of its own": ("== 2.1626", "DECAY = 0.8", "DECAY = 0.9"),
+        "mask of the guessing position": (
+            "that token's mask is False", MASKED, "pass", STACKED,
+            f"mask = mask if mask is not None else tokens == tokens\n    {STACKED_MASKED}"),
+        "mask always true": ("that token's mask is False", MASKED, "pass"),
+        "mean over all tokens": (MEAN, COUNTS, "torch.full((K,), targets[0].numel())"),
+        "one count for all heads": (MEAN, COUNTS, "(targets[0] != IGNORED).sum().expand(K)"),
+        "mean over nothing": (MEAN, "count.clamp(min=1)\n\n\n"
+                              "def medusa_loss", "count\n\n\ndef medusa_loss"),
     },
     4: {
-        "epsilon and delta swapped": ("medusa.py", {THRESHOLD: "torch.clamp(epsilon * torch.exp(-entropy), max=math.sqrt(epsilon) if delta is None else delta)"}, "not the other way round"),
-        "entropy in bits": ("medusa.py", {"-torch.xlogy(base_probs, base_probs).sum(-1)": "-torch.xlogy(base_probs, base_probs).sum(-1) / math.log(2)"}, FORMULA),
-        "entropy with its sign lost": ("medusa.py", {"torch.exp(-entropy)": "torch.exp(entropy)"}, FORMULA),
-        "maximum for minimum": ("medusa.py", {"torch.exp(-entropy), max=epsilon)": "torch.exp(-entropy), min=epsilon)"}, FORMULA),
-        "0 log 0": ("medusa.py", {"torch.xlogy(base_probs, base_probs)": "(base_probs * base_probs.log())"}, FORMULA),
-        "argmax root": ("medusa.py", {DRAWS: "draws = logits.argmax(-1)"}, "it is not the argmax"),
-        "root drawn at the root": ("medusa.py", {"+ [drawn[path[-1]]]": "+ [drawn[0]]"}, "the next root is not drawn"),
-        "probability at the child": ("medusa.py", {"base_probs[parents, tokens]": "base_probs.gather(1, tokens[:, None])[:, 0]"}, "pass the rule at their parents"),
-        "threshold at the child": ("medusa.py", {"sampling.epsilon)[parents])": "sampling.epsilon))"}, "pass the rule at their parents"),
-        "last token decides": ("medusa.py", {"reached[parent][1] + scores[node]": "scores[node]"}, "whose tokens together are likeliest wins"),
-        "likeliest before deepest": ("medusa.py", {"(len(found[0]), found[1]))": "found[1])"}, "a deeper node was passed over"),
-        "parent's rejection forgotten": ("medusa.py", {
-            "if passes[node] and parent in reached:": "if passes[node]:",
-            LONGER: "reached[node] = tree.mask[node].nonzero()[:, 0].tolist(), reached.get(parent, ([], 0.0))[1] + scores[node]",
-        }, "that does not pass the rule"),
-        "race lost": ("medusa.py", {"(probs / noise).argmax(-1)": "(probs * noise).argmax(-1)"}, "tokens are not drawn with their probabilities"),
-        "epsilon of the default": ("medusa.py", {"typical_threshold(base_probs, sampling.epsilon)": "typical_threshold(base_probs)"}, "rejected although the threshold is next to 0"),
+        "epsilon and delta swapped": (THRESHOLD, "torch.clamp(delta *",
+                                      "torch.clamp(epsilon *", "max=epsilon)", "max=delta)"),
+        "entropy in bits": (THRESHOLD, ENTROPY, f"{ENTROPY} / math.log(2)"),
+        "entropy with its sign lost": (THRESHOLD, "torch.exp(-entropy)", "torch.exp(entropy)"),
+        "maximum for minimum": (THRESHOLD, "max=epsilon)", "min=epsilon)"),
+        "0 log 0": (THRESHOLD, ENTROPY, "-(base_probs * base_probs.log()).sum(-1)"),
+        "argmax root": (NEXT_ROOT, TARGETS, "targets = logits.argmax(-1)  #"),
+        "root sampled at the root": (NEXT_ROOT, BONUS, "[targets[0]]"),
+        "probability at the child": (AT_PARENTS, "[parents, tok", "[range(1, len(tree)), tok"),
+        "threshold at the child": (AT_PARENTS, "epsilon)[parents]", "epsilon)[1:]"),
+        "last token decides": ("of equally deep", BEST, "(len(nodes), scores[nodes[-1]])"),
+        "most likely before deepest": (PASSED_OVER, BEST, "sum(scores[i] for i in nodes)"),
+        "parent's rejection forgotten": ("that does not pass the rule", REACHED, UNREACHED),
+        "race lost": (NEXT_ROOT, "sampling) / noise).", "sampling) * noise)."),
+        "epsilon of the default": ("not pass the rule", "probs, sampling.epsilon", "probs"),
     },
     5: {
-        "redraw for each child": ("medusa.py", {PASSES: REDRAW}, "one draw for each node, for all its children"),
-        "the child's own draw": ("medusa.py", {PASSES: "passes = [guess == own for guess, own in zip(guesses, drawn)]"}, "pass the rule"),
-        "padding 0 accepted": ("medusa.py", {PASSES: PASSES.replace("guess == drawn[parent]", "guess in (0, drawn[parent])")}, "that does not pass the rule at its parent"),
-        "argmax for a draw": ("medusa.py", {DRAWS: "draws = logits.argmax(-1)"}, "the next root is not the draw of the last accepted node"),
-        "next root at the root": ("medusa.py", {"+ [drawn[path[-1]]]": "+ [drawn[0]]"}, "the next root is not the draw of the last accepted node"),
-        "nothing accepted": ("medusa.py", {"(len(found[0]), found[1]))": "(-len(found[0]), found[1]))"}, "a deeper node was passed over"),
-        "first root again": ("medusa.py", {BONUS: BONUS.replace("path[1:]", "path")}, "a step earns the guesses on the path"),
-        "no next root": ("medusa.py", {BONUS: "[guesses[node] for node in path[1:]]"}, "a step earns the guesses on the path"),
-        "top-k forgotten": ("medusa.py", {"base_probs = logits_to_probs(logits, sampling)  #": "base_probs = logits_to_probs(logits, Sampling(sampling.temperature))  #"}, "texts do not come with the base model's probabilities"),
-        "guesses without the noise": ("medusa.py", {"return logits if noise is None or sampling.typical else": "return logits if True else"}, "rank by their race with the same noise"),
-        "guesses without the temperature": ("medusa.py", {"scale_logits(logits, sampling.temperature).softmax(-1) / noise": "logits.softmax(-1) / noise"}, "at the temperature"),
-        "noise for typical too": ("medusa.py", {"if noise is None or sampling.typical else": "if noise is None else"}, "the noise is not theirs"),
+        "redraw for each child": ("one sample a node", PASSES, REDRAWN),
+        "the child's own": ("pass the rule", PASSES, "[*map(int.__eq__, guesses, targets)][1:]"),
+        "padding 0 accepted": ("that does not pass the rule at its parent", PASSES,
+                               PASSES.replace("== targets[p]", "in (0, targets[p])")),
+        "argmax for a sample": (NOT_PLAIN, TARGETS, "targets = logits.argmax(-1)  #"),
+        "next root at the root": (NEXT_ROOT, BONUS, "[targets[0]]"),
+        "nothing accepted": (PASSED_OVER, BEST, f"(-{BEST[1:]}"),
+        "first root again": (EMITTED, "for node in path[1:]]", "for node in path]"),
+        "no next root": (EMITTED, f" + {BONUS}", ""),
+        "top-k forgotten": ("texts do not have the base model's probabilities", TARGETS,
+                            "targets = sample(logits, Sampling(sampling.temperature), noise)  #"),
+        "guesses without the noise": ("with the same noise", SCORED, "if True:"),
+        "guesses without the temperature": (
+            "at the temperature", "/ sampling.temperature - noise.log()", "- noise.log()"),
+        "noise for typical too": ("without noise", SCORED, "if noise is None:"),
     },
     6: {
-        "rows not moved": ("model.py", {KEEP: "pass"}, "is not the one that was to be kept there"),
-        "rows from the cache's start": ("model.py", {"device=self.data.device) + start": "device=self.data.device)"}, "is not the one that was to be kept there"),
-        "length to the last row": ("model.py", {"self.length = start + len(rows)": "self.length = start + max(rows, default=-1) + 1"}, "the length is not that of the past and the kept rows"),
-        "views left behind": ("model.py", {KEEP: "self.data = torch.cat((self.data[..., :start, :], self.data.index_select(4, index), self.data[..., start + len(rows) :, :]), dim=4)"},
-                              "layers no longer look at the data"),
-        "position by index": ("medusa.py", {"plan.depths + past": "torch.arange(len(tokens)) + past"}, NOT_PLAIN),
-        "position one too far": ("medusa.py", {"plan.depths + past": "plan.depths + past + 1"}, "it can earn nothing"),
-        "no mask": ("medusa.py", {"plan.mask(past), cache)[0]": "None, cache)[0]"}, NOT_PLAIN),
-        "EOS kept": ("medusa.py", {"emitted := truncate_at_eos(emitted, ends)": "emitted"}, "tokens behind EOS were kept"),
-        "EOS does not end": ("medusa.py", {"if length == end or emitted[-1] in ends:": "if length == end:"}, "behind EOS"),
-        "steps counted for tokens": ("medusa.py", {"    while length < end:\n": "    for _ in range(max_new_tokens):\n",
-                                                   "if length == end or emitted[-1]": "if emitted[-1]"}, "tokens are counted and not steps"),
-        "no room at the end": ("medusa.py", {"if plan.depth > end - length - 1:": "if False:"}, "it can earn nothing"),
-        "cut too early": ("medusa.py", {"if plan.depth > end - length - 1:": "if plan.depth > max(end - length - 2, 0):",
-                                        "tree.cut(end - length - 1)": "tree.cut(max(end - length - 2, 0))"}, "and no further"),
-        "heads at every node": ("medusa.py", {"        tokens = propose(": "        [heads(state, lm_head) for state in states]\n        tokens = propose("}, "the heads run once a step"),
-        "heads at the root": ("medusa.py", {"states[path[-1]], emitted[-1]": "states[0], emitted[-1]"}, "head k does not fill depth k"),
-        "rows of the tree not committed": ("medusa.py", {"        cache.keep(past, path)  #": "        cache.length = past + len(path)  #"}, NOT_PLAIN),
-        "noise stands still": ("medusa.py", {"        noise.advance(len(emitted))\n": ""}, NOT_PLAIN),
-        "root forgotten": ("medusa.py", {"        past = length - 1  #": "        past = length  #"}, "without the root in the past"),
+        "rows not moved": (NOT_KEPT, KEEP, "pass"),
+        "rows from the cache's start": (NOT_KEPT, "data.device) + start", "data.device)"),
+        "length to the last row": ("the length is not that", "length = start + len(rows)",
+                                   "length = start + max(rows, default=-1) + 1"),
+        "views not updated": ("views of the data", KEEP,
+                              f"self.data = torch.cat((self.data[..., {PIECES}), dim=4)"),
+        "position by index": ("past + depth", "buffers.depths +", "torch.arange(len(tokens)) +"),
+        "position one too far": (NOTHING, "buffers.depths + past", "buffers.depths + past + 1"),
+        "no mask": (NOT_PLAIN, "positions, mask, cache)[0]", "positions, None, cache)[0]"),
+        "EOS kept": ("EOS were kept", "truncate_at_eos(emitted, eos_ids)", "emitted"),
+        "EOS does not end": ("after EOS", ENDS, "if length == end:"),
+        "steps counted for tokens": ("tokens are counted and not steps", "while True:",
+                                     "for _ in range(max_new_tokens):", ENDS, ENDS[:3] + ENDS[20:]),
+        "no room at the end": (NOTHING, "> end - length - 1:", "> 10**9:"),
+        "cut too early": ("and no further", "> end - length - 1", "> max(end - length - 2, 0)",
+                          "cut(end - length - 1)", "cut(max(end - length - 2, 0))"),
+        "heads at every node": ("ran at several nodes", "        tokens = propose(",
+            "        heads(hidden.repeat(2), lm_head)\n        tokens = propose("),
+        "heads at the root": ("head k does not fill depth k", "states[path[-1]]", "states[0]"),
+        "rows of the tree not committed": (NOT_PLAIN, "cache.keep(past, path)\n",
+                                           "cache.length = past + len(path)\n"),
+        "noise not advanced": (NOT_PLAIN, "noise.advance(len(emitted))", "pass"),
+        "root forgotten": ("root in the past", "buffers.tree, length - 1", "buffers.tree, length"),
     },
     7: {
-        "product of marginals": ("tree.py", {RANKED: MARGINALS, "import torch\n": "import math\n\nimport torch\n"}, "do not multiply marginals"),
-        "ties to the longer": ("tree.py", {"(-counts[path], len(path), path)": "(-counts[path], -len(path), path)"}, "its prefix"),
-        "ties to the higher ranks": ("tree.py", {"(-counts[path], len(path), path)": "(-counts[path], len(path), tuple(-rank for rank in path))"}, "lower ranks"),
-        "shortest first": ("tree.py", {"(-counts[path], len(path), path)": "(len(path), -counts[path], path)"}, "another tree of this size"),
-        "root not counted": ("tree.py", {"[: n_nodes - 1]": "[:n_nodes]"}, "n_nodes counts the root"),
-        "rarest first": ("tree.py", {"(-counts[path], len(path), path)": "(counts[path], len(path), path)"}, "its prefix"),
-        "no empty prefix": ("tree.py", {"for depth in range(len(ranks) + 1)": "for depth in range(1, len(ranks) + 1)"}, "the empty prefix stands once"),
-        "whole rows missing": ("tree.py", {"for depth in range(len(ranks) + 1)": "for depth in range(len(ranks))"}, "once for each prefix"),
-        "whole rows alone": ("tree.py", {"counts.update(ranks[:depth] for depth in range(len(ranks) + 1))": "counts.update([(), ranks])"}, "once for each prefix"),
-        "next root forgotten": ("tree.py", {"for path in tree.paths) / counts[()]": "for path in tree.paths[1:]) / counts[()]"}, "the next root, and each node's chance"),
-        "divided by all prefixes": ("tree.py", {"/ counts[()]": "/ sum(counts.values())"}, "the next root, and each node's chance"),
-        "too few nodes unchecked": ("tree.py", {GUESSES_CHECK: ""}, "the ValueError does not say"),
+        "product of marginals": ("do not multiply marginals", RANKED, MARGINALS),
+        "ties to the longer": ("its prefix", KEY, KEY.replace("len", "-len")),
+        "ties to the higher ranks": ("lower ranks", KEY,
+                                     KEY.replace(" path)", " [-rank for rank in path])")),
+        "shortest first": ("another tree of this size", KEY, "(len(path), -counts[path], path)"),
+        "root not counted": ("n_nodes counts the root", "[: n_nodes - 1]", "[:n_nodes]"),
+        "rarest first": ("its prefix", KEY, KEY.replace("-", "")),
+        "no empty prefix": ("the empty prefix counts once", PREFIXES,
+                            PREFIXES.replace("len", "1, len")),
+        "whole rows missing": (EACH_PREFIX, PREFIXES, PREFIXES.replace(" + 1", "")),
+        "whole rows alone": (EACH_PREFIX, PREFIXES, "counts.update([(), ranks])"),
+        "next root forgotten": (EXPECTED, "in tree.paths) / counts", "in tree.paths[1:]) / counts"),
+        "divided by all prefixes": (EXPECTED, "/ counts[()]", "/ sum(counts.values())"),
+        "too few nodes unchecked": (NOT_IN_WORDS, GUESSES_CHECK, ""),
     },
 }  # fmt: skip
 
@@ -172,46 +216,33 @@ RIGHT = {
         "recursive": {"tree.Tree.paths": '''
         def climb(node):
             return climb(self.parents[node]) + (self.ranks[node],) if node else ()
-
         return tuple(climb(node) for node in range(len(self)))
 ''', "tree.Tree.depths": '''
-        def depth(node):
-            return 1 + depth(self.parents[node]) if node else 0
-
-        return tuple(map(depth, range(len(self))))
+        return tuple(int(row.sum()) - 1 for row in self.mask)
 '''},
         "numpy": {"tree.Tree.mask": '''
-        import numpy as np
-
-        mask = np.zeros((len(self), len(self)), dtype=bool)
-        for node in range(len(self)):
-            above = node
-            while above != -1:
-                mask[node, above] = True
-                above = self.parents[above]
+        mask = np.eye(len(self), dtype=bool)
+        for node in range(1, len(self)):
+            mask[node] |= mask[self.parents[node]]
         return torch.from_numpy(mask)
 '''},
     },
     2: {
         "product": {"tree.cartesian_tree": '''
     from itertools import product
-
-    widths = list(widths)
-    if not widths or min(widths) < 1:
-        raise ValueError(f"bad widths {widths}")
-    return tree_from_paths([path for d in range(1, len(widths) + 1) for path in product(*map(range, widths[:d]))])
+    levels = [list(map(range, widths[:depth])) for depth in range(1, len(widths) + 1)]
+    if not levels or min(widths) < 1:
+        raise ValueError(f"bad widths {list(widths)}")
+    return tree_from_paths([path for level in levels for path in product(*level)])
 '''},
         "recursive, by search": {"tree.cartesian_tree": '''
-    widths = list(widths)
     if not widths or min(widths) < 1:
-        raise ValueError(f"bad widths {widths}")
-
+        raise ValueError(f"bad widths {list(widths)}")
     def below(path):
         for rank in range(widths[len(path)]):
             yield path + (rank,)
             if len(path) + 1 < len(widths):
                 yield from below(path + (rank,))
-
     return tree_from_paths(below(()))
 ''', "tree.tree_from_paths": '''
     nodes = sorted(map(tuple, paths), key=lambda path: (len(path), path))
@@ -222,8 +253,9 @@ RIGHT = {
     nodes = [(), *nodes]
     for path in nodes[1:]:
         if path[:-1] not in nodes:
-            raise ValueError(f"path {list(path)} hangs in the air")
-    return Tree((-1, *(nodes.index(path[:-1]) for path in nodes[1:])), (-1, *(path[-1] for path in nodes[1:])))
+            raise ValueError(f"path {list(path)}: its prefix {list(path[:-1])} is missing")
+    parents = [nodes.index(path[:-1]) for path in nodes[1:]]
+    return Tree((-1, *parents), (-1, *(path[-1] for path in nodes[1:])))
 '''},
     },
     3: {
@@ -236,44 +268,49 @@ RIGHT = {
             logits.append(lm_head(x) if self.lm_heads is None else F.linear(x, self.lm_heads[k]))
         return torch.stack(logits)
 '''},
-        "target by target": {"medusa.medusa_loss": '''
-        losses = []
-        T = tokens.shape[1]
-        for k in range(1, logits.shape[0] + 1):
-            terms = [
-                -at_least_float32(logits[k - 1, b, t]).log_softmax(-1)[tokens[b, t + k + 1]]
-                for b in range(tokens.shape[0])
-                for t in range(min(T - k - 1, logits.shape[2]))
-                if mask is None or mask[b, t + k + 1]
-            ]
-            losses.append(torch.stack(terms).mean() if terms else at_least_float32(logits[k - 1].flatten()[:0]).sum())
-        losses = torch.stack(losses)
-        return sum(decay**k * loss for k, loss in enumerate(losses, start=1)), losses
+        "target by target": {"medusa.targets_ahead": '''
+    ahead = torch.full((K + 1, *tokens.shape), IGNORED)
+    for k, row, t in torch.cartesian_prod(*map(torch.arange, ahead.shape)).tolist():
+        at = t + k + 1
+        if at < tokens.shape[1] and (mask is None or mask[row, at]):
+            ahead[k, row, t] = tokens[row, at]
+    return ahead
+''', "medusa.medusa_loss": '''
+    losses = []
+    for k in range(len(logits)):
+        rows = at_least_float32(logits[k]).flatten(0, -2).log_softmax(-1)
+        terms = [-row[i] for row, i in zip(rows, targets[k].flatten().tolist()) if i != IGNORED]
+        count = len(terms) if counts is None else counts[k].item()
+        losses.append(sum(terms, start=rows[:0].sum()) / max(count, 1))
+    return sum(decay**k * loss for k, loss in enumerate(losses, start=1)), torch.stack(losses)
 '''},
     },
     4: {
         "token by token": {"medusa.typical_threshold": '''
     delta = math.sqrt(epsilon) if delta is None else delta
-    rows = base_probs.reshape(-1, base_probs.shape[-1])
-    found = [min(epsilon, delta * math.exp(sum(p * math.log(p) for p in row if p > 0))) for row in rows.tolist()]
+    found = []
+    for row in base_probs.reshape(-1, base_probs.shape[-1]).tolist():
+        found.append(min(epsilon, delta * math.exp(sum(p * math.log(p) for p in row if p > 0))))
     return torch.tensor(found, dtype=base_probs.dtype).view(base_probs.shape[:-1])
-''', "medusa.draw": '''
-    return (noise / probs).argmin(-1)
+''', "medusa.sample": '''
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    return (noise / logits_to_probs(logits, sampling)).argmin(-1)
 '''},
         "recursive": {"medusa.accept": '''
     base_probs = logits_to_probs(logits, sampling)
     least = typical_threshold(base_probs, sampling.epsilon)
-
     def best(node):
         found = (0, 0.0, [node])
         for child in range(node + 1, len(tree)):
-            if tree.parents[child] == node and base_probs[node, tokens[child]] > least[node]:
+            prob = base_probs[node, tokens[child]]
+            if tree.parents[child] == node and prob > least[node]:
                 depth, score, path = best(child)
-                found = max(found, (depth + 1, score + base_probs[node, tokens[child]].log().item(), [node, *path]))
+                found = max(found, (depth + 1, score + prob.log().item(), [node, *path]))
         return found
-
     path = best(0)[2]
-    return path, tokens[path[1:]].tolist() + draw(base_probs[path[-1:]], noise[path[-1:]]).tolist()
+    root = sample(logits[path[-1:]], sampling, noise[path[-1:]])
+    return path, tokens[path[1:]].tolist() + root.tolist()
 '''},
     },
     5: {
@@ -281,28 +318,27 @@ RIGHT = {
     path, emitted = [0], []
     while True:
         at = path[-1]
-        if sampling.temperature == 0:
-            token = logits[at].argmax().item()
-        else:
-            token = draw(logits_to_probs(logits[at : at + 1], sampling), noise[at : at + 1]).item()
-        emitted.append(token)
-        child = [node for node in range(len(tree)) if tree.parents[node] == at and tokens[node].item() == token]
-        if not child:
+        here = None if noise is None else noise[at : at + 1]
+        emitted += sample(logits[at : at + 1], sampling, here).tolist()
+        children = [node for node in range(len(tree)) if tree.parents[node] == at]
+        right = [node for node in children if tokens[node].item() == emitted[-1]]
+        if not right:
             return path, emitted
-        path.append(child[0])
+        path += right
 '''},
         "vectorised": {"medusa.accept": '''
-    draws = logits.argmax(-1) if sampling.temperature == 0 else draw(logits_to_probs(logits, sampling), noise)
-    parents = torch.tensor(tree.parents)
-    passes = (tokens == draws[parents]).index_fill(0, torch.tensor([0]), True)
+    targets = sample(logits, sampling, noise)
+    passes = tokens == targets[torch.tensor(tree.parents)]
+    passes[0] = True
     accepted = (passes | ~tree.mask).all(1)  # all that a node sees has passed
     last = max(accepted.nonzero().flatten().tolist(), key=tree.depths.__getitem__)
     path = tree.mask[last].nonzero().flatten()
-    return path.tolist(), draws[path].tolist()
+    return path.tolist(), targets[path].tolist()
 ''', "medusa.gumbel_scores": '''
     if sampling.typical or noise is None:
         return logits
-    return scale_logits(logits, sampling.temperature).log_softmax(-1) - noise.log()
+    noise = noise if token_map is None else noise[..., token_map]
+    return (logits / sampling.temperature).log_softmax(-1) - noise.log()
 '''},
     },
     6: {
@@ -313,29 +349,27 @@ RIGHT = {
 '''},
         "another loop": {"medusa.medusa_generate": '''
     check_compatible(model, heads, tree)
-    end, text, ends = max_length(model, prompt, max_new_tokens), list(prompt), model.config.eos_ids
-    cache, noise = model.new_cache(end + len(tree)), SharedGumbelNoise(model.lm_head.weight, sampling, generator)
-    used, tokens, states = ROOT_ONLY, torch.tensor(text[-1:]), model(torch.tensor([text]), cache=cache)[0, -1:]
+    end, text = max_length(model, prompt, max_new_tokens), list(prompt)
+    cache, noise = model.new_cache(end + len(tree)), SharedGumbelNoise(model, sampling, generator)
+    nodes, tokens = ROOT_ONLY, torch.tensor(text[-1:])
+    states = model(torch.tensor([text]), cache=cache)[0, -1:]
+    hidden = states[0]
     while len(text) < end:
-        path, earned = accept(used, tokens, model.lm_head(states), sampling, noise.at(used.depths))
-        if used is not ROOT_ONLY:
+        logits, noise_now = model.lm_head(states), noise.at(nodes.depths)
+        path, new = accept(nodes, tokens, logits, sampling, noise_now)
+        if len(text) > len(prompt):
             cache.keep(len(text) - 1, path)
-        for place, token in enumerate(earned):
-            if token in ends:
-                earned = earned[: place + 1]
-                break
-        yield earned
-        text += earned
-        noise.advance(len(earned))
-        if text[-1] in ends or len(text) == end:
+        new = truncate_at_eos(new, model.config.eos_ids)
+        yield Step(new, nodes, tokens, path, hidden, logits, noise_now)
+        text += new
+        noise.advance(len(new))
+        if text[-1] in model.config.eos_ids or len(text) == end:
             return
-        used = tree.cut(min(max(tree.depths), end - len(text) - 1))
-        if used == ROOT_ONLY:
-            used = Tree((-1,), (-1,))
-        past, plan = len(text) - 1, Plan(used, end, model.lm_head.weight)
-        tokens = propose(heads, model.lm_head, states[path[-1]], text[-1], plan, sampling, noise)
-        mask = torch.cat((torch.ones(len(used), past, dtype=torch.bool), used.mask), dim=1)
-        states = model(tokens[None], torch.tensor(used.depths) + past, mask, cache)[0]
+        nodes, hidden = tree.cut(min(max(tree.depths), end - len(text) - 1)), states[path[-1]]
+        past, buffers = len(text) - 1, TreeBuffers(nodes, end, model.lm_head.weight)
+        tokens = propose(heads, model.lm_head, hidden, text[-1], buffers, sampling, noise)
+        mask = torch.cat((torch.ones(len(nodes), past, dtype=torch.bool), nodes.mask), dim=1)
+        states = model(tokens[None], torch.tensor(nodes.depths) + past, mask, cache)[0]
 '''},
     },
     7: {
@@ -343,28 +377,21 @@ RIGHT = {
     counts = rank_paths if isinstance(rank_paths, Counter) else prefix_counts(rank_paths)
     if n_nodes < 2 or len(counts) < 2:
         raise ValueError(f"n_nodes = {n_nodes}: too few")
-    chosen = [()]
-    while len(chosen) < n_nodes:
-        open_paths = [path for path in counts if path and path not in chosen and path[:-1] in chosen]
-        if not open_paths:
-            break
-        chosen.append(min(open_paths, key=lambda path: (-counts[path], len(path), path)))
+    chosen, more = [()], True
+    while len(chosen) < n_nodes and more:
+        more = [path for path in counts if path not in chosen and path[:-1] in chosen]
+        chosen += sorted(more, key=lambda path: (-counts[path], len(path), path))[:1]
     return tree_from_paths(chosen[1:])
 '''},
         "heap": {"tree.ranked_prefixes": '''
     import heapq
-
     heap = [(-count, len(path), path) for path, count in counts.items() if path]
-    heapq.heapify(heap)
-    return [heapq.heappop(heap)[2] for _ in range(len(heap))]
+    return [path for *_, path in heapq.nsmallest(len(heap), heap)]
 ''', "tree.prefix_counts": '''
     counts = Counter()
     for ranks in rank_paths:
-        prefix = ()
-        counts[prefix] += 1
-        for rank in ranks:
-            prefix += (rank,)
-            counts[prefix] += 1
+        for depth in range(len(ranks) + 1):
+            counts[tuple(ranks)[:depth]] += 1
     return counts
 ''', "tree.expected_tokens": '''
     return 1 + sum(counts[path] / counts[()] for path in tree.paths[1:])

@@ -1,7 +1,11 @@
-"""What the tests draw from: small trees, small GPTs in float64, heads of every quality, and oracles written without the code under test."""
+"""What the tests use: small trees, GPTs in float64, heads of every quality, and oracles.
+
+The oracles are written from definitions, without the code under test.
+"""
 
 import json
 import math
+from dataclasses import replace
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -10,12 +14,11 @@ import torch
 from hypothesis import HealthCheck, settings, strategies as st
 
 from data.corpus import is_validation
-from data.distilled import DistillConfig
 from data.tokenizer import Tokenizer, train_tokenizer
 from medusa import MedusaConfig, MedusaHeads
 from model import GPT, ModelConfig, write_safetensors
-from train import BaseConfig, Medusa1Config
-from tree import Tree, best_first_tree, calibrated_tree, cartesian_tree, tree_from_paths
+from train import BaseConfig, DistillConfig, Medusa1Config, Medusa2Config
+from tree import Tree, calibrated_tree, cartesian_tree, tree_from_paths
 
 properties = settings(
     deadline=None,
@@ -58,89 +61,59 @@ def rank_data(max_depth: int, n_ranks: int, max_rows=12):
 def built_trees(max_depth: int, n_ranks: int):
     """Trees from every builder, and from bare parent lists."""
     any_tree = trees(max_nodes=9, max_depth=max_depth, n_ranks=n_ranks)
+    grown = any_tree.filter(lambda tree: len(tree) > 1)
+    widths = st.lists(st.integers(1, min(n_ranks, 3)), min_size=1, max_size=max_depth)
+    calibration = st.tuples(rank_data(max_depth, n_ranks), st.integers(2, 9))
     return st.one_of(
         any_tree,
-        any_tree.filter(lambda tree: len(tree) > 1)
-        .flatmap(lambda tree: st.permutations(tree.paths[1:]))
-        .map(tree_from_paths),
-        st.lists(st.integers(1, min(n_ranks, 3)), min_size=1, max_size=max_depth).map(
-            cartesian_tree
-        ),
-        st.tuples(rank_data(max_depth, n_ranks), st.integers(2, 9)).map(
-            lambda drawn: calibrated_tree(*drawn)
-        ),
-        st.tuples(st.integers(0, 99), st.integers(1, max_depth), st.integers(2, 9)).map(
-            lambda drawn: best_first_tree(
-                torch.randn(drawn[1], n_ranks, generator=rng(drawn[0])).log_softmax(-1), drawn[2]
-            )
-        ),
+        grown.flatmap(lambda tree: st.permutations(tree.paths[1:])).map(tree_from_paths),
+        widths.map(cartesian_tree),
+        calibration.map(lambda drawn: calibrated_tree(*drawn)),
     )
+
+
+def tiny_gpt(V: int, D: int, mlp: int, layers: int, heads: int, context: int, eos) -> GPT:
+    shape = ModelConfig(V, D, mlp, layers, heads, 1, context, tie_word_embeddings=False)
+    return GPT(replace(shape, bos_token_id=None, eos_token_id=eos)).double().eval()
 
 
 def random_gpt(seed: int, vocab_size=5, context=16, layers=1, eos=None) -> GPT:
     """A GPT in float64 with weights so large that its text depends on all of its past."""
-    model = GPT(
-        ModelConfig(
-            vocab_size,
-            8,
-            12,
-            layers,
-            2,
-            1,
-            context,
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=eos,
-        )
-    ).double()
-    generator = rng(seed)
+    model, generator = tiny_gpt(vocab_size, 8, 12, layers, 2, context, eos), rng(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
-            weight.copy_(
-                1 + 0.2 * noise if weight.dim() == 1 else noise if "embed" in name else 0.7 * noise
-            )
-    return model.eval()
+            gain = 1 + 0.2 * noise
+            matrix = noise if "embed" in name else 0.7 * noise
+            weight.copy_(gain if weight.dim() == 1 else matrix)
+    return model
 
 
 def markov_gpt(logits, context=32, eos=None) -> GPT:
-    """A GPT whose logits after token i are row i of logits (V, V), whatever came before; V even. Its hidden state is one-hot."""
+    """A GPT whose logits after token i are row i of logits (V, V), whatever came before; V even.
+
+    Its hidden state is one-hot.
+    """
     logits = torch.as_tensor(logits, dtype=torch.float64)
     V = len(logits)
-    model = GPT(
-        ModelConfig(
-            V,
-            V,
-            4,
-            1,
-            1,
-            1,
-            context,
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=eos,
-        )
-    ).double()
+    model = tiny_gpt(V, V, 4, 1, 1, context, eos)
     with torch.no_grad():
         model.layers[0].self_attn.o_proj.weight.zero_()
         model.layers[0].mlp.down_proj.weight.zero_()
         model.embed_tokens.weight.copy_(torch.eye(V))
         model.norm.weight.fill_((1 / V + model.config.rms_norm_eps) ** 0.5)
         model.lm_head.weight.copy_(logits.T)
-    return model.eval()
+    return model
 
 
 def random_heads(
     model: GPT, num_heads: int, seed: int, layers=1, private=False, truncated=0
 ) -> MedusaHeads:
-    config = MedusaConfig(
-        model.config.hidden_size, model.config.vocab_size, num_heads, layers, not private, truncated
-    )
+    D, V = model.config.hidden_size, model.config.vocab_size
+    config = MedusaConfig(D, V, num_heads, layers, not private, truncated)
     heads = MedusaHeads(config, model.lm_head).to(model.lm_head.weight.dtype)
     if heads.token_map is not None:
-        heads.token_map.copy_(
-            torch.randperm(model.config.vocab_size, generator=rng(seed))[:truncated]
-        )
+        heads.token_map.copy_(torch.randperm(V, generator=rng(seed))[:truncated])
     with torch.no_grad():
         for weight in heads.parameters():
             weight.copy_(torch.randn(weight.shape, generator=rng(seed), dtype=weight.dtype))
@@ -148,45 +121,49 @@ def random_heads(
 
 
 class CheatingHeads:
-    """Heads that know the text and give its next tokens the rank that `rank_of()` says; `length` tokens of it are out already."""
+    """Heads that know the text, and give its next tokens the rank that `rank_of()` returns.
+
+    length: of the text so far, the prompt included.
+    """
+
+    token_map = None
 
     def __init__(self, model: GPT, num_heads: int, text: list[int], length: int, rank_of=lambda: 0):
         self.config = MedusaConfig(model.config.hidden_size, model.config.vocab_size, num_heads)
         self.text, self.length, self.rank_of = text, length, rank_of
 
-    def shortened(self, lm_head):
+    def truncated(self, lm_head):
         return lm_head
-
-    def widened(self, logits):
-        return logits
 
     def __call__(self, hidden, lm_head):
         assert hidden.dim() == 1, "heads run at one node alone, the one accepted last"
         V = self.config.vocab_size
         logits = torch.zeros(self.config.num_heads, V, dtype=hidden.dtype)
+        # So far apart that no noise changes their order.
+        falling = 60 * torch.arange(V, 0, -1, dtype=hidden.dtype)
         for k in range(self.config.num_heads):
-            at = (
-                self.length + k
-            )  # the root stands at length - 1, and head 1 guesses the token behind it
+            # The root is at length - 1, and head 1 guesses the token after it.
+            at = self.length + k
             right = self.text[at] if at < len(self.text) else 0
             order = [token for token in range(V) if token != right]
             order.insert(self.rank_of(), right)
-            logits[k, order] = 60 * torch.arange(
-                V, 0, -1, dtype=hidden.dtype
-            )  # so far apart that no noise changes the order
+            logits[k, order] = falling
         return logits
 
 
 def follow(steps, heads) -> list[list[int]]:
-    """All steps of a decoding; cheating heads are told how far the text has come."""
+    """What all steps of a decoding emitted; cheating heads are told how far the text has come."""
     taken = []
     try:
-        for emitted in steps:
-            taken.append(list(emitted))
+        for step in steps:
+            taken.append(list(step.emitted))
             if isinstance(heads, CheatingHeads):
-                heads.length += len(emitted)
+                heads.length += len(step.emitted)
     except (IndexError, RuntimeError, ValueError) as error:
-        asked = "positions are past + depth, the mask is (N, past + N) without the root in the past, the tree shrinks to what still fits, tokens are counted and not steps"
+        asked = (
+            "positions are past + depth, the mask is (N, past + N) without the root in the past, "
+            "the tree shrinks to what still fits, tokens are counted and not steps"
+        )
         raise AssertionError(f"step {len(taken) + 1} breaks off, {error}: {asked}") from error
     return taken
 
@@ -208,7 +185,7 @@ def greedy_text(model: GPT, prompt, max_new_tokens: int) -> list[int]:
 
 
 def distribution(logits, temperature=1.0, top_k=0, top_p=1.0) -> list[float]:
-    """The base distribution from its definition, one token at a time; of equal logits the lower token comes first."""
+    """The distribution from its definition, token by token; of equal logits the lower first."""
     logits = [float(value) for value in logits]
     order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
     if temperature == 0:
@@ -235,7 +212,7 @@ def text_distribution(
             len(new) == max_new_tokens
             or len(prompt) + len(new) == model.config.max_position_embeddings
         )
-        if ended or new and new[-1] == model.config.eos_token_id:
+        if ended or (new and new[-1] == model.config.eos_token_id):
             found[new] = prob
             return
         logits = next_logits(model, [*prompt, *new])
@@ -250,7 +227,10 @@ def text_distribution(
 
 
 def chi_square(counts: dict, expected: dict, n: int) -> float:
-    """The probability of counts at least as odd as these, if the texts follow `expected`. Texts expected less than 5 times are pooled."""
+    """The probability of counts at least as odd as these, if the texts follow `expected`.
+
+    Texts that are expected less than 5 times are pooled.
+    """
     if counts.keys() - expected.keys():
         return 0.0
     cells, rare = [], [0, 0.0]
@@ -270,7 +250,7 @@ def chi_square(counts: dict, expected: dict, n: int) -> float:
 
 
 def rate(step: int, lr: float, warmup: int, steps: int) -> float:
-    """The formula: a ramp up to 1 over the warm-up, times half a turn of the cosine from 1 to 0 over the run."""
+    """A ramp up to 1 over the warm-up, times half a turn of the cosine, from 1 to 0."""
     ramp = (step + 1) / warmup if step < warmup else 1.0
     return lr * ramp * 0.5 * (1 + math.cos(math.pi * step / steps))
 
@@ -293,34 +273,21 @@ def small_tokenizer() -> Tokenizer:
 
 def write_text(folder: Path) -> list[str]:
     """Two files, one on each side of the split: training, then validation, in other words."""
-    names = {
-        side: next(f"{i}.txt" for i in count() if is_validation(f"{i}.txt:0") == side)
-        for side in (False, True)
-    }
-    (folder / names[False]).write_text(source(0, 40))
-    (folder / names[True]).write_text(
-        source(40, 20).replace("def f", "def g").replace("x", "y").replace("*", "-")
-    )
-    return [str(folder / names[False]), str(folder / names[True])]
+    paths = []
+    for side in (False, True):
+        name = next(f"{i}.txt" for i in count() if is_validation(f"{i}.txt:0") == side)
+        paths.append(folder / name)
+    paths[0].write_text(source(0, 40))
+    other = source(40, 20).replace("def f", "def g").replace("x", "y").replace("*", "-")
+    paths[1].write_text(other)
+    return [str(path) for path in paths]
 
 
 def write_base(folder: Path) -> Path:
     """A base with weights so large that its greedy text moves about."""
-    tokenizer = small_tokenizer()
-    model = GPT(
-        ModelConfig(
-            tokenizer.vocab_size,
-            16,
-            16,
-            1,
-            2,
-            1,
-            40,
-            bos_token_id=tokenizer.bos,
-            eos_token_id=tokenizer.eos,
-        )
-    )
-    generator = rng(0)
+    tokenizer, generator = small_tokenizer(), rng(0)
+    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+    model = GPT(ModelConfig(tokenizer.vocab_size, 16, 16, 1, 2, 1, 40, **ids))
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.4 * torch.randn(weight.shape, generator=generator))
@@ -331,11 +298,8 @@ def write_base(folder: Path) -> Path:
 
 def contents(directory) -> dict[str, bytes]:
     """Every file below a directory, by its path there."""
-    return {
-        str(path.relative_to(directory)): path.read_bytes()
-        for path in Path(directory).rglob("*")
-        if path.is_file()
-    }
+    files = [path for path in Path(directory).rglob("*") if path.is_file()]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
 def log_of(out) -> list[dict]:
@@ -343,42 +307,22 @@ def log_of(out) -> list[dict]:
 
 
 def base_config(tmp_path, text, name="new", **more) -> BaseConfig:
-    sizes = {
-        "vocab_size": 290,
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-    }
-    sizes |= {"context": 16}
-    return BaseConfig(
-        text=text,
-        out=str(tmp_path / name),
-        **sizes | {"steps": 4, "batch": 2, "warmup": 1} | CPU | more,
-    )
+    sizes = {"vocab_size": 290, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "context": 16}
+    run = {"text": text, "out": str(tmp_path / name), "steps": 4, "batch": 2, "warmup": 1}
+    return BaseConfig(**sizes | run | CPU | more)
 
 
 def distilling(base, text, **more) -> DistillConfig:
-    return DistillConfig(
-        **{
-            "base": str(base),
-            "text": text,
-            "shards": 3,
-            "rows": 5,
-            "prompt_tokens": 4,
-            "new_tokens": 6,
-        }
-        | CPU
-        | more
-    )
+    sizes = {"shards": 3, "rows": 5, "prompt_tokens": 4, "new_tokens": 6}
+    return DistillConfig(**{"base": str(base), "text": text} | sizes | CPU | more)
 
 
-def training(base, text, out, config: type[Medusa1Config] = Medusa1Config, **more) -> Medusa1Config:
+def training(base, text, out, config=Medusa1Config, **more) -> Medusa1Config | Medusa2Config:
     """A run of a few steps, on rows that are given, or on the corpus."""
-    sizes = {"steps": 4, "batch": 3, "warmup": 1, "num_heads": 2} | (
-        {"context": 9} if more.get("data") == "corpus" else {}
-    )
+    sizes = {"steps": 4, "batch": 3, "warmup": 1}
+    sizes |= {"num_heads": 2} if config is Medusa1Config else {}
+    sizes |= {"context": 9} if more.get("data") == "corpus" else {}
     return config(**{"base": str(base), "text": text, "out": str(out)} | sizes | CPU | more)
 
 

@@ -1,354 +1,200 @@
-"""Laws of stopping: a run that is killed at any moment goes on to the very end it would have had, and what it cannot go on from it names."""
+"""Properties of stopping: a run that is killed at any moment ends as it would have, and a
+checkpoint that it cannot go on from is refused in one line."""
 
 import errno
 import json
 import os
 import subprocess
 import sys
-from dataclasses import fields, replace
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
 import train
-from data.checkpoint import NOT_RESULT, prepare, resume
-from data.shards import base_digest, metadata_of, read_shards
+from data.rows import metadata_of, read_shards
 from model import read_safetensors, write_safetensors
 from strategies import base_config, contents, training, write_shard
-from train import BaseConfig, Medusa1Config, Medusa2Config, train_base, train_medusa
+from train import Medusa2Config, train_base, train_medusa1, train_medusa2
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-# ---- stopped ----
+@pytest.fixture
+def run(base, text, shards, tmp_path):
+    """The function and the config of a run of five steps; Medusa-2 has two stages of them."""
 
+    def a_run(what: str, name="whole"):
+        out, more = tmp_path / name, {"distilled": shards, "lr": 0.01}
+        if what == "base":
+            return train_base, base_config(tmp_path, text, name, steps=5)
+        if what in ("medusa1", "states"):
+            more |= {"data": "corpus"} if what == "medusa1" else {"keep_states": True}
+            return train_medusa1, training(base, text, out, **more, steps=5)
+        more |= {"heads_steps": 2, "steps": 3, "lora": what == "lora", "weight_decay": 0.1}
+        return train_medusa2, training(base, text, out, Medusa2Config, **more)
 
-def a_run(what: str, base, text, shards, out, **more):
-    """The function and the config of a run of five steps."""
-    if what == "base":
-        return train_base, base_config(out.parent, text, out.name, steps=5, **more)
-    config = {"distilled": shards, "lr": 0.01, "weight_decay": 0.1}
-    if what == "medusa1":
-        return train_medusa, training(
-            base, text, out, **config | {"steps": 5, "data": "corpus"} | more
-        )
-    return train_medusa, training(
-        base,
-        text,
-        out,
-        Medusa2Config,
-        **config | {"heads_steps": 2, "steps": 3, "ramp": True, "lora": what == "lora"} | more,
-    )
+    return a_run
 
 
 class Stop(BaseException):
     pass
 
 
-def stopped(go, config, step: int) -> None:
-    """Run up to this step, and no further."""
-    add_gradients, calls = train.backpropagate, []
+def stopped(go, config, steps: int) -> int:
+    """Take so many steps, and no further; without results if that is all. Returns their number."""
+    make_batch, taken = train.make_batch, []
 
-    def some(*args, **more):
-        calls.append(1)
-        if len(calls) > step:
+    def counted(*arguments):
+        if len(taken) == steps:
             raise Stop
-        return add_gradients(*args, **more)
+        taken.append(arguments[-1])
+        return make_batch(*arguments)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(train, "backpropagate", some)
-        go(config)
-
-
-@pytest.mark.parametrize(
-    "what, steps, save_every",
-    [
-        ("base", [3], 1),
-        ("medusa1", [2, 3], 1),
-        ("medusa2", [1, 2, 3, 4], 1),
-        ("medusa2", [3], 2),
-        ("lora", [4], 3),
-    ],
-)
-def test_a_run_that_is_stopped_goes_on_as_if_nothing_had_been(
-    what, steps, save_every, base, text, shards, tmp_path, monkeypatch
-):
-    """From its last checkpoint: no step before it is taken again."""
-    go, config = a_run(what, base, text, shards, tmp_path / "whole", save_every=save_every)
-    go(config)
-    for step in steps:
-        half = replace(config, out=str(tmp_path / f"stopped at {step}"))
-        stopped(go, half, step)
-        calls, add_gradients = [], train.backpropagate
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                train,
-                "backpropagate",
-                lambda *args, **more: (calls.append(1), add_gradients(*args, **more))[1],
-            )
-            go(replace(half, resume=True))
-        assert len(calls) == 5 - step // save_every * save_every
-        assert contents(half.out) == contents(config.out)
-
-
-def test_a_run_that_was_finished_but_for_its_results_needs_no_step_more(
-    base, text, shards, tmp_path, monkeypatch
-):
-    go, config = a_run("medusa2", base, text, shards, tmp_path / "whole")
-    go(config)
-    half = replace(config, out=str(tmp_path / "half"))
-
-    def stop(*args):
+    def stop(*arguments):
         raise Stop
 
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(train, "calibrate", stop)
-        go(half)
-    monkeypatch.setattr(train, "backpropagate", stop)
-    go(replace(half, resume=True))
-    assert contents(half.out) == contents(config.out)
+    with pytest.MonkeyPatch.context() as patch, suppress(Stop):
+        patch.setattr(train, "make_batch", counted)
+        if steps == 5:
+            patch.setattr(train, "write_heads", stop)
+        go(config)
+    return len(taken)
+
+
+STOPS = [("base", 3, 1), ("medusa1", 2, 1), ("states", 3, 2), ("lora", 4, 3)]
+STOPS += [("medusa2", steps, 1) for steps in (1, 2, 3, 5)]
+
+
+@pytest.mark.parametrize("what, steps, every", STOPS)
+def test_a_run_that_is_stopped_goes_on_from_its_last_checkpoint_as_if_nothing_had_been(
+    what, steps, every, run, tmp_path, monkeypatch
+):
+    """Bit for bit, and no step before the checkpoint is taken again; --out may have moved."""
+    monkeypatch.setattr(train, "SAVE_EVERY", every)
+    (go, whole), (_, half) = run(what), run(what, "half")
+    go(whole)
+    stopped(go, half, steps)
+    (tmp_path / "half").rename(tmp_path / "moved")
+    moved = replace(half, out=str(tmp_path / "moved"), resume=True)
+    assert stopped(go, moved, 99) == 5 - steps // every * every
+    assert contents(moved.out) == contents(whole.out)
+
+
+# ---- what is refused ----
 
 
 @pytest.fixture
-def half(base, text, shards, tmp_path):
-    """Medusa-2, stopped behind its third step."""
-    go, config = a_run("medusa2", base, text, shards, tmp_path / "half", save_every=1)
+def half(run, monkeypatch):
+    """Medusa-2, stopped after its third step."""
+    monkeypatch.setattr(train, "SAVE_EVERY", 1)
+    go, config = run("medusa2", "half")
     stopped(go, config, 3)
     return replace(config, resume=True)
 
 
 def refused(config, *says) -> None:
-    """In one ValueError; no file is lost, none is touched."""
+    """In one line; no file is lost, none is touched."""
     before = contents(config.out)
     with pytest.raises(ValueError) as error:
-        train_medusa(config)
-    assert all(word in str(error.value) for word in says), error.value
+        train_medusa2(config)
+    assert all(word in str(error.value) for word in says) and "\n" not in str(error.value)
     assert contents(config.out) == before
 
 
-def broken(what: str, path: Path) -> None:
-    tensors, about, whole = read_safetensors(path), metadata_of(path), path.read_bytes()
-    if what in ("nothing", "garbage", "half", "all but the last byte"):
-        path.write_bytes(
-            {
-                "nothing": b"",
-                "garbage": b"\x80\x04garbage",
-                "half": whole[: len(whole) // 2],
-                "all but the last byte": whole[:-1],
-            }[what]
-        )
-    elif what == "a directory":
-        path.unlink()
-        path.mkdir()
-    elif what == "other metadata":
-        write_safetensors(path, tensors)
-    elif what == "another shape":
-        write_safetensors(path, tensors | {"heads.weight|value": torch.zeros(2, 2)}, about)
-    elif what == "another name":
-        write_safetensors(
-            path, {key.replace("norm", "form"): t for key, t in tensors.items()}, about
-        )
-    else:
-        write_safetensors(
-            path, {key: t for key, t in tensors.items() if not key.startswith(what)}, about
-        )
+BROKEN = ["nothing", "garbage", "cut", "a directory", "no metadata", "shape", "name", "no base"]
 
 
-@pytest.mark.parametrize("what", [
-    "nothing", "garbage", "half", "all but the last byte", "a directory", "other metadata", "another shape", "another name",
-    "heads.bias|value", "heads.bias|exp_avg", "heads.bias|step", "heads.bias|", "base.norm.weight|", "base.norm.weight|exp_avg_sq", "base",
-])  # fmt: skip
+@pytest.mark.parametrize("what", BROKEN)
 def test_a_checkpoint_that_is_broken_is_refused_by_name(what, half):
     path = Path(half.out) / "checkpoint.safetensors"
-    broken(what, path)
+    tensors, about, whole = read_safetensors(path), metadata_of(path), path.read_bytes()
+    if what == "a directory":
+        path.unlink()
+        path.mkdir()
+    elif what in ("nothing", "garbage", "cut"):
+        path.write_bytes({"nothing": b"", "garbage": b"\x80garbage", "cut": whole[:-1]}[what])
+    else:
+        tensors |= {"shape": {"heads|weight|value": torch.zeros(2, 2)}}.get(what, {})
+        tensors |= {"name": {"heads|form|value": torch.zeros(2)}}.get(what, {})
+        kept = {name: t for name, t in tensors.items() if f"no {name[:4]}" != what}
+        write_safetensors(path, kept, {} if what == "no metadata" else about)
     refused(half, "--resume", str(path))
 
 
-CHANGES = {
-    "text": ["other.txt"], "seed": 7, "precision": "bfloat16", "steps": 4, "batch": 4, "accumulate": 2, "lr": 0.02, "warmup": 2, "weight_decay": 0.2,
-    "clip": 0.5, "base": "another", "distilled": "others", "num_heads": 3, "num_hidden_layers": 1, "truncated_vocab_size": 20, "decay": 0.7,
-    "heads_steps": 3, "lr_ratio": 2.0, "lambda_0": 0.1, "ramp": False, "base_loss": "ce", "checkpoint_activations": True,
-}  # fmt: skip
-FREE = {"out", "resume", "plot", "save_every", "device"}
+CHANGES = [("seed", 7), ("precision", "bfloat16"), ("steps", 4), ("batch", 4), ("lr", 0.02)]
+CHANGES += [("warmup", 2), ("weight_decay", 0.2), ("heads_steps", 3), ("lr_ratio", 2.0)]
+CHANGES += [("lambda_0", 0.1), ("data", "corpus")]
 
 
-def test_every_setting_is_known_to_change_the_result_or_not_to():
-    assert {field.name for field in fields(Medusa2Config)} == CHANGES.keys() | FREE | {
-        "data",
-        "context",
-        "heads",
-        "lora",
-        "original_lm_head",
-    }
-    assert set(NOT_RESULT) == FREE
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_run_goes_on_with_its_own_settings_or_not_at_all(name, half):
-    """`resume` itself is asked, so that nothing else can refuse first."""
-    other = replace(half, **{name: CHANGES[name]})
-    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} "):
-        resume(other, {}, torch.optim.AdamW([torch.zeros(1)]), "")
-
-
-def test_what_does_not_change_the_result_may_change_on_the_way(half, base, text, shards, tmp_path):
-    Path(half.out).rename(tmp_path / "moved")
-    train_medusa(replace(half, out=str(tmp_path / "moved"), save_every=3))
-    go, config = a_run("medusa2", base, text, shards, tmp_path / "whole")
-    go(config)
-    assert contents(tmp_path / "moved") == contents(config.out)
+@pytest.mark.parametrize("name, value", CHANGES)
+def test_a_run_goes_on_with_its_own_settings_or_not_at_all(name, value, half):
+    refused(replace(half, **{name: value}), "--resume", f"{name} {getattr(half, name)}")
 
 
 @pytest.mark.parametrize("data", ["rows", "base"])
 def test_a_run_does_not_go_on_with_other_data(data, half, base, shards):
-    """Of another base the rows are refused as well; here they have been distilled anew."""
     if data == "rows":
         tokens, loss = read_shards(Path(shards), "train-00000.safetensors", 290)
         write_shard(Path(shards), "train-00000.safetensors", tokens.roll(1, 0), loss)
     else:
         state = read_safetensors(base / "model.safetensors")
-        write_safetensors(
-            base / "model.safetensors",
-            state | {"model.norm.weight": 1.01 * state["model.norm.weight"]},
-        )
-        refused(half, "--distilled", "was not written by the base")
-        for path in Path(shards).iterdir():
-            write_safetensors(path, read_safetensors(path), {"base": base_digest(base)})
+        state["model.norm.weight"] *= 1.01
+        write_safetensors(base / "model.safetensors", state)
+        for path in Path(shards).iterdir():  # without a mark, rows may be of any base
+            write_safetensors(path, read_safetensors(path))
     refused(half, "--resume", "another base or other text")
 
 
-@pytest.mark.parametrize("mode", [BaseConfig, Medusa1Config, Medusa2Config])
-def test_a_checkpoint_is_neither_overlooked_nor_invented(mode, tmp_path, monkeypatch):
-    """Seen before anything is loaded, as the bases and texts here would be refused first."""
-    go = train_base if mode is BaseConfig else train_medusa
-    config = mode(text=["none.txt"], out=str(tmp_path), device="cpu")
-    with pytest.raises(ValueError, match="--resume: .*checkpoint.safetensors does not exist"):
+@pytest.mark.parametrize("mode", ["base", "medusa1", "medusa2"])
+def test_a_checkpoint_is_neither_overlooked_nor_invented(mode, tmp_path):
+    """Seen before anything is loaded: the text here would be refused first."""
+    (config_class, go), path = train.MODES[mode], tmp_path / "checkpoint.safetensors"
+    config = config_class(text=["none.txt"], out=str(tmp_path))
+    with pytest.raises(ValueError, match=f"--resume: {path} does not exist"):
         go(replace(config, resume=True))
-    (tmp_path / "checkpoint.safetensors").write_bytes(b"precious")
-    with pytest.raises(
-        ValueError,
-        match="checkpoint.safetensors is of a run that was stopped, or goes on at this moment: take it up with --resume, remove it",
-    ):
+    path.write_bytes(b"precious")
+    with pytest.raises(ValueError, match=f"{path} is of a run that was stopped: use --resume"):
         go(config)
-    assert contents(tmp_path) == {"checkpoint.safetensors": b"precious"}
+    assert contents(tmp_path) == {path.name: b"precious"}
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_each_part_of_each_process_has_a_row_at_least(processes, tmp_path, monkeypatch):
-    if processes == 2:
-        monkeypatch.setattr("data.checkpoint.rank_and_world_size", lambda: (0, processes))
-    config = Medusa1Config(
-        out=str(tmp_path / "out"), batch=3 * processes, accumulate=3, device="cpu"
-    )
-    assert prepare(config) == (torch.device("cpu"), torch.float32)
-    with pytest.raises(
-        ValueError,
-        match=f"--batch {3 * processes - 1} is less than {processes} processes x --accumulate 3",
-    ):
-        prepare(replace(config, batch=3 * processes - 1))
-
-
-# ---- a full disk ----
-
-
-@pytest.mark.parametrize("where", ["write", "rename"])
 @pytest.mark.parametrize("file", ["log.jsonl", "checkpoint.safetensors", "model.safetensors"])
-def test_a_full_disk_costs_one_line_and_no_checkpoint(
-    where, file, half, base, text, shards, tmp_path, monkeypatch, capsys
-):
+def test_a_full_disk_costs_one_line_and_no_checkpoint(file, half, run, monkeypatch, capsys):
     before, rename = contents(half.out), os.replace
 
-    def full(path, *rest):
-        if file in str(path) and where == "rename":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        return rename(path, *rest)
-
-    def cut(method):
-        def write(path, content, *rest, **more):
-            if file in path.name:
-                method(path, content[: len(content) // 2], *rest, **more)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return method(path, content, *rest, **more)
-
-        return write
+    def full(path, to):
+        if file in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rename(path, to)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(os, "replace", full)
-        if where == "write":
-            patch.setattr(Path, "write_bytes", cut(Path.write_bytes))
-            patch.setattr(Path, "write_text", cut(Path.write_text))
         patch.setattr("sys.argv", ["train.py"])
-        capsys.readouterr()
-        train.run(lambda: train_medusa(half))
-    err = capsys.readouterr().err.splitlines()[-1]
-    assert (
-        stop.value.code == 2
-        and err.startswith("train.py: error: ")
-        and "No space left on device" in err
-    )
-    after = contents(half.out)
-    assert not [name for name in after if Path(name).name.startswith(".")]
-    assert (
-        file == "model.safetensors"
-        or after["checkpoint.safetensors"] == before["checkpoint.safetensors"]
-    )
-    train_medusa(half)
-    go, config = a_run("medusa2", base, text, shards, tmp_path / "whole")
-    go(config)
-    assert contents(half.out) == contents(config.out)
+        train.run(lambda: train_medusa2(half))
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and line.startswith("train.py: error: ") and "No space" in line
+    after, name = contents(half.out), "checkpoint.safetensors"
+    assert not [path for path in after if Path(path).name.startswith(".")]
+    assert file == "model.safetensors" or after[name] == before[name]
+    train_medusa2(half)
+    train_medusa2(run("medusa2")[1])
+    assert contents(half.out) == contents(half.out.replace("half", "whole"))
 
 
-# ---- a plot ----
-
-
-def test_a_plot_without_matplotlib_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for go, mode in (
-        (train_base, BaseConfig),
-        (train_medusa, Medusa1Config),
-        (train_medusa, Medusa2Config),
-    ):
-        with pytest.raises(
-            ValueError,
-            match="--plot needs the package matplotlib: pip install -r bench/requirements.txt",
-        ):
-            go(mode(text=["none.txt"], out=str(tmp_path / "out"), device="cpu", plot=True))
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_plot_is_drawn_of_the_log_when_the_run_is_over(base, text, shards, tmp_path, monkeypatch):
-    drawn, stand_in = [], ModuleType("bench.plot")
-    stand_in.draw_log = lambda log: drawn.append((log, len(log.read_text().splitlines())))
-    monkeypatch.setitem(sys.modules, "matplotlib", ModuleType("matplotlib"))
-    monkeypatch.setitem(sys.modules, "bench.plot", stand_in)
-    for plot in (True, False):
-        train_medusa(training(base, text, tmp_path / f"{plot}", distilled=shards, plot=plot))
-    assert drawn == [(tmp_path / "True" / "log.jsonl", 4)]
-
-
-# ---- killed ----
-
-
-@pytest.mark.parametrize("what, kills", [("medusa2", 20), ("lora", 8), ("distill", 20)])
+@pytest.mark.parametrize("what, kills", [("medusa2", 20), ("states", 8), ("distill", 12)])
 def test_a_run_that_is_killed_again_and_again_ends_bit_for_bit_as_one_that_is_not(
     what, kills, tmp_path
 ):
-    """At any moment, in the middle of a file, before and behind a rename: heads, base, calibration, log, and no checkpoint is left."""
+    """Heads, base, calibration and log; no checkpoint is left."""
     helper = [sys.executable, Path(__file__).parent / "killed.py", tmp_path, what, kills, "0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [str(part) for part in helper], env=environment, capture_output=True, text=True, timeout=600
-    )
+    command, environment = [str(part) for part in helper], os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr
-    deaths = json.loads(done.stdout)
-    assert sum(deaths.values()) == kills and min(deaths.values()) == kills // 4 and len(deaths) == 4
-    whole, ends = contents(tmp_path / "whole"), list(tmp_path.glob("run-*"))
-    assert whole and ends
-    for end in ends:
-        found = contents(end)
-        assert not [name for name in found if "checkpoint" in name]
-        assert {
-            name: content for name, content in found.items() if not Path(name).name.startswith(".")
-        } == whole
+    deaths, whole = json.loads(done.stdout), contents(tmp_path / "whole")
+    assert len(deaths) == 4 and set(deaths.values()) == {kills // 4}
+    for end in map(contents, tmp_path.glob("run-*")):
+        kept = {name: end[name] for name in end if not Path(name).name.startswith(".")}
+        assert kept == whole and not [name for name in end if "checkpoint" in name]

@@ -1,4 +1,4 @@
-"""The README says what is so: its names, lines, commands, drawings and figures are looked up, run or measured."""
+"""What the README says is looked up, run or compared with what was measured."""
 
 import ast
 import doctest
@@ -12,16 +12,25 @@ import pytest
 
 from bench import ablations, figures
 from bench.bench import SUBCOMMANDS
+from data import smollm2, turns
 from data.command import OneLineParser, add_options
-from data.turns import Config as TurnsConfig
-from medusa import medusa_generate
 from sample import SampleConfig
 from train import MODES
 from tree import cartesian_tree
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LINES = README.splitlines()
+OF_OTHERS = {
+    "--nproc-per-node",
+    # The official code's names, in the table that maps them to ours.
+    *("medusa_choices", "medusa_buffers", "tree_indices", "retrieve_indices"),
+    *("evaluate_posterior", "posterior_threshold", "posterior_alpha", "update_inference_inputs"),
+}
+
+
+def sources(*folders: str) -> list[str]:
+    paths = [path for folder in folders for path in sorted((ROOT / folder).glob("*.py"))]
+    return [path.read_text(encoding="utf-8") for path in paths]
 
 
 def definition(file: str, name: str) -> ast.AST:
@@ -31,9 +40,10 @@ def definition(file: str, name: str) -> ast.AST:
     return node
 
 
-@pytest.mark.parametrize(
-    "name, file, line", re.findall(r"\[`([\w.]+)`\]\(([\w/]+\.py)#L(\d+)\)", README)
-)
+LINE_LINKS = re.findall(r"\[`([\w.]+)`\]\(([\w/]+\.py)#L(\d+)\)", README)
+
+
+@pytest.mark.parametrize("name, file, line", LINE_LINKS)
 def test_a_link_to_a_line_leads_to_the_definition(name, file, line):
     assert definition(file, name).lineno == int(line)
 
@@ -43,155 +53,112 @@ def test_a_link_to_a_file_leads_to_one(target):
     assert (ROOT / target).exists()
 
 
-@pytest.mark.parametrize(
-    "file, laws", re.findall(r"^- `(tests/test_\w+\.py)`: (.*)\.$", README, re.M)
-)
-def test_the_laws_are_tests_of_these_names_in_this_order(file, properties):
-    names = re.findall(r"^def (test_\w+)", (ROOT / file).read_text(encoding="utf-8"), re.M)
-    places = [names.index("test_" + law.replace(" ", "_")) for law in properties.split("; ")]
-    assert places == sorted(places)
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(#([^)]+)\)", README))))
+def test_a_link_to_a_section_leads_to_one(target):
+    headings = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
+    assert target in [re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings]
 
 
-@pytest.mark.parametrize("module", ["tree", "medusa", "train", "data.difference"])
+@pytest.mark.parametrize("module", ["tree", "medusa", "train", "sample"])
 def test_the_examples_in_docstrings_are_so(module):
     results = doctest.testmod(importlib.import_module(module))
     assert results.attempted > 0 and results.failed == 0
 
 
 def commands() -> list[str]:
-    """Every command of the README, whole or in a sentence; `...` stands for what a reader adds."""
+    """Every command that runs a script of ours: in a block, a sentence or a table."""
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    inline = re.findall(
-        r"`([^`\n]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL)
-    ) + re.findall(r"^    (python .*)$", README, re.MULTILINE)
-    parts = [
-        part
-        for text in ["\n".join(blocks), *inline]
-        for line in text.splitlines()
-        for part in line.split("#")[0].split("&&")
-    ]
-    return sorted(
-        {part.strip() for part in parts if re.search(r"\bpython\b.* (\w+/)?\w+\.py\b", part)}
-    )
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    blocks += re.findall(r"`([^`\n]+)`", prose)
+    blocks += re.findall(r"^    (python .*)$", prose, re.MULTILINE)
+    text = "\n".join(blocks).replace("\\\n", " ")
+    text = re.sub(r"-m data\.(\w+)", r"data/\1.py", text)
+    parts = [part.strip() for part in re.split(r"&&|\n", text)]
+    return sorted({part for part in parts if re.search(r"\bpython\b.* (\w+/)?\w+\.py\b", part)})
+
+
+def config_of(script: str, arguments: list[str]) -> type | None:
+    """What the flags of a script are made from; None for a script with a parser of its own."""
+    if script == "train.py":
+        mode = arguments[arguments.index("--mode") + 1] if "--mode" in arguments else "medusa1"
+        return MODES[mode][0]
+    if script == "bench/bench.py":
+        return SUBCOMMANDS[arguments.pop(0)][1]
+    scripts = {
+        "sample.py": SampleConfig, "data/smollm2.py": smollm2.Config, "data/turns.py": turns.Config
+    }  # fmt: skip
+    return scripts.get(script)
 
 
 @pytest.mark.parametrize("command", commands())
 def test_a_command_has_flags_and_values_that_its_script_takes(command):
-    words = shlex.split(command.partition(" > ")[0])
+    words = shlex.split(command)
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    script, arguments = words[at], [word for word in words[at + 1 :] if word != "..."]
+    script, arguments = words[at], words[at + 1 :]
     assert (ROOT / script).is_file()
-    parser = OneLineParser()
-    if script == "train.py":
-        if "MODE" in arguments:  # a placeholder
-            return
-        parser.add_argument("--mode", default="medusa1")
-        mode = arguments[arguments.index("--mode") + 1] if "--mode" in arguments else "medusa1"
-        config = MODES[mode]
-    elif script == "bench/bench.py":
-        config = SUBCOMMANDS[arguments.pop(0)][1]
-    elif script == "sample.py":
-        config = SampleConfig
-    else:
-        return
-    add_options(parser, config)
-    given = vars(parser.parse_args(arguments))
-    given.pop("mode", None)
-    config(**given)
+    config = config_of(script, arguments)
+    if config is not None:
+        parser = OneLineParser()
+        parser.add_argument("--mode")
+        add_options(parser, config)
+        given = vars(parser.parse_args(arguments))
+        given.pop("mode")
+        config(**given)
 
 
 def test_every_flag_is_one_of_a_script():
-    sources = "".join(
-        path.read_text(encoding="utf-8")
-        for folder in (".", "data", "bench", "assignments")
-        for path in (ROOT / folder).glob("*.py")
-    )
-    flags = {
-        "--" + name.replace("_", "-")
-        for config in (
-            SampleConfig,
-            TurnsConfig,
-            *MODES.values(),
-            *(c for _, c in SUBCOMMANDS.values()),
-        )
-        for name in config.__dataclass_fields__
-    }
-    flags |= (
-        {"--mode", "--help"}
-        | {"--no-" + flag[2:] for flag in flags}
-        | set(re.findall(r'"(--[\w-]+)"', sources))
-    )
-    of_others = {"--nproc-per-node"}
-    unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - flags - of_others
-    assert not unknown
+    configs = [SampleConfig, smollm2.Config, turns.Config]
+    configs += [config for config, _ in MODES.values()]
+    configs += [config for _, config in SUBCOMMANDS.values()]
+    names = {name for config in configs for name in config.__dataclass_fields__}
+    flags = {"--" + name.replace("_", "-") for name in names}
+    flags |= {"--no-" + flag[2:] for flag in flags} | {"--mode", "--help"}
+    flags |= set(re.findall(r'"(--[\w-]+)"', "".join(sources("bench", "assignments"))))
+    assert not set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - flags - OF_OTHERS
 
 
 def test_every_name_in_code_type_is_one_of_the_code():
     words = set()
-    for path in (
-        path for folder in (".", "data", "bench", "tests") for path in (ROOT / folder).glob("*.py")
-    ):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for source in sources(".", "data", "bench", "tests"):
+        for node in ast.walk(ast.parse(source)):
             words |= {value for value in vars(node).values() if isinstance(value, str)}
-    names = re.findall(r"`([A-Za-z_][\w.]*)`", README)
+    names = set(re.findall(r"`([A-Za-z_][\w.]*)`", README)) - OF_OTHERS
+    unknown = {name for name in names if not set(name.split(".")) <= words}
     assert len(names) > 20
-    unknown = [
-        name
-        for name in names
-        if not (ROOT / name).exists() and name not in words and not set(name.split(".")) <= words
-    ]
-    assert not unknown
+    assert not {name for name in unknown - words if not (ROOT / name).exists()}
 
 
 def test_the_worked_example_is_the_tree_that_is_drawn():
     tree = cartesian_tree([2, 3])
-    assert sum(depth == 2 for depth in tree.depths) == 6
-    assert (
-        "\n".join(
-            "    " + line
-            for line in [">>> print(cartesian_tree([2, 3]).render())", *tree.render().splitlines()]
-        )
-        in README
-    )
+    drawing = [">>> print(cartesian_tree([2, 3]).render())", *tree.render().splitlines()]
+    assert "\n".join("    " + line for line in drawing) in README
     rows = ["    text  " + " ".join(map(str, range(len(tree))))]
     for node, row in enumerate(tree.mask.tolist()):
-        rows.append(
-            "    1..1  "
-            + " ".join("1" if seen else "." for seen in row)
-            + f"   {node}"
-            + (" root" if node == 0 else "")
-        )
+        seen = " ".join("1" if sees else "." for sees in row)
+        rows.append(f"    1..1  {seen}   {node}" + (" root" if node == 0 else ""))
     assert "\n".join(rows) in README
 
 
 def test_the_step_that_is_shown_is_the_step_that_is_run():
-    shown = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1].splitlines()
-    loop = definition("medusa.py", medusa_generate.__name__)
-    run = {
-        ast.unparse(statement) for statement in ast.walk(loop) if isinstance(statement, ast.stmt)
-    }
-    assert len(shown) == 5
-    assert all(ast.unparse(ast.parse(line)) in run for line in shown)
+    shown = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    nodes = ast.walk(definition("medusa.py", "medusa_generate"))
+    run = [ast.unparse(node) for node in nodes if isinstance(node, ast.stmt)]
+    places = [run.index(ast.unparse(statement)) for statement in ast.parse(shown).body]
+    assert len(places) > 4 and places == sorted(places)
 
 
-def between(begin: str, end: str) -> str:
-    return README[README.index(begin) + len(begin) : README.index(end)]
+def between(mark: str) -> str:
+    begin, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
+    return README[README.index(begin) + len(begin) : README.index(end)].strip()
 
 
 def test_the_figures_are_those_that_were_measured():
-    assert between("<!-- figures -->", "<!-- end of figures -->").strip() == figures.table(
-        json.loads((ROOT / "bench/figures.json").read_text())
-    )
-    assert ablations.table(
-        json.loads((ROOT / "bench/ablations.json").read_text())["results"]
-    ) in between("<!-- ablations -->", "<!-- end of ablations -->")
-    memory = json.loads((ROOT / "bench/memory.json").read_text())
-    assert (
-        f"{memory['chunks']['ratio']:.2f} times the memory" in README
-        and f"without chunks at {memory['all at once']['ratio']:.2f} times" in README
-    )
+    measured = json.loads((ROOT / "bench/figures.json").read_text(encoding="utf-8"))
+    assert between("figures") == figures.table(measured)
+    measured = json.loads((ROOT / "bench/ablations.json").read_text(encoding="utf-8"))
+    assert ablations.table(measured["results"]) in between("ablations")
 
 
-def test_it_is_short_and_begins_with_the_two_commands():
-    assert len(LINES) <= 400
-    assert sum(line.startswith("python3 -m venv") for line in LINES[:45]) == 2
+def test_it_begins_with_the_two_commands():
+    lines = README.splitlines()[:45]
+    assert sum(line.startswith("python3 -m venv") for line in lines) == 2
