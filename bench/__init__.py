@@ -1,1 +1,1 @@
-"""The measurements. (This file lets `import bench` find the folder, and not bench.py in it, when a script in here is run.)"""
+"""The measurements. This file lets `import bench` find the folder when a script in it is run."""

@@ -1,11 +1,8 @@
-"""Measurements of this machine: decoding against its rivals, typical acceptance, the cost of a step, training; what they predict; a long life.
+"""Measurements of this machine: python bench/bench.py SUBCOMMAND
 
-    python bench/bench.py decode                                       every way to decode, on the same prompts
-    python bench/bench.py decode --only greedy --prompts 50            one section of it, over more prompts
-    python bench/bench.py cost && python bench/bench.py predict        predict reads cost.json and decode.json
-
-Every subcommand writes bench/results/NAME.json, .md and .png after each of its sections. Started again it measures what is missing
-there; a file that other settings, another machine or other weights gave is not touched. Needs bench/requirements.txt.
+Each is the module of its name (train: training.py). It writes bench/results/NAME.json, .md and .png
+after each of its sections. Started again it measures what is missing there; results of other
+settings, weights or machines are not touched. Needs bench/requirements.txt.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Work that may fail, hang or change the process: done in a forked one, which has all that is imported here already."""
+"""Work that may fail, hang or change the process, done in a fork, which has all imports already."""
 
 import os
 import signal
@@ -9,9 +9,9 @@ from contextlib import suppress
 
 
 def in_a_child(work: Callable[[], int], seconds: float, errors: str = os.devnull) -> int | None:
-    """The exit code of work(), or of the exception that ended it; None if it took longer and was killed, with all that it had started.
+    """The exit code of work(), or of the exception that ended it; None if it was killed.
 
-    It reads nothing, its output goes nowhere, and what it writes as an error into the file `errors`.
+    It is killed after so many seconds, with all that it started. Its errors go to the file.
     """
     pid = os.fork()
     if pid == 0:
@@ -20,11 +20,8 @@ def in_a_child(work: Callable[[], int], seconds: float, errors: str = os.devnull
             os.setpgid(0, 0)
             for number, name in enumerate((os.devnull, os.devnull, errors)):
                 os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
-            sys.stdin, sys.stdout, sys.stderr = (
-                open(0),
-                open(1, "w"),
-                open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1),
-            )
+            sys.stdin, sys.stdout = open(0), open(1, "w")
+            sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1)
             code = work()
         except SystemExit as leaving:
             code = leaving.code or 0
@@ -38,11 +35,11 @@ def in_a_child(work: Callable[[], int], seconds: float, errors: str = os.devnull
     try:
         while time.monotonic() < until:
             done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
+            if done != 0:
                 return os.waitstatus_to_exitcode(status)
             time.sleep(0.005)
     finally:  # also when this process is interrupted
-        if not done:
+        if done == 0:
             os.killpg(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
     return None

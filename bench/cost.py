@@ -1,8 +1,8 @@
-"""What a step costs: over the nodes of its tree and the context before it, split into its parts, beside the least that this machine needs.
+"""What a step costs, over the nodes of its tree and the context, and the least that it can cost.
 
 backbone     the model over the tree, its LM head included
 heads        at the one node that was accepted last, with the LM head that they share
-choosing     the rest of propose and accept, and the drawing of tokens
+choosing     the rest of propose and accept, and the sampling of tokens
 cache moves  rows of the accepted path moved to their place
 Python       what is left: the loop itself
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from unittest.mock import patch
 
 import torch
@@ -22,29 +22,24 @@ from tqdm import tqdm
 
 import medusa
 from bench.results import Bench, held_out_prompts, load, markdown, measure
-from bench.roofline import (
-    Device,
-    backbone_work,
-    heads_work,
-    matrices,
-    measured_bandwidth,
-    measured_flops,
-)
-from data.calibration import read_calibration
+from bench.roofline import Device, backbone_work, heads_work, matrices
+from bench.roofline import measured_bandwidth, measured_flops
 from data.command import option
-from medusa import MedusaHeads, Sampling, generate, medusa_generate
+from medusa import MedusaHeads, Sampling, Step
 from model import GPT, KVCache, check_sizes
-from tree import calibrated_tree
+from sample import decode, read_calibration
+from tree import ROOT_ONLY, calibrated_tree
 
 SIZES = (2, 4, 8, 16, 32, 64)
 CONTEXTS = (64, 128, 256, 512, 960)
 PARTS = ("backbone", "heads", "choosing", "cache moves")
+ALL_PARTS = (*PARTS, "Python")
 WIDTH = 4  # bytes of a float32
 
 
 @dataclass(frozen=True)
 class CostConfig(Bench):
-    """Sections: roofline (of this machine), greedy, lossless-0.7 (steps over nodes and context), growth (prompts and a long text up to the context limit)."""
+    """Sections: roofline (of this machine), greedy, lossless-0.7, growth (up to the context)."""
 
     rounds: int = option(5, "rounds over all sizes")
     steps: int = option(8, "steps that are timed in each")
@@ -58,7 +53,7 @@ class CostConfig(Bench):
 
 
 class Stopwatch:
-    """Seconds in each part. A part inside another is taken off it; all that the heads call is theirs."""
+    """Seconds in each part. A part inside another is taken off it, but for the heads' calls."""
 
     def __init__(self):
         self.seconds, self.inside = defaultdict(float), ""
@@ -82,23 +77,19 @@ class Stopwatch:
 def watched(model: GPT, heads: MedusaHeads):
     """All decoding in here is on this stopwatch."""
     watch = Stopwatch()
-    places = [
-        (model, "forward", "backbone"),
-        (model.lm_head, "forward", "backbone"),
-        (heads, "forward", "heads"),
-        (KVCache, "keep", "cache moves"),
-    ]
-    places += [
-        (medusa, name, "choosing") for name in ("propose", "accept", "logits_to_probs", "draw")
-    ] + [(medusa.SharedGumbelNoise, "at", "choosing")]
+    places = [(model, "forward", "backbone"), (model.lm_head, "forward", "backbone")]
+    places += [(heads, "forward", "heads"), (KVCache, "keep", "cache moves")]
+    for name in ("propose", "accept", "logits_to_probs", "sample"):
+        places.append((medusa, name, "choosing"))
+    places.append((medusa.SharedGumbelNoise, "at", "choosing"))
     with ExitStack() as stack:
         for owner, name, part in places:
             stack.enter_context(patch.object(owner, name, watch.wrap(part, getattr(owner, name))))
         yield watch
 
 
-def steps_in_parts(steps: Iterator[list[int]], watch: Stopwatch, n: int) -> list[dict[str, float]]:
-    """Seconds of n steps and of their parts. The prompt's own step, and the first of a tree, which lays out its plan, are left out."""
+def steps_in_parts(steps: Iterator[Step], watch: Stopwatch, n: int) -> list[dict[str, float]]:
+    """Seconds of n steps and of their parts, after the prompt's own and a warm-up."""
     rows = []
     next(steps), next(steps)
     for _ in range(n):
@@ -112,85 +103,76 @@ def steps_in_parts(steps: Iterator[list[int]], watch: Stopwatch, n: int) -> list
     return rows
 
 
-def decoding(
-    model: GPT, heads: MedusaHeads, counts, size: int, prompt: list[int], n: int, sampling: Sampling
-) -> Iterator[list[int]]:
-    """size 1 is plain decoding."""
-    arguments = (prompt, n, sampling, torch.Generator().manual_seed(0))
-    return (
-        generate(model, *arguments)
-        if size == 1
-        else medusa_generate(model, heads, calibrated_tree(counts, size), *arguments)
-    )
-
-
 def medians(rows: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
 
 
-def measure_steps(config: CostConfig, temperature: float) -> dict:
-    """{context: {N: seconds of a step and its parts, its cost, and the least of backbone and heads by the counts of `roofline`}}"""
-    tokenizer, model, heads = load(config)
+def step_cost(tree: list[list[dict]], plain: list[list[dict]]) -> float:
+    """A step over a plain one of the same round, so that a slow minute of the machine hits both."""
+    pairs = [(medians(ours)["step"], medians(theirs)["step"]) for ours, theirs in zip(tree, plain)]
+    return statistics.median(ours / theirs for ours, theirs in pairs)
+
+
+def trees_of(config: CostConfig, temperature: float, sizes) -> dict:  # N = 1: plain decoding
     counts, _ = read_calibration(config.heads, temperature)
+    return {1: ROOT_ONLY} | {size: calibrated_tree(counts, size) for size in sizes}
+
+
+def measure_steps(config: CostConfig, temperature: float) -> dict:
+    """{context: {N: seconds of a step and its parts, its cost, and the work of the roofline}}"""
+    tokenizer, model, heads = load(config)
+    trees, limit = trees_of(config, temperature, SIZES), model.config.max_position_embeddings
     room = (config.steps + 2) * (heads.config.num_heads + 1) + 1  # the tree is never cut
-    contexts = [
-        context for context in CONTEXTS if context + room <= model.config.max_position_embeddings
-    ]
-    if not contexts:
-        raise ValueError(
-            f"--steps {config.steps}: the context of {model.config.max_position_embeddings} tokens is too short for so many"
-        )
+    contexts = [context for context in CONTEXTS if context + room <= limit]
+    if len(contexts) == 0:
+        raise ValueError(f"--steps {config.steps}: too many for a context of {limit} tokens")
     prompt = held_out_prompts(tokenizer, 1, max(contexts))[0]
-    rows = {(context, size): [] for context in contexts for size in (1, *SIZES)}
-    for _ in tqdm(range(config.rounds), desc=f"steps at temperature {temperature}", unit="round"):
-        for context, size in rows:
-            with watched(model, heads) as watch:
-                steps = decoding(
-                    model, heads, counts, size, prompt[-context:], room, Sampling(temperature)
-                )
-                rows[context, size].append(steps_in_parts(steps, watch, config.steps))
-    work = {  # bytes and operations
-        (context, size): {
-            "backbone": backbone_work(model.config, size, context, WIDTH),
-            "heads": heads_work(heads.config, WIDTH) if size > 1 else (0, 0),
-        }
-        for context, size in rows
-    }
+
+    rows = {context: defaultdict(list) for context in contexts}
+    for _ in tqdm(range(config.rounds), f"steps at temperature {temperature}"):
+        for context, of_sizes in rows.items():
+            for size, tree in trees.items():
+                with watched(model, heads) as watch:
+                    asked = prompt[-context:], room, Sampling(temperature), 0
+                    steps = decode(model, heads, tree, *asked)
+                    of_sizes[size].append(steps_in_parts(steps, watch, config.steps))
+
     found = {}
-    for context in contexts:
-        sizes = {size: rows[context, size] for size in (1, *SIZES)}
-        found[str(context)] = {
-            str(n): medians(list(chain(*rounds)))
-            | {"step cost": step_cost(rounds, sizes[1]), "work": work[context, n]}
-            for n, rounds in sizes.items()
-        }
+    for context, of_sizes in rows.items():
+        found[str(context)] = {}
+        for size, rounds in of_sizes.items():
+            work = {"backbone": backbone_work(model.config, size, context, WIDTH)}
+            work["heads"] = heads_work(heads.config, WIDTH) if size > 1 else (0, 0)
+            row = medians(list(chain.from_iterable(rounds)))
+            row |= {"step cost": step_cost(rounds, of_sizes[1]), "work": work}
+            found[str(context)][str(size)] = row
     return {"steps": found}
 
 
-def step_cost(tree: list[list[dict]], plain: list[list[dict]]) -> float:
-    """A step over a plain one: the median over the rounds, each of which compares with the plain steps next to it. A slow minute of the machine hits both."""
-    return statistics.median(
-        medians(ours)["step"] / medians(theirs)["step"] for ours, theirs in zip(tree, plain)
-    )
-
-
 def measure_roofline(config: CostConfig) -> dict:
-    """Bandwidth from memory, and at the size of the weights, which on a small model stay in the caches."""
+    """Bandwidth from memory, and over as many bytes as a small model keeps in the caches."""
     _, model, _ = load(config)
     size = WIDTH * matrices(model.config)
-    return {
-        "bandwidth": measured_bandwidth(1 << 28),
-        "bandwidth over the weights": measured_bandwidth(size),
-        "weights": size,
-        "flops": measured_flops(),
-    }
+    found = {"bandwidth": measured_bandwidth(1 << 28), "weights": size, "flops": measured_flops()}
+    return found | {"bandwidth over the weights": measured_bandwidth(size)}
 
 
 # ---- growth ----
 
 
+def stamped(steps: Iterator[Step]) -> list[tuple[float, int]]:
+    """(seconds, tokens) of each step after the prompt's own."""
+    next(steps)
+    stamps, start = [], time.perf_counter()
+    for step in steps:
+        now = time.perf_counter()
+        stamps.append((now - start, len(step.emitted)))
+        start = now
+    return stamps
+
+
 def tenths(stamps: list[tuple[float, int]]) -> dict[str, float]:
-    """Of (seconds, tokens) of each step: seconds of a step and tokens a second in the first and in the last tenth of the text."""
+    """Speeds in the first and in the last tenth of a text, of its (seconds, tokens) by step."""
     total, seen = sum(tokens for _, tokens in stamps), 0
     groups = {"first": [], "last": []}
     for seconds, tokens in stamps:
@@ -201,23 +183,10 @@ def tenths(stamps: list[tuple[float, int]]) -> dict[str, float]:
         seen += tokens
     found = {}
     for name, steps in groups.items():
-        seconds, tokens = sum(s for s, _ in steps), sum(t for _, t in steps)
-        found |= {
-            f"tokens/s, {name} tenth": tokens / seconds,
-            f"ms a step, {name} tenth": 1e3 * seconds / len(steps),
-        }
+        seconds, tokens = map(sum, zip(*steps))
+        found[f"tokens/s, {name} tenth"] = tokens / seconds
+        found[f"ms a step, {name} tenth"] = 1e3 * seconds / len(steps)
     return found
-
-
-def stamped(steps: Iterator[list[int]]) -> list[tuple[float, int]]:
-    """(seconds, tokens) of each step behind the prompt's own."""
-    next(steps)
-    stamps, start = [], time.perf_counter()
-    for emitted in steps:
-        now = time.perf_counter()
-        stamps.append((now - start, len(emitted)))
-        start = now
-    return stamps
 
 
 @torch.inference_mode()
@@ -229,149 +198,96 @@ def prefill_seconds(model: GPT, prompt: list[int]) -> float:
 
 
 def measure_growth(config: CostConfig) -> dict:
-    """Prompts up to the context limit in one pass; and one text from 16 tokens to the limit, plainly and with a tree."""
+    """Prompts up to the context in one pass; one text from 16 tokens to the context, both ways."""
     tokenizer, model, heads = load(config)
-    counts, _ = read_calibration(config.heads, 0.0)
-    limit = model.config.max_position_embeddings
+    trees, limit = trees_of(config, 0.0, [config.nodes]), model.config.max_position_embeddings
     prompt = held_out_prompts(tokenizer, 1, limit)[0]
     lengths = sorted({min(length, limit) for length in (*CONTEXTS, limit)})
-    prefill, long = {length: [] for length in lengths}, {1: [], config.nodes: []}
-    for _ in tqdm(range(config.rounds), desc="growth", unit="round"):
+    prefill, long = {length: [] for length in lengths}, {size: [] for size in trees}
+    for _ in tqdm(range(config.rounds), "growth"):
         for length in lengths:
             prefill[length].append(prefill_seconds(model, prompt[:length]))
-        for size in long:
-            long[size].append(
-                tenths(
-                    stamped(decoding(model, heads, counts, size, prompt[:16], limit, Sampling()))
-                )
-            )
-    texts = {
-        "plain" if size == 1 else f"tree of {size}": medians(rows) for size, rows in long.items()
-    }
-    return {
-        "prefill": {str(length): statistics.median(times) for length, times in prefill.items()},
-        "long text": texts,
-        "tokens": limit - 16,
-    }
+        for size, tree in trees.items():
+            steps = decode(model, heads, tree, prompt[:16], limit, Sampling(), 0)
+            long[size].append(tenths(stamped(steps)))
+    texts = {}
+    for size, rows in long.items():
+        texts["plain" if size == 1 else f"tree of {size}"] = medians(rows)
+    seconds = {str(length): statistics.median(times) for length, times in prefill.items()}
+    return {"prefill": seconds, "long text": texts, "tokens": limit - 16}
 
 
 # ---- what is shown ----
 
 
-def limit_of(row: dict, roofline: dict | None) -> float | None:
-    """Seconds that backbone and heads take at least, with the weights where they lie on this machine."""
-    if roofline is None:
-        return None
+def least(row: dict, roofline: dict) -> float:
+    """Seconds that backbone and heads take at least."""
     device = Device(roofline["bandwidth over the weights"], roofline["flops"])
     return sum(device.seconds(*work) for work in row["work"].values())
 
 
 def steps_table(section: str, result: dict, roofline: dict | None) -> str:
-    header = [
-        "context",
-        "N",
-        "step, ms",
-        "step cost",
-        *PARTS,
-        "Python",
-        "outside backbone and heads",
-        "least, ms",
-        "step / least",
-    ]
+    header = ["context", "N", "step, ms", "step cost", *ALL_PARTS, "outside backbone and heads"]
+    header += ["least, ms", "step / least"]
     rows = []
     for context, sizes in result["steps"].items():
         for size, row in sizes.items():
-            limit, outside = (
-                limit_of(row, roofline),
-                row["choosing"] + row["cache moves"] + row["Python"],
-            )
-            beside = (
-                ["–", "–"]
-                if limit is None
-                else [f"{1e3 * limit:.3f}", f"{row['step'] / limit:.1f}"]
-            )
-            parts = [f"{1e3 * row[part]:.3f}" for part in (*PARTS, "Python")]
-            rows.append(
-                [
-                    context,
-                    size,
-                    f"{1e3 * row['step']:.2f}",
-                    f"{row['step cost']:.2f}",
-                    *parts,
-                    f"{outside / row['step']:.0%}",
-                    *beside,
-                ]
-            )
-    return (
-        f"**{section}**: milliseconds of a step and its parts, medians; N = 1 is plain decoding\n\n"
-        + markdown(header, rows)
-    )
+            step, bound = row["step"], ["–", "–"]
+            if roofline is not None:
+                limit = least(row, roofline)
+                bound = [f"{1e3 * limit:.3f}", f"{step / limit:.1f}"]
+            parts = [f"{1e3 * row[part]:.3f}" for part in ALL_PARTS]
+            outside = sum(row[part] for part in ALL_PARTS[2:]) / step
+            cells = [context, size, f"{1e3 * step:.2f}", f"{row['step cost']:.2f}", *parts]
+            rows.append([*cells, f"{outside:.0%}", *bound])
+    about = "milliseconds of a step and its parts, medians; N = 1 is plain decoding"
+    return f"**{section}**: {about}\n\n{markdown(header, rows)}"
 
 
 def growth_table(result: dict) -> str:
-    names = [
-        "tokens/s, first tenth",
-        "tokens/s, last tenth",
-        "ms a step, first tenth",
-        "ms a step, last tenth",
-    ]
-    rows = [
-        [way, *(f"{row[name]:.3g}" for name in names)] for way, row in result["long text"].items()
-    ]
-    prompts = [
-        [length, f"{1e3 * seconds:.1f}", f"{int(length) / seconds:.0f}"]
-        for length, seconds in result["prefill"].items()
-    ]
-    return (
-        f"**growth**: one text of {result['tokens']} tokens, up to the context limit\n\n" + markdown(["way", *names], rows)
-        + "\n\nA prompt in one pass\n\n" + markdown(["tokens", "ms", "tokens/s"], prompts)
-    )  # fmt: skip
+    long = result["long text"]
+    names = list(next(iter(long.values())))
+    rows = [[way, *(f"{row[name]:.3g}" for name in names)] for way, row in long.items()]
+    prompts = []
+    for length, seconds in result["prefill"].items():
+        prompts.append([length, f"{1e3 * seconds:.1f}", f"{int(length) / seconds:.0f}"])
+    about = f"**growth**: one text of {result['tokens']} tokens, up to the context"
+    prefill = markdown(["tokens", "ms", "tokens/s"], prompts)
+    return f"{about}\n\n{markdown(['way', *names], rows)}\n\nA prompt in one pass\n\n{prefill}"
 
 
 def table(results: dict) -> str:
     roofline, parts = results.get("roofline"), []
-    if roofline:
-        parts.append(
-            f"**roofline**: {roofline['bandwidth'] / 1e9:.1f} GB/s from memory, {roofline['bandwidth over the weights'] / 1e9:.1f} GB/s over as many bytes as "
-            f"the model's matrices have ({roofline['weights'] / 1e6:.1f} MB: they stay in the caches where these are larger), {roofline['flops'] / 1e9:.0f} GFLOP/s"
-        )
-    parts += [
-        steps_table(section, results[section], roofline)
-        for section in ("greedy", "lossless-0.7")
-        if section in results
-    ]
-    return "\n\n".join(parts + ([growth_table(results["growth"])] if "growth" in results else []))
+    if roofline is not None:
+        over = f"{roofline['bandwidth over the weights'] / 1e9:.1f} GB/s over as many bytes as the "
+        over += f"model's matrices have ({roofline['weights'] / 1e6:.1f} MB)"
+        memory, flops = roofline["bandwidth"] / 1e9, roofline["flops"] / 1e9
+        parts.append(f"**roofline**: {memory:.1f} GB/s from memory, {over}, {flops:.0f} GFLOP/s")
+    for section in ("greedy", "lossless-0.7"):
+        if section in results:
+            parts.append(steps_table(section, results[section], roofline))
+    if "growth" in results:
+        parts.append(growth_table(results["growth"]))
+    return "\n\n".join(parts)
 
 
 def draw(results: dict, pyplot):
-    """Left: c(N) at every context, and the least; right: the parts of a step at the second context."""
     figure, (curves, bars) = pyplot.subplots(1, 2, figsize=(12, 4.5))
-    for context, sizes in results.get("greedy", {"steps": {}})["steps"].items():
-        line = curves.plot(
-            [int(n) for n in sizes],
-            [1e3 * row["step"] for row in sizes.values()],
-            "o-",
-            label=f"context {context}",
-        )[0]
+    contexts = results.get("greedy", {"steps": {}})["steps"]
+    for context, sizes in contexts.items():
+        x = [int(n) for n in sizes]
+        y = [1e3 * row["step"] for row in sizes.values()]
+        line = curves.plot(x, y, "o-", label=f"context {context}")[0]
         if "roofline" in results:
-            curves.plot(
-                [int(n) for n in sizes],
-                [1e3 * limit_of(row, results["roofline"]) for row in sizes.values()],
-                ":",
-                color=line.get_color(),
-            )
-    curves.set(
-        xscale="log",
-        yscale="log",
-        xlabel="N, nodes of the tree (1: plain)",
-        ylabel="ms a step (dotted: the least)",
-    )
+            y = [1e3 * least(row, results["roofline"]) for row in sizes.values()]
+            curves.plot(x, y, ":", color=line.get_color())
+    curves.set(xscale="log", yscale="log", xlabel="N, nodes of the tree (1: plain)")
+    curves.set_ylabel("ms a step (dotted: the least)")
     curves.grid(alpha=0.3)
-    if "greedy" in results:
+    for context, sizes in islice(contexts.items(), 1, 2):
         curves.legend(fontsize=8)
-        context, sizes = list(results["greedy"]["steps"].items())[:2][-1]
         bottom = [0.0] * len(sizes)
-        for part in (*PARTS, "Python"):
+        for part in ALL_PARTS:
             heights = [1e3 * row[part] for row in sizes.values()]
             bars.bar(list(sizes), heights, bottom=bottom, label=part)
             bottom = [b + h for b, h in zip(bottom, heights)]
@@ -382,8 +298,7 @@ def draw(results: dict, pyplot):
 
 def main(config: CostConfig) -> None:
     sections = {"roofline": partial(measure_roofline, config)}
-    sections |= {
-        name: partial(measure_steps, config, t)
-        for name, t in (("greedy", 0.0), ("lossless-0.7", 0.7))
-    }
-    measure("cost", config, sections | {"growth": partial(measure_growth, config)}, table, draw)
+    for name, temperature in (("greedy", 0.0), ("lossless-0.7", 0.7)):
+        sections[name] = partial(measure_steps, config, temperature)
+    sections["growth"] = partial(measure_growth, config)
+    measure("cost", config, sections, table, draw)

@@ -1,94 +1,99 @@
-"""A new tree in every step, from the heads' own probabilities at this position ("best_first_tree" in tree.py). It stands here and not in
-medusa.py for as long as no measurement says that it is faster than the best fixed tree.
+"""A new tree in every step, from the heads' own probabilities at this position.
+
+Here and not in medusa.py: no measurement says that it is faster than the best fixed tree.
 """
 
-from collections.abc import Iterator, Sequence
+import heapq
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from medusa import (
-    ROOT_ONLY,
-    MedusaHeads,
-    Sampling,
-    SharedGumbelNoise,
-    TreeBuffers,
-    accept,
-    check_compatible,
-    gumbel_scores,
-    max_length,
-    truncate_at_eos,
-)
+from medusa import GREEDY, MedusaHeads, SharedGumbelNoise, Step, TreeBuffers, accept
+from medusa import check_compatible, gumbel_scores, max_length, sample, truncate_at_eos
 from model import GPT
-from tree import best_first_tree
+from tree import ROOT_ONLY, Ranks, Tree, tree_from_paths
 
 
-def log_probs_of(scores: Tensor, logits: Tensor) -> Tensor:
-    """How likely each guess is to come: (K, V), of the scores of `gumbel_scores`.
+def best_first_tree(log_probs: Tensor, n_nodes: int) -> Tree:
+    """The tree of n_nodes nodes, the root included, that holds the most probable paths.
 
-    softmax(logits) is the chance to be the largest once Gumbel noise is added to each logit. So it is for a race, in which
-    log(score) takes the logit's place: the base's logits are taken to differ from the heads' by such noise.
+    log_probs (K, V) of the heads at one position, which are taken to be right independently: the
+    probability of a path is the product of its ranks'. It never grows from a node to its first
+    child or next sibling, so the best node not yet taken is such a neighbour of one that was. Ties
+    go to the shorter path, then to the lower ranks. The tree is smaller if fewer paths exist.
     """
-    return (scores if scores is logits else scores.log()).log_softmax(-1)
+    if n_nodes < 2:
+        raise ValueError(f"n_nodes = {n_nodes}: must be at least 2")
+    ranked = log_probs.topk(min(n_nodes - 1, log_probs.shape[-1])).values.tolist()
+    # (cost, depth, path, cost of its parent), where cost is minus the log-probability
+    heap: list[tuple[float, int, Ranks, float]] = [(-ranked[0][0], 1, (0,), 0.0)]
+    paths = []
+    while heap and len(paths) < n_nodes - 1:
+        cost, depth, path, parent_cost = heapq.heappop(heap)
+        paths.append(path)
+        if depth < len(ranked):
+            heapq.heappush(heap, (cost - ranked[depth][0], depth + 1, (*path, 0), cost))
+        rank = path[-1] + 1
+        if rank < len(ranked[0]):
+            sibling, its_cost = (*path[:-1], rank), parent_cost - ranked[depth - 1][rank]
+            heapq.heappush(heap, (its_cost, depth, sibling, parent_cost))
+    return tree_from_paths(paths)
 
 
-def grow(
-    heads: MedusaHeads,
-    lm_head: nn.Linear,
-    hidden: Tensor,
-    n_nodes: int,
-    past: int,
-    room: int,
-    sampling: Sampling,
-    noise: SharedGumbelNoise,
-):
-    """The plan of a tree of n_nodes nodes, at most `room` deep, for a cache of `past` rows, and the guesses at its nodes below the root, (N-1,)."""
+def grow(heads, lm_head, hidden: Tensor, n_nodes: int, room: int, sampling, noise):
+    """The tree of a step, at most `room` deep, and the guesses that it takes its nodes from.
+
+    A score is the probability of a head's guess over the noise (greedy: its logit). The base's
+    logits are taken to differ from the head's by Gumbel noise, so that softmax(log score) is the
+    probability that the guess comes.
+    """
     if room == 0:
-        return TreeBuffers(ROOT_ONLY, past, hidden), torch.empty(
-            0, dtype=torch.long, device=hidden.device
-        )
-    logits = heads.widened(heads(hidden, heads.shortened(lm_head)))[:room]  # (K, V)
-    scores = gumbel_scores(logits, sampling, noise.at(range(len(logits))))  # (K, V)
-    plan = TreeBuffers(best_first_tree(log_probs_of(scores, logits), n_nodes), past, hidden)
-    guesses = scores.topk(plan.n_guesses).indices.flatten()
-    return plan, guesses[plan.index[1:] - 1]  # a plan's index counts the root
+        return ROOT_ONLY, torch.empty(0, dtype=torch.long, device=hidden.device)
+    logits = heads(hidden, lm_head)[:room]  # (K, V), or (K, v) of a truncated vocabulary
+    noise_ahead = noise.at(range(len(logits)))  # (K, V)
+    if noise_ahead is not None and heads.token_map is not None:
+        noise_ahead = noise_ahead[:, heads.token_map]  # (K, v)
+    scores = gumbel_scores(logits, sampling, noise_ahead)
+    log_scores = scores if scores is logits else scores.log()
+    tree = best_first_tree(log_scores.log_softmax(-1), n_nodes)
+    guesses = scores.topk(max(tree.ranks) + 1).indices.flatten()
+    return tree, guesses if heads.token_map is None else heads.token_map[guesses]
 
 
 @torch.inference_mode()
 def dynamic_generate(
-    model: GPT,
-    heads: MedusaHeads,
-    n_nodes: int,
-    prompt: Sequence[int],
-    max_new_tokens: int,
-    sampling: Sampling = Sampling(),
-    generator: torch.Generator | None = None,
-) -> Iterator[list[int]]:
-    """`medusa_generate`, but for the tree: n_nodes nodes, chosen anew in every step."""
-    check_compatible(model, heads, ROOT_ONLY)
-    end = max_length(model, prompt, max_new_tokens)
-    lm_head, ends = model.lm_head, model.config.eos_ids
+    model: GPT, heads: MedusaHeads, n_nodes: int, prompt, max_new_tokens: int, sampling=GREEDY,
+    generator=None,
+) -> Iterator[Step]:  # fmt: skip
+    """`medusa_generate`, but for the tree: n_nodes nodes, chosen again in every step."""
+    check_compatible(model, heads)
+    length, end = len(prompt), max_length(model, prompt, max_new_tokens)
+    if length == end:
+        return
+    lm_head, heads_lm_head = model.lm_head, heads.truncated(model.lm_head)
     cache = model.new_cache(end + n_nodes)
-    noise = SharedGumbelNoise(lm_head.weight, sampling, generator)
-    length = len(prompt)
-    tokens = torch.tensor(prompt, device=lm_head.weight.device)
-    states = model(tokens[None], cache=cache)[0, -1:]  # (1, D)
-    path, emitted = accept(
-        ROOT_ONLY, tokens[-1:], lm_head(states), sampling, noise.at(ROOT_ONLY.depths)
-    )
-    while length < end:
-        yield (emitted := truncate_at_eos(emitted, ends))
+    noise = SharedGumbelNoise(model, sampling, generator)
+    tokens = torch.tensor(prompt, device=lm_head.weight.device)  # (T,)
+    hidden = model(tokens[None], cache=cache)[0, -1]  # (D,)
+    logits, noise_now = lm_head(hidden[None]), noise.at([0])  # (1, V)
+    emitted = sample(logits, sampling, noise_now).tolist()
+    step = Step(emitted, ROOT_ONLY, tokens[-1:], [0], hidden, logits, noise_now)
+    while True:
+        yield step
         length += len(emitted)
         noise.advance(len(emitted))
-        if length == end or emitted[-1] in ends:
+        if length == end or emitted[-1] in model.config.eos_ids:
             return
-        past = length - 1
-        plan, guesses = grow(
-            heads, lm_head, states[path[-1]], n_nodes, past, end - length - 1, sampling, noise
-        )
-        tokens = torch.cat((guesses.new_tensor(emitted[-1:]), guesses))  # (N,)
-        states = model(tokens[None], plan.depths + past, plan.mask(past), cache)[0]  # (N, D)
-        path, emitted = accept(
-            plan.tree, tokens, lm_head(states), sampling, noise.at(plan.tree.depths)
-        )
+        past, room = length - 1, end - length - 1
+        tree, guesses = grow(heads, heads_lm_head, hidden, n_nodes, room, sampling, noise)
+        buffers = TreeBuffers(tree, past, like=lm_head.weight)
+        tokens = torch.cat((guesses.new_tensor(emitted[-1:]), guesses))[buffers.index]  # (N,)
+        # Verify, accept, commit: as in `medusa_generate`.
+        states = model(tokens[None], buffers.depths + past, buffers.mask(past), cache)[0]  # (N, D)
+        logits, noise_now = lm_head(states), noise.at(tree.depths)  # (N, V)
+        path, emitted = accept(tree, tokens, logits, sampling, noise_now)
+        emitted = truncate_at_eos(emitted, model.config.eos_ids)
         cache.keep(past, path)
+        step = Step(emitted, tree, tokens, path, hidden, logits, noise_now)
+        hidden = states[path[-1]]

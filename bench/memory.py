@@ -1,7 +1,8 @@
 """Peak memory of a training step with K = 4 heads against one with K = 1: python bench/memory.py
 
-V = 49,152 (SmolLM2's vocabulary), one row of T = 1,024 tokens, D = 576, two blocks, shared LM head. Each step runs in a process of its own,
-once with the losses in chunks, as train.py has them, and once with all logits at once.
+V = 49,152 (SmolLM2's vocabulary), one row of T = 1,024 tokens, D = 576, two blocks, shared LM head.
+Each step runs in a process of its own: that of Medusa-2, base and heads, with the losses in chunks,
+as train.py has them, and with all logits at once; and that of Medusa-1, on a frozen base.
 """
 
 import json
@@ -10,47 +11,42 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
-def step(K: int, chunk_logits: int) -> None:
-    """One step of Medusa-2, base and heads; prints the peak of the process in megabytes."""
+def step(mode: str, K: int, chunk_logits: int) -> None:
+    """One step; prints the peak of the process in megabytes."""
     import torch
 
     import train
     from medusa import MedusaConfig, MedusaHeads
     from model import GPT, ModelConfig
 
-    train.CHUNK_LOGITS = chunk_logits
+    train.CHUNK_LOGITS = chunk_logits or train.CHUNK_LOGITS
     model = GPT(ModelConfig(49152, 576, 1536, 2, 9, 3, 1024))
     heads = MedusaHeads(MedusaConfig(576, 49152, K, 1))
-    tokens = torch.randint(49152, (1, 1024))
-    mask = torch.ones_like(tokens, dtype=torch.bool)
-    train.backpropagate(model, heads, tokens, mask, mask.sum().expand(K + 1), (1.0, 0.2))
+    data = torch.randint(49152, (1, 1025)), torch.ones(1, 1025, dtype=torch.bool)
+    batch = train.make_batch(train.TrainConfig(batch=1), data, heads, "cpu", 0)
+    if mode == "medusa1":
+        model.requires_grad_(False)
+        loss, _ = train.medusa1_loss(heads, model.lm_head, model(batch.tokens), batch)
+    else:
+        loss, _ = train.medusa2_loss(model, heads, batch, lambda_0=0.2)
+    loss.backward()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
 
 
-def measure_memory() -> dict:
+def compare(mode: str, chunk_logits: int) -> dict:
     peaks = {}
-    for name, chunk_logits in (("chunks", 1 << 24), ("all at once", 1 << 40)):
-        for K in (1, 4):
-            command = [sys.executable, __file__, str(K), str(chunk_logits)]
-            peaks[name, K] = float(
-                subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            )
-    return {
-        name: {
-            "MB, K = 1": peaks[name, 1],
-            "MB, K = 4": peaks[name, 4],
-            "ratio": peaks[name, 4] / peaks[name, 1],
-        }
-        for name in ("chunks", "all at once")
-    }
+    for K in (1, 4):
+        command = [sys.executable, __file__, mode, str(K), str(chunk_logits)]
+        peaks[f"MB, K = {K}"] = float(subprocess.check_output(command))
+    return peaks | {"ratio": peaks["MB, K = 4"] / peaks["MB, K = 1"]}
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        step(int(sys.argv[1]), int(sys.argv[2]))
+        step(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
     else:
-        print(json.dumps(measure_memory(), indent=1))
+        found = {"chunks": compare("medusa2", 0), "all at once": compare("medusa2", 1 << 40)}
+        print(json.dumps(found | {"medusa1, chunks": compare("medusa1", 0)}, indent=1))

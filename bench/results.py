@@ -1,4 +1,4 @@
-"""What the subcommands share: the model and the prompts that they measure, and results that a stopped run goes on from."""
+"""What the subcommands share: model and prompts; results that a stopped run goes on from."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -10,85 +10,69 @@ import torch
 
 from bench.figures import machine
 from data.chat import turn_prompts
-from data.command import option
+from data.command import check_out, optional, option, pick_device
 from data.corpus import documents, packed, windows
-from data.distilled import HELD_OUT_ROWS
-from data.machine import check_out, pick_device
-from data.packages import optional
-from data.shards import base_digest
+from data.rows import base_digest
 from data.tokenizer import SHIPPED_BASE, AnyTokenizer, load_base
-from medusa import ROOT_ONLY, MedusaHeads, check_compatible
+from medusa import MedusaHeads, check_compatible
 from model import GPT, check_sizes, read_json, write_atomically, write_json
+from sample import pack_linears
+from train import HELD_OUT_ROWS
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Settings of every subcommand."""
-
-    only: list[str] = option(
-        [], "sections to measure, by name; default: all that are not in the results yet"
-    )
-    out: str = option(
-        "bench/results",
-        "directory of the results: a JSON file, a Markdown table and a plot, each named after the subcommand",
-    )
+    only: list[str] = option([], "sections to measure; default: all that the results lack")
+    out: str = option("bench/results", "directory of the results, named after the subcommand")
     base: str = option(SHIPPED_BASE, "directory of the base model")
     heads: str = option("data/heads", "directory of the heads and their calibration.json")
 
 
 @dataclass(frozen=True)
 class Decoding(Bench):
-    """Settings of subcommands that decode."""
-
     prompts: int = option(6, "held-out prompts")
     prompt_tokens: int = option(64, "tokens of a prompt")
-    new_tokens: int = option(96, "tokens decoded behind each")
+    new_tokens: int = option(96, "tokens decoded after each")
 
     def __post_init__(self):
         check_sizes(self, ["prompts", "prompt_tokens", "new_tokens"])
 
 
-need = partial(optional, user="bench/bench.py", requirements="bench/requirements.txt")
+need = partial(optional, user="bench/bench.py", file="bench/requirements.txt")
 
 
-def load(config: Bench, ends: bool = False) -> tuple[AnyTokenizer, GPT, MedusaHeads]:
-    """Unless it is asked to, the model never ends a text, so that all texts are equally long."""
-    device, dtype = (
-        pick_device(getattr(config, "device", "cpu")),
-        getattr(torch, getattr(config, "dtype", "float32")),
-    )
-    tokenizer, model = load_base(config.base, dtype, device)
-    heads = MedusaHeads.from_pretrained(config.heads, dtype, device)
-    check_compatible(model, heads, ROOT_ONLY)
-    if not getattr(config, "compile", False):
-        model.pack()
-    if not ends:
+def load(
+    config: Bench, device: str = "cpu", dtype: str = "float32", endless: bool = True
+) -> tuple[AnyTokenizer, GPT, MedusaHeads]:
+    """endless: without an EOS token, so that all texts are equally long."""
+    place = pick_device(device), getattr(torch, dtype)
+    tokenizer, model = load_base(config.base, place[1], place[0])
+    heads = MedusaHeads.from_pretrained(config.heads, place[1], place[0])
+    check_compatible(model, heads)
+    pack_linears(model)
+    if endless:
         model.config = replace(model.config, eos_token_id=None)
     return tokenizer, model, heads
 
 
 def held_out_prompts(tokenizer: AnyTokenizer, n: int, length: int) -> list[list[int]]:
     """Windows of text that nothing here was trained on."""
-    return windows(
-        packed(documents(True), tokenizer), n, length, torch.Generator().manual_seed(0)
-    ).tolist()
+    tokens = packed(documents(True), tokenizer)
+    return windows(tokens, n, length, torch.Generator().manual_seed(0)).tolist()
 
 
 def held_out_turns(config, tokenizer: AnyTokenizer) -> list[list[int]]:
-    """The last config.prompts of the user turns that nothing here was trained on; trees were calibrated on the first ones."""
-    held_out = turn_prompts(config.turns, config.base, tokenizer, config.prompt_tokens)[
-        "validation"
-    ]
-    if len(held_out) < HELD_OUT_ROWS + config.prompts:
-        raise ValueError(
-            f"--turns: {len(held_out)} turns are held out, {HELD_OUT_ROWS} to calibrate on and --prompts {config.prompts} are needed"
-        )
+    """The last of the held-out user turns; trees were calibrated on the first ones."""
+    sides = turn_prompts(config.turns, config.base, tokenizer, config.prompt_tokens)
+    held_out, needed = sides["validation"], HELD_OUT_ROWS + config.prompts
+    if len(held_out) < needed:
+        raise ValueError(f"--turns: {len(held_out)} are held out; give turns with {needed} of them")
     return held_out[-config.prompts :]
 
 
 # ---- results ----
 
-NOT_RESULT = ("only", "out")  # settings that decide what is measured when, and where it is written
+NOT_RESULT = ("only", "out")  # settings that change no result
 
 
 def place(config: Bench) -> str:
@@ -100,72 +84,48 @@ def place(config: Bench) -> str:
 
 def command(name: str, config: Bench) -> str:
     """What measures the same again."""
-    plain = type(config)()
-    flags = [
-        (f.name, getattr(config, f.name))
-        for f in fields(config)
-        if f.name not in NOT_RESULT and getattr(config, f.name) != getattr(plain, f.name)
-    ]
-    words = [
-        "--"
-        + " ".join(
-            [
-                flag.replace("_", "-"),
-                *map(str, value if isinstance(value, list) else [] if value is True else [value]),
-            ]
-        )
-        for flag, value in flags
-    ]
-    return " ".join(["python bench/bench.py", name, *words])
+    words, plain = ["python bench/bench.py", name], type(config)()
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.name not in NOT_RESULT and value != getattr(plain, f.name):
+            words.append("--" + f.name.replace("_", "-"))
+            words += map(str, value if isinstance(value, list) else [value])
+    return " ".join(words)
 
 
 def started(name: str, config: Bench, again: bool) -> dict:
-    """The results so far; raises ValueError, before any work, if they were measured otherwise."""
+    """The results so far. Raises ValueError, before any work, if they were measured otherwise."""
     path = Path(config.out) / f"{name}.json"
-    about = {
-        "command": command(name, config),
-        "machine": place(config),
-        "weights": [base_digest(config.base), base_digest(config.heads)],
-    }
+    about = {"command": command(name, config), "machine": place(config)}
+    about["weights"] = [base_digest(config.base), base_digest(config.heads)]
     content = read_json(path) if path.exists() and not again else about | {"results": {}}
     for key, value in about.items():
         if content.get(key) != value:
-            raise ValueError(
-                f"{path} is of another {key}, {content.get(key)} and not {value}: remove it to measure anew, or give another --out"
-            )
+            was = f"{path} is of another {key}, {content.get(key)}, not {value}"
+            raise ValueError(f"{was}; remove it to measure again, or give another --out")
     return content
 
 
-def write(
-    name: str, config: Bench, content: dict, table: Callable[[dict], str], draw: Callable
-) -> None:
+def write(name: str, config: Bench, content: dict, table: Callable, draw: Callable) -> None:
     """OUT/name.json, .md and .png, each atomically."""
-    folder = Path(config.out)
+    folder, results = Path(config.out), content["results"]
     write_json(folder / f"{name}.json", content)
-    measured = f"`{content['command']}` on {content['machine']}; {', '.join(sorted({result['date'] for result in content['results'].values()}))}."
-    text = table(content["results"]) + f"\n\n{measured}\n"
-    write_atomically(
-        folder / f"{name}.md", lambda temporary: temporary.write_text(text, encoding="utf-8")
-    )
+    days = ", ".join(sorted({result["date"] for result in results.values()}))
+    measured = f"`{content['command']}` on {content['machine']}; {days}."
+    text = f"{table(results)}\n\n{measured}\n"
+    write_atomically(folder / f"{name}.md", lambda to: to.write_text(text, encoding="utf-8"))
     pyplot = need("matplotlib.pyplot")
-    figure = draw(content["results"], pyplot)
+    figure = draw(results, pyplot)
     figure.tight_layout()
-    write_atomically(
-        folder / f"{name}.png", lambda temporary: figure.savefig(temporary, dpi=110, format="png")
-    )
+    picture = folder / f"{name}.png"
+    write_atomically(picture, lambda to: figure.savefig(to, dpi=110, format="png"))
     pyplot.close(figure)
 
 
-def measure(
-    name: str,
-    config: Bench,
-    sections: dict[str, Callable[[], dict]],
-    table: Callable[[dict], str],
-    draw: Callable,
-    again: bool = False,
-) -> None:
-    """The sections that the results lack, or all of them again; what is measured is written at once."""
-    if unknown := set(config.only) - sections.keys():
+def measure(name: str, config: Bench, sections: dict, table, draw, again: bool = False) -> None:
+    """Measure the sections that the results lack (again: all), each written at once."""
+    unknown = set(config.only) - sections.keys()
+    if unknown:
         raise ValueError(f"--only {' '.join(sorted(unknown))}: there are {', '.join(sections)}")
     check_out(config.out)
     need("matplotlib").use("Agg")
@@ -189,5 +149,5 @@ def read_results(path: str, name: str) -> dict:
 
 
 def markdown(header: list[str], rows: list[list]) -> str:
-    lines = [header, ["---"] * len(header), *([str(cell) for cell in row] for row in rows)]
+    lines = [header, ["---"] * len(header), *(map(str, row) for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

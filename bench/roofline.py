@@ -1,7 +1,7 @@
-"""The least time that a step can take: what it must read over the bandwidth, or what it must compute over the FLOP rate.
+"""The least time of a step: what it must read over the bandwidth, or compute over the FLOP rate.
 
-Counted are the matrices of the model, each read once, the rows of the cache, and two operations a multiplication.
-N rows (nodes of a tree), S tokens in the cache; width: bytes of a number. Other letters as in model.py and medusa.py.
+Counted are the matrices of the model, each read once, the rows of the cache, and two operations a
+multiplication. N rows (nodes of a tree), S tokens in the cache; width: bytes of a number.
 """
 
 import time
@@ -25,32 +25,28 @@ class Device:
 
 def matrices(config: ModelConfig) -> int:
     """Numbers in the matrices that every token is multiplied with, the LM head among them."""
-    D, hs = config.hidden_size, config.head_size
-    attention = (
-        D * 2 * (config.num_attention_heads + config.num_key_value_heads) * hs
-    )  # queries and output, keys and values
-    return (
-        config.num_hidden_layers * (attention + 3 * D * config.intermediate_size)
-        + config.vocab_size * D
-    )
+    D, L = config.hidden_size, config.num_hidden_layers
+    # Queries and output, keys and values.
+    heads = 2 * (config.num_attention_heads + config.num_key_value_heads)
+    attention = D * heads * config.head_size
+    return L * (attention + 3 * D * config.intermediate_size) + config.vocab_size * D
 
 
 def backbone_work(config: ModelConfig, N: int, S: int, width: int) -> tuple[int, int]:
-    """Bytes and operations of the model over N rows behind S: (matrices + keys and values) once, 2 N matrices + attention's 4 N (S + N) L of all heads' widths."""
-    L, width_of_heads = config.num_hidden_layers, config.num_attention_heads * config.head_size
+    """Bytes and operations of the model over N rows after S: matrices, and keys and values, once;
+    2 N matrices, and attention's 4 N (S + N) L of all heads' widths."""
+    L, all_heads = config.num_hidden_layers, config.num_attention_heads * config.head_size
     cached = 2 * L * config.num_key_value_heads * config.head_size * (S + N)
-    return width * (matrices(config) + cached), 2 * N * matrices(config) + 4 * N * (
-        S + N
-    ) * width_of_heads * L
+    operations = 2 * N * matrices(config) + 4 * N * (S + N) * all_heads * L
+    return width * (matrices(config) + cached), operations
 
 
 def heads_work(config: MedusaConfig, width: int) -> tuple[int, int]:
-    """Bytes and operations of K heads at one position: J layers each, and the LM head, which shared heads read once."""
+    """Bytes and operations of K heads at one position. A shared LM head is read once."""
     layers = config.num_heads * config.num_hidden_layers * config.hidden_size**2
     lm_head = config.truncated_vocab_size * config.hidden_size
-    return width * (layers + lm_head * (1 if config.original_lm_head else config.num_heads)), 2 * (
-        layers + config.num_heads * lm_head
-    )
+    lm_heads = 1 if config.original_lm_head else config.num_heads
+    return width * (layers + lm_head * lm_heads), 2 * (layers + config.num_heads * lm_head)
 
 
 def plain_seconds(device: Device, model: ModelConfig, S: int, width: int) -> float:
@@ -61,9 +57,8 @@ def tree_seconds(
     device: Device, model: ModelConfig, heads: MedusaConfig, N: int, S: int, width: int
 ) -> float:
     """Heads, then the tree: the one waits for the other."""
-    return device.seconds(*heads_work(heads, width)) + device.seconds(
-        *backbone_work(model, N, S, width)
-    )
+    backbone = device.seconds(*backbone_work(model, N, S, width))
+    return device.seconds(*heads_work(heads, width)) + backbone
 
 
 # ---- what this machine reaches ----
@@ -80,7 +75,7 @@ def fastest(work: Callable[[], object], rounds: int = 7) -> float:
 
 
 def measured_bandwidth(n_bytes: int) -> float:
-    """Bytes a second, the better of reading so many and of copying them, which moves them twice. Small amounts stay in the processor's caches."""
+    """Bytes a second: the better of reading so many and of copying them, which moves them twice."""
     source = torch.ones(n_bytes // 4)
     target = torch.zeros_like(source)
     return max(n_bytes / fastest(source.sum), 2 * n_bytes / fastest(lambda: target.copy_(source)))

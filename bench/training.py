@@ -1,4 +1,7 @@
-"""How fast each mode trains, and in how much memory: each in a process of its own, which does what train.py does and stops behind a few steps."""
+"""How fast each mode trains, and in how much memory: train.py's own loop, stopped after some steps.
+
+Each mode runs in a process of its own, which tells its peak of memory.
+"""
 
 import json
 import resource
@@ -10,26 +13,29 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
+import torch
+
+import train
 from bench.results import Bench, markdown, measure
 from data.command import option
+from data.corpus import documents, packed, seeded, windows
+from data.tokenizer import Tokenizer, load_base
+from medusa import Sampling
 from model import check_sizes
 
 ROOT = Path(__file__).resolve().parent.parent
-MODES = {
-    "base": {},
-    "distill": {},
-    "medusa1": {},
-    "medusa2": {"heads_steps": 0},
-    "medusa2-lora": {"heads_steps": 0, "lora": True},
-}  # settings beside train.py's own; of medusa2 the second stage is timed, the first is medusa1
+# Settings besides train.py's own. Of medusa2 stage 2 is timed; stage 1 is medusa1.
+MODES = {"base": {}, "distill": {}, "medusa1": {}, "medusa2": {"heads_steps": 0}}
+MODES["medusa2-lora"] = {"heads_steps": 0, "lora": True}
 
 
 @dataclass(frozen=True)
 class TrainingConfig(Bench):
     """Sections: base, distill, medusa1, medusa2, medusa2-lora, with train.py's own settings."""
 
-    steps: int = option(8, "steps to time, behind two that are not")
+    steps: int = option(8, "steps to time, after two that are not")
     rows: int = option(256, "rows that distill samples together")
 
     def __post_init__(self):
@@ -40,131 +46,89 @@ class TrainingConfig(Bench):
 
 
 class Enough(Exception):
-    """The steps are timed; what would come behind them is not wanted."""
+    """The steps are timed."""
 
 
 def peak() -> float:
     """Megabytes that this process has held at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        1e6 if sys.platform == "darwin" else 1e3
-    )
+    unit = 1e6 if sys.platform == "darwin" else 1e3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def time_fit(mode: str, base: str, steps: int) -> dict:
-    """Seconds between the rows of one step and those of the next, in train.py's own loop."""
-    import train
-    from data.tokenizer import Tokenizer
-
+def time_loop(mode: str, base: str, steps: int) -> dict:
+    """Seconds between the batch of one step and that of the next."""
     found, stamps, train_loop = {}, [], train.train_loop
+    config_class, train_mode = train.MODES[mode.partition("-")[0]]
+    more = {"device": "cpu", "steps": steps + 3} | MODES[mode]
+    if mode != "base":
+        more["base"] = base
 
-    def fit_briefly(config, n, rows_of_step, *more):
+    def briefly(run, first, until, batch_of, loss_of, lr_factors):
         found["MB before the first step"] = peak()
 
         def stamped(step: int):
             stamps.append(time.perf_counter())
             if len(stamps) == steps + 3:
                 raise Enough
-            rows = rows_of_step(step)
-            found["tokens in a step"] = rows[0].numel()
-            return rows
+            batch = batch_of(step)
+            found["tokens in a step"] = batch.tokens.numel()
+            return batch
 
-        train_loop(config, n, stamped, *more)
+        train_loop(run, first, until, stamped, loss_of, lr_factors)
 
-    train.train_loop, train.train_tokenizer = (
-        fit_briefly,
-        lambda *_: Tokenizer.load(base),
-    )  # learning the pieces anew is no step
-    name = mode.partition("-")[0]
-    more = (
-        MODES[mode]
-        | {"device": "cpu", "steps": steps + 3}
-        | ({"base": base} if name != "base" else {})
-    )
+    # To train a tokenizer is no step.
+    ready = patch.object(train, "train_tokenizer", lambda *_: Tokenizer.load(base))
+    brief = patch.object(train, "train_loop", briefly)
     try:
-        with tempfile.TemporaryDirectory() as out:
-            {"base": train.train_base}.get(name, train.train_medusa)(
-                train.MODES[name](**more, out=f"{out}/{mode}")
-            )
+        with tempfile.TemporaryDirectory() as out, ready, brief:
+            train_mode(config_class(**more, out=f"{out}/{mode}"))
     except Enough:
-        seconds = statistics.median(after - before for before, after in zip(stamps[2:], stamps[3:]))
+        seconds = statistics.median(b - a for a, b in zip(stamps[2:], stamps[3:]))
     return found | {"seconds of a step": seconds, "tokens/s": found["tokens in a step"] / seconds}
 
 
 def time_distill(base: str, rows: int) -> dict:
     """Rows are sampled together; a row that has ended counts no more."""
-    import torch
-
-    from data.corpus import documents, packed, seeded, windows
-    from data.distilled import DistillConfig, sample_rows
-    from data.tokenizer import load_base
-    from medusa import Sampling
-
-    tokenizer, model = load_base(base)
-    settings = DistillConfig()
-    prompts = windows(
-        packed(documents(False), tokenizer), rows, settings.prompt_tokens, seeded(0)
-    ).tolist()
+    (tokenizer, model), settings = load_base(base), train.DistillConfig()
+    text = packed(documents(False), tokenizer)
+    prompts = windows(text, rows, settings.prompt_tokens, seeded(0)).tolist()
+    length, sampling = settings.prompt_tokens + settings.new_tokens, Sampling(settings.temperature)
+    generator = torch.Generator().manual_seed(0)
     before, start = peak(), time.perf_counter()
-    _, loss_mask = sample_rows(
-        model,
-        prompts,
-        settings.prompt_tokens + settings.new_tokens,
-        Sampling(settings.temperature),
-        torch.Generator().manual_seed(0),
-    )
+    _, loss_mask = train.sample_rows(model, prompts, length, sampling, generator)
     seconds, sampled = time.perf_counter() - start, loss_mask.sum().item()
-    return {
-        "MB before the first step": before,
-        "tokens in a step": sampled / settings.new_tokens,
-        "seconds of a step": seconds / settings.new_tokens,
-        "tokens/s": sampled / seconds,
-    }
+    found = {"MB before the first step": before, "tokens/s": sampled / seconds}
+    found["tokens in a step"] = sampled / settings.new_tokens
+    return found | {"seconds of a step": seconds / settings.new_tokens}
 
 
 # ---- and around it ----
 
 
 def measure_mode(config: TrainingConfig, mode: str) -> dict:
-    command = [
-        sys.executable,
-        "-m",
-        "bench.training",
-        mode,
-        str(Path(config.base).resolve()),
-        str(config.rows if mode == "distill" else config.steps),
-    ]
+    n = config.rows if mode == "distill" else config.steps
+    base = str(Path(config.base).resolve())
+    command = [sys.executable, "-m", "bench.training", mode, base, str(n)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
+    if done.returncode != 0:
         raise ValueError(f"{mode} failed: {' '.join(done.stderr.split())[-400:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def table(results: dict) -> str:
-    header = [
-        "mode",
-        "tokens in a step",
-        "ms a step",
-        "tokens/s",
-        "peak memory, MB",
-        "of it before the first step",
-    ]
-    rows = [
-        [
-            mode,
-            f"{row['tokens in a step']:.0f}",
-            f"{1e3 * row['seconds of a step']:.0f}",
-            f"{row['tokens/s']:.0f}",
-            f"{row['peak MB']:.0f}",
-            f"{row['MB before the first step']:.0f}",
-        ]
-        for mode, row in results.items()
-    ]
+    header = ["mode", "tokens in a step", "ms a step", "tokens/s", "peak memory, MB"]
+    header.append("of it before the first step")
+    rows = []
+    for mode, row in results.items():
+        numbers = [row["tokens in a step"], 1e3 * row["seconds of a step"], row["tokens/s"]]
+        numbers += [row["peak MB"], row["MB before the first step"]]
+        rows.append([mode, *(f"{number:.0f}" for number in numbers)])
     return markdown(header, rows)
 
 
 def draw(results: dict, pyplot):
-    figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(11, 4))
-    for axis, name in ((speed, "tokens/s"), (memory, "peak MB")):
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
+    for axis, name in zip(axes, ("tokens/s", "peak MB")):
         axis.bar(list(results), [row[name] for row in results.values()])
         axis.set_ylabel(name)
         axis.tick_params(axis="x", rotation=20)
@@ -172,12 +136,11 @@ def draw(results: dict, pyplot):
 
 
 def main(config: TrainingConfig) -> None:
-    measure(
-        "train", config, {mode: partial(measure_mode, config, mode) for mode in MODES}, table, draw
-    )
+    sections = {mode: partial(measure_mode, config, mode) for mode in MODES}
+    measure("train", config, sections, table, draw)
 
 
 if __name__ == "__main__":
     mode, base, n = sys.argv[1:]
-    result = time_distill(base, int(n)) if mode == "distill" else time_fit(mode, base, int(n))
+    result = time_distill(base, int(n)) if mode == "distill" else time_loop(mode, base, int(n))
     print(json.dumps(result | {"peak MB": peak()}))

@@ -1,10 +1,12 @@
-"""What typical acceptance costs in truth: tokens/step against the distance from the base distribution, over epsilon.
+"""What typical acceptance costs: tokens/step against the distance from the base distribution.
 
-Given the text so far, a step of typical acceptance leaves nothing to chance but its last token: whether a guess passes is decided by
-the base's probabilities. So where a guess was accepted, the emitted token's distribution is a point mass on it, and where the step
-ends it is the base distribution itself. Both distances follow exactly at every position that decoding visits:
+Given the text so far, a step of typical acceptance samples its last token alone: whether a guess
+passes is decided by the base's probabilities. So where a guess was accepted, the distribution of
+the emitted token is a point mass, and where the step ends it is the base distribution. Both
+distances follow exactly at every position:
 
-    point mass on x:  KL(emitted || base) = -ln base_probs(x),  total variation = 1 - base_probs(x);  a draw: 0 and 0
+    a point mass on x:  KL(emitted || base) = -ln base_probs(x), total variation = 1 - base_probs(x)
+    a sample:           0 and 0
 """
 
 import statistics
@@ -16,10 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench.results import Decoding, held_out_prompts, load, markdown, measure
-from data.calibration import read_calibration
 from data.command import option
-from medusa import MedusaHeads, Sampling, logits_to_probs, medusa_generate
+from medusa import MedusaHeads, Sampling, Step, logits_to_probs
 from model import GPT
+from sample import decode, read_calibration
 from tree import Tree, calibrated_tree
 
 EPSILONS = (0.01, 0.03, 0.09, 0.2, 0.4, 1.0)
@@ -31,103 +33,67 @@ class TypicalConfig(Decoding):
     """Sections: temperature-0.7, temperature-1.0. All points of a section have one tree."""
 
     prompts: int = option(20, "held-out prompts")
-    new_tokens: int = option(128, "tokens decoded behind each")
+    new_tokens: int = option(128, "tokens decoded after each")
     nodes: int = option(16, "nodes of the calibrated tree")
 
 
 @torch.inference_mode()
 def distances(
-    model: GPT, prompt: list[int], steps: list[list[int]], sampling: Sampling
+    model: GPT, prompt: list[int], steps: list[Step], sampling: Sampling
 ) -> tuple[Tensor, Tensor]:
-    """KL(emitted || base) in nats and total variation at every emitted token: (n,) each, of the steps of a text that no EOS ended."""
-    text = [token for emitted in steps for token in emitted]
-    guessed = torch.tensor(
-        [place < len(emitted) - 1 for emitted in steps for place in range(len(emitted))]
-    )  # (n,)
+    """KL(emitted || base) in nats and total variation at every token of a text, (n,) each."""
+    text, guessed = [], []
+    for step in steps:
+        text += step.emitted
+        guessed += [True] * (len(step.emitted) - 1) + [False]
     hidden = model(torch.tensor([prompt + text[:-1]]))[0, len(prompt) - 1 :]  # (n, D)
     base_probs = logits_to_probs(model.lm_head(hidden), sampling)  # (n, V)
     of_token = base_probs.gather(1, torch.tensor(text)[:, None])[:, 0]  # (n,)
-    if (
-        not sampling.typical
-    ):  # lossless: each token is drawn from the base distribution, whether it was guessed or not
-        return torch.zeros_like(of_token), torch.zeros_like(of_token)
-    return torch.where(guessed, -of_token.log(), 0.0), torch.where(guessed, 1 - of_token, 0.0)
+    # Lossless: each token is a sample of the base distribution, whether it was guessed or not.
+    point_mass = torch.tensor(guessed) & torch.tensor(sampling.typical)
+    return torch.where(point_mass, -of_token.log(), 0.0), torch.where(point_mass, 1 - of_token, 0.0)
 
 
 def point(
-    model: GPT,
-    heads: MedusaHeads,
-    tree: Tree,
-    prompts: list[list[int]],
-    new_tokens: int,
-    sampling: Sampling,
+    model: GPT, heads: MedusaHeads, tree: Tree, prompts, new_tokens: int, sampling: Sampling
 ) -> dict:
-    """Decode all prompts; a step's first list is the prompt's own and counts as no step."""
-    kls, variations, earned, steps = [], [], 0, 0
+    """Decode all prompts; a text's first step is the prompt's own and counts as no step."""
+    kls, variations, tokens, steps = [], [], 0, 0
     for seed, prompt in enumerate(prompts):
-        emitted = list(
-            medusa_generate(
-                model,
-                heads,
-                tree,
-                prompt,
-                new_tokens,
-                sampling,
-                torch.Generator().manual_seed(seed),
-            )
-        )
-        kl, variation = distances(model, prompt, emitted, sampling)
-        kls, variations = [*kls, *kl.tolist()], [*variations, *variation.tolist()]
-        earned, steps = earned + sum(map(len, emitted[1:])), steps + len(emitted) - 1
-    return {
-        "tokens/step": earned / max(steps, 1),
-        "KL": statistics.mean(kls),
-        "total variation": statistics.mean(variations),
-        "positions": len(kls),
-    }
+        text = list(decode(model, heads, tree, prompt, new_tokens, sampling, seed))
+        kl, variation = distances(model, prompt, text, sampling)
+        kls += kl.tolist()
+        variations += variation.tolist()
+        tokens += sum(len(step.emitted) for step in text[1:])
+        steps += len(text) - 1
+    found = {"tokens/step": tokens / max(steps, 1), "KL": statistics.mean(kls)}
+    return found | {"total variation": statistics.mean(variations), "positions": len(kls)}
 
 
 def measure_temperature(config: TypicalConfig, temperature: float) -> dict:
     tokenizer, model, heads = load(config)
     prompts = held_out_prompts(tokenizer, config.prompts, config.prompt_tokens)
     tree = calibrated_tree(read_calibration(config.heads, temperature)[0], config.nodes)
-    samplings = {"lossless": Sampling(temperature)} | {
-        str(e): Sampling(temperature, typical=True, epsilon=e) for e in EPSILONS
-    }
-    bar = tqdm(samplings.items(), desc=f"temperature {temperature}", unit="point")
-    return {
-        "points": {
-            name: point(model, heads, tree, prompts, config.new_tokens, sampling)
-            for name, sampling in bar
-        },
-        "nodes": len(tree),
-    }
+    samplings = {"lossless": Sampling(temperature)}
+    for epsilon in EPSILONS:
+        samplings[str(epsilon)] = Sampling(temperature, typical=True, epsilon=epsilon)
+    points = {}
+    for name, sampling in tqdm(samplings.items(), f"temperature {temperature}"):
+        points[name] = point(model, heads, tree, prompts, config.new_tokens, sampling)
+    return {"points": points, "nodes": len(tree)}
 
 
 def table(results: dict) -> str:
+    header = ["epsilon (delta = sqrt epsilon)", "tokens/step", "KL to the base, nats a token"]
+    header += ["total variation, mean", "positions"]
     parts = []
     for section, result in results.items():
-        rows = [
-            [
-                name,
-                f"{row['tokens/step']:.2f}",
-                f"{row['KL']:.3f}",
-                f"{row['total variation']:.3f}",
-                row["positions"],
-            ]
-            for name, row in result["points"].items()
-        ]
-        header = [
-            "epsilon (delta = sqrt epsilon)",
-            "tokens/step",
-            "KL to the base, nats a token",
-            "total variation, mean",
-            "positions",
-        ]
-        parts.append(
-            f"**{section}**, a calibrated tree of {result['nodes']} nodes\n\n"
-            + markdown(header, rows)
-        )
+        rows = []
+        for name, row in result["points"].items():
+            numbers = [f"{row['KL']:.3f}", f"{row['total variation']:.3f}", row["positions"]]
+            rows.append([name, f"{row['tokens/step']:.2f}", *numbers])
+        about = f"**{section}**, a calibrated tree of {result['nodes']} nodes"
+        parts.append(f"{about}\n\n{markdown(header, rows)}")
     return "\n\n".join(parts)
 
 
@@ -135,21 +101,11 @@ def draw(results: dict, pyplot):
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
     for axis, distance in zip(axes, ("KL", "total variation")):
         for section, result in results.items():
-            points = result["points"]
-            axis.plot(
-                [row[distance] for row in points.values()],
-                [row["tokens/step"] for row in points.values()],
-                "o",
-                label=section,
-            )
-            for name, row in points.items():
-                axis.annotate(
-                    name,
-                    (row[distance], row["tokens/step"]),
-                    textcoords="offset points",
-                    xytext=(4, 4),
-                    fontsize=8,
-                )
+            x = [row[distance] for row in result["points"].values()]
+            y = [row["tokens/step"] for row in result["points"].values()]
+            axis.plot(x, y, "o", label=section)
+            for name, *at in zip(result["points"], x, y):
+                axis.annotate(name, at, textcoords="offset points", xytext=(4, 4), fontsize=8)
         axis.set_xlabel(f"{distance} of the emitted token to the base distribution")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("tokens/step")
@@ -158,10 +114,5 @@ def draw(results: dict, pyplot):
 
 
 def main(config: TypicalConfig) -> None:
-    measure(
-        "typical",
-        config,
-        {f"temperature-{t}": partial(measure_temperature, config, t) for t in TEMPERATURES},
-        table,
-        draw,
-    )
+    sections = {f"temperature-{t}": partial(measure_temperature, config, t) for t in TEMPERATURES}
+    measure("typical", config, sections, table, draw)
