@@ -1,9 +1,11 @@
 """What a student gets and what Gradescope gets, made of the project's own modules and tests.
 
-    python assignments/build.py --out out/course        all sets; one alone: python assignments/build.py 3 --out out/course
+    python assignments/build.py --out out/course        all sets
+    python assignments/build.py 3 --out out/course      one set
 
-DIR/set3/student is handed out: the handout, the five modules with the functions of all sets blanked, the tests of the set.
-DIR/set3/autograder.zip goes to Gradescope: the grader, the project, and what a student starts from. Nothing here is kept twice.
+out/course/set3/student is handed out: the handout, the five modules with the functions of all sets
+blanked, the tests of the set. out/course/set3/autograder.zip goes to Gradescope: the grader, the
+project, and what a student starts from. Nothing here is kept twice.
 """
 
 import ast
@@ -29,7 +31,8 @@ python3 -m venv /autograder/venv
 /autograder/venv/bin/pip install -q -r /autograder/source/requirements.txt
 """
 RUN = """#!/usr/bin/env bash
-exec timeout -k 5 300 /autograder/venv/bin/python /autograder/source/grade.py {number} /autograder/submission /autograder/results/results.json
+cd /autograder
+exec timeout -k 5 300 venv/bin/python source/grade.py {number} submission results/results.json
 """
 
 
@@ -77,38 +80,21 @@ def starter(name: str) -> str:
 
 def project_files(tests: list[str]) -> dict[str, bytes]:
     """What the modules and these tests need around them."""
-    paths = [
-        ROOT / "requirements.txt",
-        ROOT / "pyproject.toml",
-        ROOT / "tests/conftest.py",
-        ROOT / "tests/strategies.py",
-    ]
-    paths += [
-        *(ROOT / "data").glob("*.py"),
-        ROOT / "data/trace.html",
-        ROOT / "data/requirements.txt",
-        *(ROOT / "tests" / name for name in tests),
-    ]
-    return {str(path.relative_to(ROOT)): path.read_bytes() for path in paths}
+    names = ["requirements.txt", "pyproject.toml"]
+    names += [f"tests/{name}" for name in ("conftest.py", "strategies.py", *tests)]
+    names += [f"data/{path.name}" for path in (ROOT / "data").iterdir() if path.is_file()]
+    return {name: (ROOT / name).read_bytes() for name in names}
 
 
 def points_table(number: int) -> str:
     rows = [f"| {title(test)} | {points} |" for test, points in SETS[number].tests.items()]
-    return "\n".join(
-        [
-            "## Points",
-            "",
-            "| what is tested | points |",
-            "|---|---|",
-            *rows,
-            f"| together | {sum(SETS[number].tests.values())} |",
-            "",
-        ]
-    )
+    head = ["## Points", "", "| what is tested | points |", "|---|---|"]
+    total = f"| together | {sum(SETS[number].tests.values())} |"
+    return "\n".join([*head, *rows, total, ""])
 
 
 def title(test: str) -> str:
-    """test_tree.py::test_a_law[case] -> a law"""
+    """test_tree.py::test_a_property[case] -> a property"""
     return test.partition("::test_")[2].partition("[")[0].replace("_", " ")
 
 
@@ -119,32 +105,25 @@ def test_files(number: int) -> list[str]:
 def student_files(number: int) -> dict[str, bytes]:
     files = project_files(test_files(number))
     files |= {name: starter(name).encode() for name in MODULES}
-    files["README.md"] = (
-        (ROOT / f"assignments/set{number}.md").read_text(encoding="utf-8")
-        + "\n"
-        + points_table(number)
-    ).encode()
+    handout = (ROOT / f"assignments/set{number}.md").read_text(encoding="utf-8")
+    files["README.md"] = f"{handout}\n{points_table(number)}".encode()
     files["tests.txt"] = "".join(f"tests/{test}\n" for test in SETS[number].tests).encode()
-    for path in [
-        *(ROOT / "data/base").iterdir(),
-        *(ROOT / "data/heads").iterdir(),
-    ]:  # so that sample.py runs on what a student wrote
+    # The weights, so that sample.py runs on what a student wrote.
+    for path in [*(ROOT / "data/base").iterdir(), *(ROOT / "data/heads").iterdir()]:
         files[str(path.relative_to(ROOT))] = path.read_bytes()
     return files
 
 
 def autograder_files(number: int) -> dict[str, bytes]:
-    files = {
-        f"project/{path}": content for path, content in project_files(test_files(number)).items()
-    }
-    files |= {f"project/{name}": (ROOT / name).read_bytes() for name in MODULES}
+    project = project_files(test_files(number))
+    project |= {name: (ROOT / name).read_bytes() for name in MODULES}
+    files = {f"project/{name}": content for name, content in project.items()}
     files |= {f"starter/{name}": starter(name).encode() for name in MODULES[:3]}
     files |= {name: (ROOT / "assignments" / name).read_bytes() for name in GRADER}
-    files |= {"requirements.txt": (ROOT / "requirements.txt").read_bytes()}
-    return files | {
-        "setup.sh": SETUP.encode(),
-        "run_autograder": RUN.format(number=number).encode(),
-    }
+    files["requirements.txt"] = project["requirements.txt"]
+    files["setup.sh"] = SETUP.encode()
+    files["run_autograder"] = RUN.format(number=number).encode()
+    return files
 
 
 def write_folder(folder: Path, files: dict[str, bytes]) -> None:
@@ -159,9 +138,8 @@ def write_archive(path: Path, files: dict[str, bytes]) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in sorted(files.items()):
             info = zipfile.ZipInfo(name)
-            info.external_attr = (
-                0o100755 if name in ("setup.sh", "run_autograder") else 0o100644
-            ) << 16
+            mode = 0o100755 if name in ("setup.sh", "run_autograder") else 0o100644
+            info.external_attr = mode << 16
             info.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(info, content)
 
@@ -182,12 +160,9 @@ def build(number: int, out: Path) -> Path:
 
 def main() -> None:
     parser = OneLineParser(description=__doc__)
-    parser.add_argument(
-        "set", nargs="?", type=int, choices=sorted(SETS), help="1 to 7; all unless given"
-    )
-    parser.add_argument(
-        "--out", required=True, type=Path, help="directory to write set1, set2 ... into"
-    )
+    sets = {"nargs": "?", "type": int, "choices": sorted(SETS)}
+    parser.add_argument("set", **sets, help="1 to 7; all unless given")
+    parser.add_argument("--out", required=True, type=Path, help="directory for set1, set2 ...")
     arguments = parser.parse_args()
     for number in [arguments.set] if arguments.set else SETS:
         target = build(number, arguments.out)

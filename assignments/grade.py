@@ -1,8 +1,11 @@
-"""Grade submissions:  python grade.py SET SUBMISSION RESULTS [SUBMISSION RESULTS]...   (from an unpacked autograder.zip)
+"""Grade submissions, in an unpacked autograder.zip:
 
-The project's tests run in this process, against the project's own modules, in which the functions of the set are stand-ins that
-ask a process of the student's (sandbox.py), which runs as another user with limits. What passes is decided and written here:
-RESULTS is Gradescope's results.json, rewritten after every test, so that no death leaves less than what was earned.
+    python grade.py SET SUBMISSION RESULTS [SUBMISSION RESULTS]...
+
+The project's tests run in this process, against the project's own modules, in which the functions
+of the set are stand-ins that ask a process of the student's (sandbox.py), which runs as another
+user with limits. What passes is decided and written here: RESULTS is Gradescope's results.json,
+rewritten after every test, so that a crash takes away no points.
 """
 
 import importlib
@@ -27,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE)]
 
 import wire  # noqa: E402
-from sets import BLANKED, SETS, ProblemSet  # noqa: E402
+from sets import BLANKED, SETS  # noqa: E402
 
 SECONDS = 40.0  # of the student's process, for all tests of a submission together
 TICK = 0.2  # seconds from one look at the clock to the next
@@ -43,7 +46,7 @@ class OutOfTime(wire.Gone):
 
 
 def lay_out(folder: Path, submission: Path, files: list[str]) -> list[str]:
-    """The starter's modules, and over them the student's. Returns what is wrong with the submission, in words."""
+    """The starter's modules, and over them the student's. Returns what was wrong with those."""
     for path in (HERE / "starter").iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     complaints = []
@@ -51,9 +54,8 @@ def lay_out(folder: Path, submission: Path, files: list[str]) -> list[str]:
         try:
             (folder / name).write_bytes(read_plain(submission / name))
         except (OSError, ValueError) as error:
-            complaints.append(
-                f"{name} was not taken, the starter's stands in for it: {getattr(error, 'strerror', None) or error}"
-            )
+            reason = getattr(error, "strerror", None) or error
+            complaints.append(f"{name} was not taken, the starter's is used instead: {reason}")
     for path in folder.iterdir():
         path.chmod(0o644)
     folder.chmod(0o755)
@@ -73,26 +75,29 @@ def read_plain(path: Path) -> bytes:
 
 
 class Sandbox:
-    """The process that forks one child a test, and the line to the present child. functions: what a child may ask for; task: its folder and set."""
+    """The process that forks one child a test, and the line to the present child.
+
+    functions: what a child may ask for; task: its folder and set.
+    """
 
     def __init__(self):
         self.control, theirs = socket.socketpair()
-        self.process = subprocess.Popen(
-            [sys.executable, "-I", "-B", str(HERE / "sandbox.py"), str(theirs.fileno())],
-            pass_fds=[theirs.fileno()], env={"PATH": os.defpath, "OMP_NUM_THREADS": "1", "HOME": "/nonexistent", "LC_ALL": "C.UTF-8"},
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        command = [sys.executable, "-I", "-B", HERE / "sandbox.py", str(theirs.fileno())]
+        env = {"PATH": os.defpath, "OMP_NUM_THREADS": "1", "HOME": "/nonexistent"}
+        env |= {"LC_ALL": "C.UTF-8"}
+        silent = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=env, **silent)
         theirs.close()
         self.functions, self.task, self.peer, self.pid, self.running = {}, b"", None, None, False
 
     def wait_until_ready(self) -> None:
         if self.control.recv(5) != b"ready":
             raise RuntimeError(
-                "the process for students' code did not start: are torch and safetensors installed, and is this Linux?"
+                "sandbox.py did not start: it needs Linux, with torch and safetensors installed"
             )
 
     def line(self) -> wire.Peer:
-        """The line to the child of the running test, which starts when it is first asked something."""
+        """The line to the child of the running test, which starts when it is first asked."""
         if not self.running:
             raise RuntimeError("a function of the set was called outside of a test")
         if self.peer is None:
@@ -137,21 +142,18 @@ class Entry:
 
     def result(self, number: str) -> dict:
         right = self.passed > 0 and not self.messages
-        shown = {
-            "name": self.name,
-            "number": number,
-            "score": self.points if right else 0,
-            "max_score": self.points,
-            "visibility": "visible",
-        }
-        return shown | {
-            "status": "passed" if right else "failed",
-            "output": "" if right else (self.messages or ["was not run"])[0][:MOST_OUTPUT],
-        }
+        shown = {"name": self.name, "number": number, "visibility": "visible"}
+        shown |= {"score": self.points if right else 0, "max_score": self.points}
+        message = (self.messages or ["was not run"])[0][:MOST_OUTPUT]
+        status = "passed" if right else "failed"
+        return shown | {"status": status, "output": "" if right else message}
 
 
 class Clock:
-    """Counts down the seconds that the student's process computes or sleeps; waiting for a busy machine or for the grader costs nothing."""
+    """Counts down the seconds that the student's process computes or sleeps.
+
+    Waiting for a busy machine or for the grader costs nothing.
+    """
 
     def __init__(self, seconds: float, sandbox: Sandbox):
         self.seconds, self.sandbox = seconds, sandbox
@@ -166,15 +168,15 @@ class Clock:
             raise OutOfTime
 
     def charge(self, seconds: float) -> None:
-        """seconds have passed since the last look: asleep, if neither side has computed, and nothing was heard of the student's."""
+        """seconds have passed since the last look.
+
+        The student's process slept if neither side has computed, and nothing came from it.
+        """
         ours, (theirs, state) = time.process_time(), self.sandbox.child()
         received = self.sandbox.peer.received if self.sandbox.peer else 0
-        asleep = (
-            seconds
-            if state == "S" and received == self.received and ours - self.ours < 0.001
-            else 0.0
-        )
-        self.seconds -= max(theirs - self.theirs, 0.0) + asleep
+        quiet = received == self.received and ours - self.ours < 0.001
+        self.seconds -= max(theirs - self.theirs, 0.0)
+        self.seconds -= seconds if state == "S" and quiet else 0.0
         self.ours, self.theirs, self.received = ours, theirs, received
 
     def stop(self) -> None:
@@ -185,37 +187,21 @@ class Clock:
 class Referee:
     """Runs each test against a new child of the sandbox, and writes down what it was worth."""
 
-    def __init__(
-        self,
-        problem_set: ProblemSet,
-        number: int,
-        sandbox: Sandbox,
-        results: Path,
-        complaints: list[str],
-    ):
-        self.number, self.sandbox, self.results, self.complaints, self.began = (
-            number,
-            sandbox,
-            results,
-            complaints,
-            time.monotonic(),
-        )
-        self.entries = {
-            test: Entry(words(test), points) for test, points in problem_set.tests.items()
-        }
+    def __init__(self, number: int, sandbox: Sandbox, results: Path, complaints: list[str]):
+        self.number, self.sandbox, self.results = number, sandbox, results
+        self.complaints, self.began = complaints, time.monotonic()
+        tests = SETS[number].tests.items()
+        self.entries = {test: Entry(words(test), points) for test, points in tests}
         self.seconds, self.waiting = SECONDS, {entry.name for entry in self.entries.values()}
         self.write()
 
     def entry(self, nodeid: str) -> Entry:
-        return next(
-            entry
-            for test, entry in self.entries.items()
-            if nodeid.removeprefix("tests/") == test
-            or nodeid.removeprefix("tests/").startswith(test + "[")
-        )
+        nodeid = nodeid.removeprefix("tests/")
+        # The whole node, or all cases of a test.
+        return self.entries.get(nodeid) or self.entries[nodeid.partition("[")[0]]
 
     def allowance(self, entry: Entry) -> float:
-        """What a test may take: all that is left, but for half an equal share of each test that has not begun."""
+        """What a test may take: all that is left, but half an equal share for each later test."""
         self.waiting.discard(entry.name)
         return self.seconds - len(self.waiting) * SECONDS / len(self.entries) / 2
 
@@ -243,15 +229,11 @@ class Referee:
         return report
 
     def write(self) -> None:
-        tests = [
-            entry.result(f"{self.number}.{i}")
-            for i, entry in enumerate(self.entries.values(), start=1)
-        ]
-        content = {
-            "score": sum(test["score"] for test in tests),
-            "execution_time": round(time.monotonic() - self.began, 1),
-            "tests": tests,
-        }
+        entries = enumerate(self.entries.values(), start=1)
+        tests = [entry.result(f"{self.number}.{i}") for i, entry in entries]
+        seconds = round(time.monotonic() - self.began, 1)
+        score = sum(test["score"] for test in tests)
+        content = {"score": score, "execution_time": seconds, "tests": tests}
         if self.complaints:
             content["output"] = "\n".join(self.complaints)
         temporary = self.results.with_name(f".{self.results.name}.{os.getpid()}")
@@ -260,38 +242,30 @@ class Referee:
 
 
 def words(test: str) -> str:
-    """test_tree.py::test_a_law[case] -> a law"""
+    """test_tree.py::test_a_property[case] -> a property"""
     return test.partition("::test_")[2].partition("[")[0].replace("_", " ")
 
 
 def message_of(error: BaseException) -> str:
-    """What went wrong: the words of the failed assertion first, then the case in which it failed."""
+    """What went wrong: the words of the failed assertion, then the case in which it failed."""
     if isinstance(error, OutOfTime):
-        return "your code was still running when the time for this test was over: an endless loop, or far too slow"
+        return "your code was still running when the time was over: an endless loop, or too slow"
     if isinstance(error, wire.Gone):
-        return "your code ended the process that it ran in, by leaving it, by a crash, or because it needed too much memory"
-    text = (
-        str(error)
-        if isinstance(error, (AssertionError, pytest.fail.Exception))
-        else f"{type(error).__name__}: {error}"
-    )
+        return "your code ended its process: it left it, crashed, or needed too much memory"
+    said = isinstance(error, (AssertionError, pytest.fail.Exception))
+    text = str(error) if said else f"{type(error).__name__}: {error}"
     return "\n".join([text, *getattr(error, "__notes__", ())])
 
 
 def prepare(number: int, sandbox: Sandbox) -> None:
-    """Load the project, and put the stand-ins in place before any test can take hold of the functions themselves."""
+    """Load the project, and put the stand-ins in place before a test can import the functions."""
     project = HERE / "project"
     sys.path[:0] = [str(project), str(project / "tests")]
-    for name in (
-        "tree",
-        "model",
-        "medusa",
-        "torch.fx.experimental.symbolic_shapes",
-    ):  # the last is what torch asks for in its first gradient
+    # The last is what torch asks for in its first gradient.
+    for name in ("tree", "model", "medusa", "torch.fx.experimental.symbolic_shapes"):
         importlib.import_module(name)
-    sandbox.functions = {
-        name: wire.function_of(name) for name in BLANKED if name not in SETS[number].functions
-    }
+    given = [name for name in BLANKED if name not in SETS[number].functions]
+    sandbox.functions = {name: wire.function_of(name) for name in given}
     for name in SETS[number].functions:
         wire.stand_in(name, sandbox.line)
     settings.register_profile(
@@ -310,38 +284,29 @@ def grade(number: int, submission: Path, results: Path, sandbox: Sandbox) -> Non
     with tempfile.TemporaryDirectory() as folder:
         complaints = lay_out(Path(folder), submission, SETS[number].files)
         if os.geteuid() != 0:
-            complaints.append(
-                "not graded as root: the student's code ran as the same user and could have read the tests"
-            )
-        referee = Referee(SETS[number], number, sandbox, results, complaints)
+            complaints.append("not graded as root: the student's code could have read the tests")
+        referee = Referee(number, sandbox, results, complaints)
         sandbox.task = json.dumps([folder, number]).encode()
         project = HERE / "project"
         tests = [str(project / "tests" / test) for test in SETS[number].tests]
-        options = [
-            "-q",
-            "--no-header",
-            "--tb=no",
-            "--disable-warnings",
-            "-p",
-            "no:cacheprovider",
-            "-c",
-            str(project / "pyproject.toml"),
-            "-o",
-            "addopts=",
-        ]
+        options = (
+            "-q --no-header --tb=no --disable-warnings -p no:cacheprovider -o addopts=".split()
+        )
+        options += ["-c", str(project / "pyproject.toml")]
         pytest.main([*options, *tests], [referee])
 
 
 def main() -> None:
     number, pairs = int(sys.argv[1]), [Path(argument).absolute() for argument in sys.argv[2:]]
-    HERE.chmod(
-        0o700
-    )  # the students' processes run as another user: they must see neither the reference nor the tests
+    # The students' processes are another user's: they must see neither the reference nor the tests.
+    HERE.chmod(0o700)
     sandbox = Sandbox()
     prepare(number, sandbox)
     sandbox.wait_until_ready()
     for submission, results in zip(pairs[::2], pairs[1::2], strict=True):
-        if (pid := os.fork()) == 0:  # a process for each, so that none finds what another has left
+        # A process for each, so that none finds what another has left.
+        pid = os.fork()
+        if pid == 0:
             try:
                 grade(number, submission, results, sandbox)
             finally:

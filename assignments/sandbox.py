@@ -1,8 +1,9 @@
 """The process that runs students' code:  python sandbox.py SOCKET
 
-It is started once, with torch loaded and nothing of a student's, and forks a child for each test. The child gives up its rights, takes
-its limits, and answers calls. The folder it works in holds the starter's modules with the student's files laid over them; neither the
-reference nor a test can be read by it, and what a student's code prints goes nowhere.
+It is started once, with torch loaded and nothing of a student's, and forks a child for each test.
+The child gives up its rights, takes its limits, and answers calls. The folder it works in holds the
+starter's modules with the student's files laid over them; it can read neither the reference nor a
+test, and what a student's code prints goes nowhere.
 """
 
 import gc
@@ -18,25 +19,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-# Python itself may lie where another user cannot read: what is imported late must be loaded before.
-for name in (
-    "bisect",
-    "copy",
-    "decimal",
-    "fractions",
-    "heapq",
-    "numpy",
-    "queue",
-    "random",
-    "statistics",
-    "string",
-    "textwrap",
-    "timeit",
-    "torch",
-    "typing",
-):
-    importlib.import_module(name)
-for name in ("safetensors.torch", "torch.fx.experimental.symbolic_shapes"):
+# Python itself may be where another user cannot read: what is imported late must be loaded before.
+LATER = """bisect copy decimal fractions heapq numpy queue random statistics string textwrap timeit
+    torch typing safetensors.torch torch.fx.experimental.symbolic_shapes"""
+for name in LATER.split():
     importlib.import_module(name)
 
 import torch  # noqa: E402
@@ -53,14 +39,8 @@ def confine(folder: Path) -> None:
     os.chdir(folder)
     sys.path[0] = str(folder)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limits = {
-        "AS": pages * os.sysconf("SC_PAGE_SIZE") + SPARE_BYTES,
-        "CPU": CPU_SECONDS,
-        "FSIZE": 0,
-        "CORE": 0,
-        "NOFILE": 64,
-        "NPROC": 0,
-    }
+    limits = {"AS": pages * os.sysconf("SC_PAGE_SIZE") + SPARE_BYTES, "CPU": CPU_SECONDS}
+    limits |= {"FSIZE": 0, "CORE": 0, "NOFILE": 64, "NPROC": 0}
     nobody = pwd.getpwnam("nobody")
     if os.geteuid() == 0:
         os.setgroups([])
@@ -77,7 +57,10 @@ def answer_calls(sock: socket.socket, folder: Path, number: int) -> None:
     in_place = set()
 
     def resolve(name: str):
-        """The student's function of this name. Modules are imported when they are first needed: a broken one costs its own points alone."""
+        """The student's function of this name.
+
+        Modules are imported when they are first needed: a broken one costs its own points alone.
+        """
         if name not in functions:
             raise ValueError(f"{name} is not of this set")
         importlib.import_module(name.partition(".")[0])
@@ -103,7 +86,8 @@ def main() -> None:
         if not message:
             return
         folder, number = json.loads(message)
-        if (pid := os.fork()) == 0:
+        pid = os.fork()
+        if pid == 0:
             control.close()
             try:
                 confine(Path(folder))

@@ -1,6 +1,6 @@
-"""The seven problem sets: which functions are blanked, which files are handed in, which of the project's tests pay how many points.
+"""The seven problem sets: which functions are blanked, and what each of the project's tests pays.
 
-A function that stands in two sets is written in the first of them and widened in the second.
+A function that is in two sets is written in the first of them and extended in the second.
 """
 
 from dataclasses import dataclass
@@ -22,10 +22,11 @@ SETS = {
         "What a node of the tree sees",
         ("tree.Tree.depths", "tree.Tree.paths", "tree.Tree.mask"),
         {
+            "test_golden.py::test_a_node_sees_itself_and_its_ancestors": 2,
             "test_tree.py::test_depths_equal_brute_force": 4,
             "test_tree.py::test_paths_equal_brute_force": 4,
-            "test_tree.py::test_mask_equals_brute_force": 6,
-            "test_tree.py::test_the_mask_hides_the_sibling_branch": 4,
+            "test_tree.py::test_mask_equals_brute_force": 5,
+            "test_tree.py::test_the_mask_hides_the_sibling_branch": 3,
             "test_tree.py::test_a_tree_is_frozen_and_the_root_alone_is_one": 2,
         },
     ),
@@ -33,11 +34,12 @@ SETS = {
         "Trees from paths, and the Cartesian tree",
         ("tree.tree_from_paths", "tree.cartesian_tree"),
         {
-            "test_tree.py::test_worked_example_of_the_cartesian_tree": 4,
+            "test_golden.py::test_a_cartesian_tree_has_every_combination": 2,
+            "test_tree.py::test_worked_example_of_the_cartesian_tree": 3,
             "test_tree.py::test_cartesian_tree_holds_every_combination_once": 4,
             "test_tree.py::test_cartesian_tree_refuses_widths_below_one": 2,
             "test_tree.py::test_tree_from_paths_takes_any_order_and_round_trips": 5,
-            "test_tree.py::test_tree_from_paths_names_the_path_it_refuses": 5,
+            "test_tree.py::test_tree_from_paths_names_the_path_it_refuses": 4,
         },
     ),
     3: ProblemSet(
@@ -45,63 +47,66 @@ SETS = {
         (
             "medusa.MedusaHeads.__init__",
             "medusa.MedusaHeads.forward",
-            "medusa.cross_entropy_ahead",
+            "medusa.targets_ahead",
+            "medusa.cross_entropy",
             "medusa.medusa_loss",
         ),
         {
+            "test_golden.py::test_a_new_head_is_the_lm_head_and_a_trained_one_adds_silu": 1,
+            "test_golden.py::test_head_k_is_asked_for_the_token_k_plus_1_ahead": 1,
+            "test_golden.py::test_the_loss_of_head_k_weighs_a_power_of_four_fifths": 1,
             "test_medusa.py::test_new_heads_are_exactly_the_lm_head": 3,
             "test_medusa.py::test_heads_equal_the_formula_evaluated_head_by_head_from_the_file": 3,
-            "test_medusa.py::test_no_parameter_is_shared_among_layers_or_heads": 2,
-            "test_medusa.py::test_training_heads_never_moves_the_lm_head": 2,
-            "test_medusa.py::test_private_heads_start_as_copies_of_their_own": 1,
+            "test_medusa.py::test_no_parameter_is_shared_among_layers_or_heads": 3,
+            "test_medusa.py::test_targets_ahead_equal_brute_force": 4,
             "test_medusa.py::test_medusa_loss_equals_the_sum_taken_one_target_at_a_time": 3,
-            "test_medusa.py::test_medusa_loss_decays_by_four_fifths_unless_told": 1,
-            "test_medusa.py::test_masked_targets_have_no_influence": 2,
-            "test_medusa.py::test_heads_without_targets_add_nothing": 1,
-            "test_medusa.py::test_head_k_learns_the_token_k_plus_1_ahead_and_nothing_else": 2,
+            "test_medusa.py::test_head_k_learns_the_token_k_plus_1_ahead_and_nothing_else": 1,
         },
     ),
     4: ProblemSet(
         "Typical acceptance",
-        ("medusa.typical_threshold", "medusa.draw", "medusa.accept"),
+        ("medusa.typical_threshold", "medusa.sample", "medusa.accept"),
         {
+            "test_golden.py::test_the_typical_threshold_falls_with_the_entropy": 2,
+            "test_golden.py::test_of_equally_deep_paths_the_most_likely_wins": 2,
             "test_medusa.py::test_typical_threshold_equals_the_formula": 4,
-            "test_medusa.py::test_typical_defaults_are_those_of_the_paper": 2,
-            "test_medusa.py::test_a_token_is_drawn_with_its_probability": 2,
-            "test_medusa.py::test_the_edges_of_the_noise_draw_tokens_of_nonzero_probability": 1,
-            "test_medusa.py::test_typical_acceptance_agrees_with_the_formula": 4,
-            "test_medusa.py::test_typical_acceptance_takes_everything_of_nonzero_probability_as_epsilon_goes_to_zero": 1,
-            "test_medusa.py::test_a_point_mass_accepts_only_its_token": 2,
-            "test_medusa.py::test_of_equally_deep_paths_the_likeliest_wins": 2,
-            "test_medusa.py::test_the_next_root_of_typical_acceptance_is_drawn": 2,
+            "test_medusa.py::test_extreme_noise_samples_no_token_of_probability_zero": 2,
+            "test_medusa.py::test_typical_acceptance_agrees_with_the_formula": 10,
         },
     ),
     5: ProblemSet(
         "Greedy and lossless acceptance",
         ("medusa.accept", "medusa.gumbel_scores"),
         {
-            "test_medusa.py::test_greedy_and_lossless_acceptance_follow_the_draws_of_the_nodes": 6,
+            "test_golden.py::test_greedy_acceptance_follows_the_base_models_argmax": 1,
+            "test_golden.py::test_lossless_acceptance_samples_with_the_noise": 1,
+            "test_medusa.py::test_greedy_and_lossless_acceptance_follow_the_samples"
+            "_of_the_nodes": 5,
             "test_medusa.py::test_token_zero_is_never_accepted_without_being_guessed": 2,
-            "test_medusa.py::test_lossless_tree_sampling_draws_the_text_that_plain_sampling_draws_from_the_same_seed": 4,
-            "test_medusa.py::test_texts_sampled_through_a_tree_pass_a_chi_square_test_and_a_redraw_for_each_child_does_not[False]": 3,
-            "test_medusa.py::test_heads_that_think_as_the_base_does_guess_every_draw": 3,
-            "test_medusa.py::test_typical_and_greedy_acceptance_rank_guesses_by_likelihood_alone": 2,
+            "test_medusa.py::test_lossless_tree_sampling_gives_the_text_of_plain_sampling"
+            "_with_the_same_seed": 4,
+            "test_medusa.py::test_texts_sampled_through_a_tree_pass_a_chi_square_test"
+            "_and_a_redraw_for_each_child_does_not[False]": 3,
+            "test_medusa.py::test_heads_with_the_distribution_of_the_base_guess_every_token": 2,
+            "test_medusa.py::test_typical_and_greedy_acceptance_rank_guesses"
+            "_by_likelihood_alone": 2,
         },
     ),
     6: ProblemSet(
         "Verify and commit: the decoding loop and its KV cache",
         ("model.KVCache.keep", "medusa.medusa_generate"),
         {
+            "test_golden.py::test_keep_moves_the_accepted_rows_to_the_end_of_the_text": 1,
+            "test_golden.py::test_a_whole_step_emits_the_tokens_of_plain_decoding": 1,
             "test_model.py::test_keep_moves_the_chosen_rows_down_and_forgets_the_others": 3,
-            "test_medusa.py::test_a_tree_forward_equals_plain_forwards_and_keep_equals_feeding_one_by_one": 3,
+            "test_medusa.py::test_a_tree_forward_equals_plain_forwards"
+            "_and_keep_equals_feeding_one_by_one": 2,
             "test_medusa.py::test_greedy_tree_decoding_equals_plain_decoding": 4,
-            "test_medusa.py::test_head_k_fills_depth_k_from_the_state_before_the_root": 1,
+            "test_medusa.py::test_head_k_fills_depth_k_from_the_state_before_the_root": 2,
             "test_medusa.py::test_right_guesses_are_all_accepted": 2,
             "test_medusa.py::test_eos_ends_the_text_in_the_middle_of_an_accepted_path": 2,
             "test_medusa.py::test_the_tree_shrinks_to_the_room_before_the_context_limit": 2,
-            "test_medusa.py::test_nothing_is_read_or_written_beyond_the_context": 1,
-            "test_medusa.py::test_heads_run_at_one_node_alone_and_the_base_once_a_step": 1,
-            "test_medusa.py::test_calls_that_cannot_be_honoured_are_refused[<lambda>]": 1,
+            "test_medusa.py::test_impossible_calls_are_refused[medusa_generate]": 1,
         },
     ),
     7: ProblemSet(
@@ -113,11 +118,15 @@ SETS = {
             "tree.expected_tokens",
         ),
         {
+            "test_golden.py::test_a_calibrated_tree_has_the_most_frequent_prefixes": 1,
             "test_tree.py::test_prefix_counts_equal_brute_force": 3,
-            "test_tree.py::test_expected_tokens_is_the_mean_of_what_each_position_would_have_emitted": 2,
+            "test_tree.py::test_expected_tokens_is_the_mean_of_what_each_position"
+            "_would_have_emitted": 2,
             "test_tree.py::test_calibrated_tree_is_the_best_of_all_trees_of_its_size": 4,
-            "test_tree.py::test_calibrated_tree_takes_the_most_frequent_prefixes_and_breaks_ties_to_the_shorter_then_lower": 4,
-            "test_tree.py::test_calibrated_tree_breaks_ties_to_the_shorter_then_to_the_lower_ranks": 2,
+            "test_tree.py::test_calibrated_tree_takes_the_most_frequent_prefixes"
+            "_and_breaks_ties_to_the_shorter_then_lower": 3,
+            "test_tree.py::test_calibrated_tree_breaks_ties_to_the_shorter"
+            "_then_to_the_lower_ranks": 2,
             "test_tree.py::test_calibrated_tree_assumes_no_independence": 3,
             "test_tree.py::test_calibrated_tree_takes_counts_as_well_as_rows": 1,
             "test_tree.py::test_calibrated_tree_refuses_a_tree_without_guesses": 1,

@@ -1,11 +1,12 @@
-"""Calls between the grader's process and the student's, over a socket: plain data both ways, nothing is ever unpickled.
+"""Calls between the grader's process and the student's, over a socket: plain data both ways.
 
-The grader runs the tests, and there the functions of the set are stand-ins that ask the student's process. Functions of other sets
-are stand-ins in the student's process that ask the grader's, so that no earlier mistake costs points, and no answer has to lie there.
+Nothing is ever unpickled. The grader runs the tests, and there the functions of the set are
+stand-ins that ask the student's process. Functions of other sets are stand-ins in the student's
+process that ask the grader's: no earlier mistake costs points, and no answer has to be there.
 
-A message is a header in JSON and the bytes of the tensors' storages. A storage that came with a call goes back into that very
-storage, so that memory which is shared, or changed in place, is so on both sides. A call whose tensors require gradients can be
-asked for them later ("backward").
+A message is a header in JSON and the bytes of the tensors' storages. A storage that came with a
+call goes back into that very storage, so that memory which is shared, or changed in place, is so on
+both sides. A call whose tensors require gradients can be asked for them later ("backward").
 """
 
 import builtins
@@ -17,6 +18,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -25,13 +27,22 @@ from torch import Tensor, nn
 
 MOST_BYTES = 1 << 25  # of a message
 MOST_ELEMENTS = 10**7  # of a tensor, however little memory it claims
-RECORDS = "tree.Tree", "medusa.Sampling", "medusa.MedusaConfig", "model.ModelConfig"
+RECORDS = (
+    "tree.Tree",
+    "medusa.Sampling",
+    "medusa.Step",
+    "medusa.MedusaConfig",
+    "model.ModelConfig",
+)
 CACHE, HEADS = "model.KVCache", "medusa.MedusaHeads"
-HEADS_PARTS = "config", "weight", "bias", "lm_heads"
+HEADS_PARTS = "config", "weight", "bias", "lm_heads", "token_map"
 
 
 class Gone(BaseException):
-    """The other process has ended or no longer makes sense. No test, and no student's `except Exception`, can pass over it."""
+    """The other process has ended or no longer makes sense.
+
+    No test, and no student's `except Exception`, can pass over it.
+    """
 
 
 def loaded(name: str):
@@ -66,25 +77,16 @@ class Encoder:
             return value
         if isinstance(value, Tensor):
             return self.tensor(value)
-        if record := record_name(value):
-            return {
-                "record": record,
-                "fields": {
-                    field.name: self.encode(getattr(value, field.name)) for field in fields(value)
-                },
-            }
+        record = record_name(value)
+        if record is not None:
+            parts = {f.name: self.encode(getattr(value, f.name)) for f in fields(value)}
+            return {"record": record, "fields": parts}
         if isinstance(value, (list, tuple)):
-            return {
-                "list" if isinstance(value, list) else "tuple": [
-                    self.encode(part) for part in value
-                ]
-            }
+            kind = "list" if isinstance(value, list) else "tuple"
+            return {kind: [self.encode(part) for part in value]}
         if isinstance(value, dict):
-            return {
-                "counter" if isinstance(value, Counter) else "dict": [
-                    [self.encode(key), self.encode(part)] for key, part in value.items()
-                ]
-            }
+            kind = "counter" if isinstance(value, Counter) else "dict"
+            return {kind: [[self.encode(key), self.encode(part)] for key, part in value.items()]}
         if isinstance(value, nn.Linear):
             return {"linear": self.encode(value.weight)}
         if isinstance(value, torch.Generator):
@@ -106,18 +108,20 @@ class Encoder:
         if value.requires_grad:
             self.tracked.append(value)
         return {
-            "tensor": str(value.dtype).removeprefix("torch."), "shape": list(value.shape), "stride": list(value.stride()), "offset": value.storage_offset(),
-            "storage": self.index[address], "grad": value.requires_grad, "parameter": isinstance(value, nn.Parameter),
-        }  # fmt: skip
+            "tensor": str(value.dtype).removeprefix("torch."),
+            "shape": list(value.shape),
+            "stride": list(value.stride()),
+            "offset": value.storage_offset(),
+            "storage": self.index[address],
+            "grad": value.requires_grad,
+            "parameter": isinstance(value, nn.Parameter),
+        }
 
     def heads(self, value) -> dict:
         """A MedusaHeads as it is, with whatever parameters it should not have."""
         parts = {name: getattr(value, name) for name in HEADS_PARTS if hasattr(value, name)}
-        parts |= {
-            name.replace(".", "_"): weight
-            for name, weight in value.named_parameters()
-            if name not in parts
-        }
+        more = {n.replace(".", "_"): w for n, w in value.named_parameters() if n not in parts}
+        parts |= more
         return {"heads": {name: self.encode(part) for name, part in parts.items()}}
 
     def message(self, header: dict) -> bytes:
@@ -125,35 +129,25 @@ class Encoder:
             bytes(torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes())
             for storage in self.storages
         ]
-        header |= {
-            "storages": [
-                [len(blob), self.known.get(storage.data_ptr())]
-                for blob, storage in zip(blobs, self.storages)
-            ]
-        }
+        origins = [self.known.get(storage.data_ptr()) for storage in self.storages]
+        header["storages"] = [[len(blob), origin] for blob, origin in zip(blobs, origins)]
         text = json.dumps(header).encode()
         return struct.pack("<II", len(text), sum(map(len, blobs))) + text + b"".join(blobs)
 
 
 class Decoder:
-    """known: the storages that went out with the call whose answer this is; writable: the addresses of those that the call may change."""
+    """known: the storages that went out with the call whose answer this is.
 
-    def __init__(
-        self,
-        peer: "Peer",
-        storages: list,
-        blob: memoryview,
-        known: list = (),
-        writable: set = frozenset(),
-    ):
+    writable: the addresses of those that the call may change.
+    """
+
+    def __init__(self, peer: "Peer", storages, blob, known=(), writable=frozenset()):
         self.peer, self.storages, self.tracked = peer, [], []
         for size, origin in storages:
             part, blob = bytearray(blob[:size]), blob[size:]
-            storage = (
-                torch.frombuffer(part, dtype=torch.uint8).untyped_storage()
-                if part
-                else torch.UntypedStorage(0)
-            )
+            storage = torch.UntypedStorage(0)
+            if part:
+                storage = torch.frombuffer(part, dtype=torch.uint8).untyped_storage()
             if origin is not None and known[origin].nbytes() == size:
                 if known[origin].data_ptr() in writable:
                     known[origin].copy_(storage)
@@ -166,17 +160,14 @@ class Decoder:
         kind = next(iter(value))
         content = value[kind]
         if kind in ("list", "tuple", "iterator"):
-            return {"list": list, "tuple": tuple, "iterator": iter}[kind](
-                [self.decode(v) for v in content]
-            )
+            parts = [self.decode(part) for part in content]
+            return {"list": list, "tuple": tuple, "iterator": iter}[kind](parts)
         if kind in ("dict", "counter"):
-            return {"dict": dict, "counter": Counter}[kind](
-                {self.decode(k): self.decode(v) for k, v in content}
-            )
+            parts = {self.decode(key): self.decode(part) for key, part in content}
+            return Counter(parts) if kind == "counter" else parts
         if kind == "record" and content in RECORDS:
-            return loaded(content)(
-                **{name: self.decode(part) for name, part in value["fields"].items()}
-            )
+            parts = {name: self.decode(part) for name, part in value["fields"].items()}
+            return loaded(content)(**parts)
         if kind == "generator":
             generator = torch.Generator()
             generator.set_state(self.decode(content))
@@ -186,23 +177,12 @@ class Decoder:
         return self.peer.decode_object(value, self)
 
     def tensor(self, value: dict) -> Tensor:
-        dtype, shape, stride, offset = (
-            getattr(torch, value["tensor"]),
-            value["shape"],
-            value["stride"],
-            value["offset"],
-        )
-        storage = self.storages[value["storage"]]
-        reach = (
-            offset + sum((n - 1) * step for n, step in zip(shape, stride)) + 1
-            if 0 not in shape
-            else 0
-        )
-        if (
-            min([offset, *shape, *stride]) < 0
-            or math.prod(shape) > MOST_ELEMENTS
-            or reach * dtype.itemsize > storage.nbytes()
-        ):
+        dtype, storage = getattr(torch, value["tensor"]), self.storages[value["storage"]]
+        shape, stride, offset = value["shape"], value["stride"], value["offset"]
+        last = offset + sum((n - 1) * step for n, step in zip(shape, stride))
+        end = 0 if 0 in shape else last + 1
+        outside = min([offset, *shape, *stride]) < 0 or end * dtype.itemsize > storage.nbytes()
+        if outside or math.prod(shape) > MOST_ELEMENTS:
             raise ValueError("a tensor that lies outside of its memory")
         tensor = torch.empty(0, dtype=dtype).set_(storage, offset, shape, stride)
         if value["parameter"]:
@@ -213,7 +193,7 @@ class Decoder:
 
     def linear(self, value: dict) -> nn.Linear:
         weight = self.decode(value["linear"])
-        layer = (loaded("model.Linear") or nn.Linear)(1, 1, bias=False, device="meta")
+        layer = nn.Linear(1, 1, bias=False, device="meta")
         layer.weight = weight
         return layer
 
@@ -225,8 +205,10 @@ class Decoder:
     def heads(self, value: dict):
         heads = loaded(HEADS).__new__(loaded(HEADS))
         nn.Module.__init__(heads)
-        for name, part in value["heads"].items():
-            setattr(heads, name, self.decode(part))
+        parts = {name: self.decode(part) for name, part in value["heads"].items()}
+        heads.register_buffer("token_map", parts.pop("token_map", None))
+        for name, part in parts.items():
+            setattr(heads, name, part)
         return heads
 
 
@@ -248,15 +230,14 @@ class Tracked(torch.autograd.Function):
 
 
 class Peer:
-    """One end. resolve(name) is the function that the other end may call by this name; it raises for all others."""
+    """One end. resolve(name): the function that the other end may call by this name."""
 
     def __init__(self, sock, resolve):
         self.sock, self.resolve, self.graphs, self.received = sock, resolve, [], 0
 
     def encode_object(self, value, encoder: Encoder):
-        raise TypeError(
-            f"a {type(value).__module__}.{type(value).__name__} was returned: plain numbers, lists, tuples or torch tensors are asked for"
-        )
+        name = f"{type(value).__module__}.{type(value).__name__}"
+        raise TypeError(f"a {name} was returned: return numbers, lists, tuples or torch tensors")
 
     def decode_object(self, value: dict, decoder: Decoder):
         raise ValueError("a value of no kind that is known here")
@@ -294,12 +275,13 @@ class Peer:
 
     # -- asking
 
-    def call(self, name: str, *args, **kwargs):
+    def asked(self, args, kwargs) -> tuple[Encoder, dict]:
         encoder = Encoder(self)
-        asked = {
-            "args": encoder.encode(args),
-            "kwargs": {key: encoder.encode(value) for key, value in kwargs.items()},
-        }
+        named = {key: encoder.encode(value) for key, value in kwargs.items()}
+        return encoder, {"args": encoder.encode(args), "kwargs": named}
+
+    def call(self, name: str, *args, **kwargs):
+        encoder, asked = self.asked(args, kwargs)
         track = bool(encoder.tracked) and torch.is_grad_enabled()
 
         def exchange() -> dict:
@@ -319,13 +301,12 @@ class Peer:
 
     def stream(self, name: str, *args, **kwargs):
         """The same for a function that yields."""
-        encoder = Encoder(self)
-        asked = {
-            "args": encoder.encode(args),
-            "kwargs": {key: encoder.encode(value) for key, value in kwargs.items()},
-        }
+        encoder, asked = self.asked(args, kwargs)
         self.send(encoder, kind="call", name=name, track=False, **asked)
-        while (answer := self.answer(encoder.storages, mutable(args, kwargs)))["kind"] == "yield":
+        while True:
+            answer = self.answer(encoder.storages, mutable(args, kwargs))
+            if answer["kind"] != "yield":
+                break
             yield answer["value"]
             self.send(Encoder(self), kind="next")
         yield from answer["value"] or ()
@@ -337,39 +318,30 @@ class Peer:
             if header["kind"] == "call":
                 self.serve(header, blob)
                 continue
-            writable = {
-                argument.data.untyped_storage().data_ptr()
-                for argument in arguments
-                if type(argument) is loaded(CACHE)
-            }
+            caches = [argument for argument in arguments if type(argument) is loaded(CACHE)]
+            writable = {cache.data.untyped_storage().data_ptr() for cache in caches}
             decoder = Decoder(self, header["storages"], blob, storages, writable)
             if header["kind"] == "raise":
                 raise rebuilt(header)
             for argument, state in zip(arguments, header.get("state", ())):
                 restore(argument, decoder.decode(state))
+            value = decoder.decode(header.get("value"))
             return {
-                "kind": header["kind"],
-                "value": decoder.decode(header.get("value")),
-                "id": header.get("id"),
-                "decoder": decoder,
-            }
+                "kind": header["kind"], "value": value, "id": header.get("id"), "decoder": decoder
+            }  # fmt: skip
 
     # -- answering
 
     def serve(self, header: dict, blob: memoryview) -> None:
         try:
-            function = (
-                self.backward if header["name"] == "backward" else self.resolve(header["name"])
-            )
+            name = header["name"]
+            function = self.backward if name == "backward" else self.resolve(name)
             decoder = Decoder(self, header["storages"], blob)
             args = decoder.decode(header["args"])
             kwargs = {key: decoder.decode(value) for key, value in header["kwargs"].items()}
             leaves = [tensor.requires_grad_(header["track"]) for tensor in decoder.tracked]
-            known = {
-                storage.data_ptr(): i
-                for i, storage in enumerate(decoder.storages)
-                if storage.nbytes()
-            }
+            storages = enumerate(decoder.storages)
+            known = {storage.data_ptr(): i for i, storage in storages if storage.nbytes()}
             with torch.set_grad_enabled(header["track"]):
                 value = function(*args, **kwargs)
             changed = mutable(args, kwargs)
@@ -382,17 +354,10 @@ class Peer:
         except Gone:
             raise
         except BaseException as error:
-            self.send(
-                Encoder(self),
-                kind="raise",
-                type=type(error).__name__,
-                text=str(error),
-                where=self.where(error),
-            )
+            about = {"type": type(error).__name__, "text": str(error), "where": self.where(error)}
+            self.send(Encoder(self), kind="raise", **about)
 
-    def reply(
-        self, known: dict, kind: str, value, changed: list, leaves: list | None = None
-    ) -> None:
+    def reply(self, known: dict, kind: str, value, changed: list, leaves=None) -> None:
         encoder = Encoder(self, known)
         header = {"kind": kind, "value": encoder.encode(value)}
         if leaves is not None:
@@ -413,12 +378,9 @@ class Peer:
 
 
 def mutable(args: tuple, kwargs: dict) -> list:
-    """The arguments that a call may change in place: caches and random generators, and nothing else."""
-    return [
-        value
-        for value in (*args, *kwargs.values())
-        if type(value) is loaded(CACHE) or isinstance(value, torch.Generator)
-    ]
+    """The arguments that a call may change in place: caches and random generators."""
+    kinds = loaded(CACHE), torch.Generator
+    return [value for value in (*args, *kwargs.values()) if type(value) in kinds]
 
 
 def restore(argument, state) -> None:
@@ -430,34 +392,27 @@ def restore(argument, state) -> None:
 
 
 def rebuilt(header: dict) -> Exception:
-    """The exception that was raised at the other end, if Python has one of this name; only its text crosses."""
-    kind, text = getattr(builtins, str(header["type"]), None), str(header["text"])
-    try:
-        error = (
-            kind(text)
-            if isinstance(kind, type) and issubclass(kind, Exception)
-            else RuntimeError(f"{header['type']}: {text}")
-        )
-    except TypeError:
-        error = RuntimeError(f"{header['type']}: {text}")
+    """What was raised at the other end, if Python has it by this name; only its text crosses."""
+    name, text = str(header["type"]), str(header["text"])
+    kind, error = getattr(builtins, name, None), RuntimeError(f"{name}: {text}")
+    if isinstance(kind, type) and issubclass(kind, Exception):
+        with suppress(TypeError):
+            error = kind(text)
     if header["where"]:
         error.add_note(str(header["where"]))
     return error
 
 
 class Student(Peer):
-    """The end in the student's process. Models and heads of the tests stay with the grader: here stand things that ask there."""
+    """The end in the student's process. Models and heads stay with the grader: here is `Remote`."""
 
     def __init__(self, sock, resolve, folder: Path):
         super().__init__(sock, resolve)
         self.folder = folder
 
     def decode_object(self, value: dict, decoder: Decoder):
-        return Remote(
-            self,
-            value["remote"],
-            **{name: decoder.decode(part) for name, part in value["parts"].items()},
-        )
+        parts = {name: decoder.decode(part) for name, part in value["parts"].items()}
+        return Remote(self, value["remote"], **parts)
 
     def encode_object(self, value, encoder: Encoder):
         if type(value) is loaded(HEADS):
@@ -468,20 +423,20 @@ class Student(Peer):
 
     def where(self, error: BaseException) -> str:
         """The last place in the student's own files."""
-        frames = [
-            frame
-            for frame in traceback.extract_tb(error.__traceback__)
-            if Path(frame.filename).parent == self.folder
-        ]
-        return (
-            f"in {Path(frames[-1].filename).name}, line {frames[-1].lineno}, {frames[-1].name}"
-            if frames
-            else ""
-        )
+        for frame in reversed(traceback.extract_tb(error.__traceback__)):
+            path = Path(frame.filename)
+            if path.parent == self.folder:
+                return f"in {path.name}, line {frame.lineno}, {frame.name}"
+        return ""
 
 
 class Remote:
-    """A model or heads that live in the grader's process."""
+    """A model or heads that live in the grader's process.
+
+    Heads guess among all tokens here: a truncated vocabulary is not what a set is about.
+    """
+
+    token_map = None
 
     def __init__(self, peer: Peer, name: str, **parts):
         self.peer, self.name = peer, name
@@ -492,12 +447,8 @@ class Remote:
 
     forward = __call__
 
-    def shortened(self, lm_head):
-        """Here heads guess among all tokens: what a truncated vocabulary saves is not what a set is about."""
+    def truncated(self, lm_head):
         return lm_head
-
-    def widened(self, logits):
-        return logits
 
     def new_cache(self, capacity: int, batch: int = 1):
         weight = self.lm_head.weight
@@ -505,7 +456,7 @@ class Remote:
 
 
 class Grader(Peer):
-    """The end in the grader's process: it hands out models and heads by name, and answers calls of them."""
+    """The end in the grader's process: it hands out models and heads by name, and answers calls."""
 
     def __init__(self, sock, functions: dict):
         super().__init__(sock, self.named)
@@ -519,15 +470,11 @@ class Grader(Peer):
             return {"iterator": [encoder.encode(v) for v in value]}
         if not callable(value):
             return super().encode_object(value, encoder)
-        parts = {
-            name: getattr(value, name) for name in ("config", "lm_head") if hasattr(value, name)
-        }
         if value not in self.objects:
             self.objects.append(value)
-        return {
-            "remote": f"#{self.objects.index(value)}",
-            "parts": {name: encoder.encode(part) for name, part in parts.items()},
-        }
+        names = [name for name in ("config", "lm_head") if hasattr(value, name)]
+        parts = {name: encoder.encode(getattr(value, name)) for name in names}
+        return {"remote": f"#{self.objects.index(value)}", "parts": parts}
 
     def decode_object(self, value: dict, decoder: Decoder):
         if "remote" in value:
@@ -536,6 +483,8 @@ class Grader(Peer):
 
 
 # ---- stand-ins ----
+
+PROPERTIES = functools.cached_property, property
 
 
 def owner_of(name: str):
@@ -553,11 +502,9 @@ def function_of(name: str):
     if attribute == "__init__":
         return owner
     value = vars(owner)[attribute]
-    return (
-        getattr(value, "func", getattr(value, "fget", value))
-        if isinstance(value, (functools.cached_property, property))
-        else value
-    )
+    if isinstance(value, PROPERTIES):
+        return getattr(value, "func", getattr(value, "fget", value))
+    return value
 
 
 def stand_in(name: str, connection) -> None:
@@ -565,14 +512,8 @@ def stand_in(name: str, connection) -> None:
     owner, attribute = owner_of(name)
 
     def call(*args, **kwargs):
-        args = (
-            [
-                ByValue(argument) if type(argument) is loaded(HEADS) else argument
-                for argument in args
-            ]
-            if attribute == "forward"
-            else args
-        )
+        if attribute == "forward":
+            args = [ByValue(arg) if type(arg) is loaded(HEADS) else arg for arg in args]
         return connection().call(name, *args, **kwargs)
 
     def stream(*args, **kwargs):
@@ -583,9 +524,10 @@ def stand_in(name: str, connection) -> None:
         with torch.no_grad():
             vars(self).update(vars(connection().call(name, *args, **kwargs)))
 
-    if isinstance(vars(owner).get(attribute), (functools.cached_property, property)):
+    if isinstance(vars(owner).get(attribute), PROPERTIES):
         value = functools.cached_property(call)
         value.__set_name__(owner, attribute)
     else:
         value = {"__init__": initialise, "medusa_generate": stream}.get(attribute, call)
+        value.__name__ = attribute  # the name of a test's case
     setattr(owner, attribute, value)
