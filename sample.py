@@ -12,7 +12,6 @@ import copy
 import math
 import os
 import re
-import statistics
 import sys
 import time
 from collections import Counter
@@ -206,25 +205,17 @@ def step_costs(
     endless = copy.copy(model)
     endless.config = replace(model.config, eos_token_id=None)
 
-    # In each round all sizes in turn, so that a slow moment of the machine hits more than one.
-    rounds = {tree: [] for tree in (ROOT_ONLY, *trees)}  # median seconds of a step in each round
-    spent = 0.0
+    # In each round all sizes in turn, so that a slow moment of the machine hits more than one. The
+    # minimum of a size's steps counts, since noise only adds.
+    times = {tree: [] for tree in (ROOT_ONLY, *trees)}
     for _ in tqdm(range(ROUNDS), "timing trees", delay=1, leave=False, disable=None):
-        if spent > PATIENCE:
+        if sum(map(sum, times.values())) > PATIENCE:
             break
-        for tree, medians in rounds.items():
+        for tree, seconds in times.items():
             steps = decode(endless, heads, tree, prompt, n, sampling, seed=0)
             # Not timed: the prompt's step (`timed_run` drops it), and a warm-up.
-            times = timed_run(islice(steps, STEPS + 2)).times[1:]
-            medians.append(statistics.median(times))
-            spent += sum(times)
-
-    # Each size is compared with the plain steps of its own round.
-    costs, plain = {}, rounds[ROOT_ONLY]
-    for tree, medians in rounds.items():
-        ratio = statistics.median(a / b for a, b in zip(medians, plain))
-        costs[len(tree)] = statistics.median(plain) * ratio
-    return costs
+            seconds += timed_run(islice(steps, STEPS + 2)).times[1:]
+    return {len(tree): min(seconds) for tree, seconds in times.items()}
 
 
 def pick_tree(

@@ -733,7 +733,8 @@ def distill(config: DistillConfig) -> Path:
     # What the prompts are made of: user turns, or windows of the text, for each side of the split.
     length, context = config.prompt_tokens + config.new_tokens, model.config.max_position_embeddings
     if length > context:
-        raise ValueError(f"--prompt-tokens + --new-tokens: {length} exceed the context {context}")
+        advice = f"more than the context {context}; use --mode distill with less"
+        raise ValueError(f"--prompt-tokens + --new-tokens = {length}: {advice}")
     if config.chat:
         sides = turn_prompts(config.text, config.base, tokenizer, config.prompt_tokens)
     else:
@@ -868,7 +869,7 @@ def calibrate(model: GPT, heads: MedusaHeads, rows_of: dict[str, tuple[Tensor, T
     """The content of calibration.json. For each temperature: each head's accuracy at all positions,
     and how often each rank prefix came true at the positions where steps start."""
     device, content = model.lm_head.weight.device, {}
-    for temperature, (tokens, mask) in rows_of.items():
+    for temperature, (tokens, mask) in tqdm(rows_of.items(), "calibrating", disable=None):
         rows = tokens.to(device), mask.to(device)
         ranks = head_ranks(model, heads, *rows, Sampling(float(temperature)))
         texts = [rank_paths(text, heads) for text in ranks]
