@@ -445,17 +445,14 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
 
 
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a torch.save file, by name. Code in it is not run: that is a ValueError."""
+def read_pickle(path: Path):
+    """The content of a torch.save file. Code in it is not run: that is a ValueError."""
     # torch warns of unusual pickles, and its errors advise to run their code: neither is shown.
     try:
         with warnings.catch_warnings(action="ignore"):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:
         raise ValueError(f"{path} cannot be read as tensors: missing, or damaged") from None
-    tensors = content.values() if isinstance(content, dict) else [None]
-    check(all(isinstance(t, Tensor) for t in tensors), f"{path} holds no tensors by name")
-    return content
 
 
 def write_atomically(path: Path, write) -> None:

@@ -17,6 +17,7 @@ import copy
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
@@ -41,8 +42,7 @@ from data.tokenizer import SHIPPED_BASE, copy_tokenizer, disk_dtype, load_base, 
 from medusa import GREEDY, MedusaConfig, MedusaHeads, Sampling, check_compatible
 from medusa import IGNORED, cross_entropy, distillation_loss, medusa_loss, targets_ahead
 from medusa import at_least_float32, exponential_noise, gumbel_scores, logits_to_probs, sample
-from model import GPT, ModelConfig, check, check_sizes, read_json, read_safetensors
-from model import write_atomically, write_json, write_safetensors
+from model import GPT, ModelConfig, check, read_json, read_pickle, write_atomically, write_json
 from tree import calibrated_tree, expected_tokens, prefix_counts
 from tree import ranked_prefixes, read_counts, replay
 
@@ -66,6 +66,16 @@ class Common:
     device: str = option("auto", "auto, cpu, cuda or mps")
     precision: str = option("auto", "of matmuls", choices=("auto", "float32", "bfloat16"))
 
+    def __post_init__(self):
+        # Every number is above 0, but of these 0 means none.
+        may_be_0 = "seed shards temperature truncated_vocab_size weight_decay mtp_weight lambda_0"
+        for name, value in asdict(self).items():
+            if type(value) in (int, float):
+                least = "0 or more" if name in f"{may_be_0} heads_steps".split() else "above 0"
+                most = math.inf if type(value) is float else 1 << 31
+                in_range = 0 < value < most or (value == 0 and least == "0 or more")
+                check(in_range, f"--{name.replace('_', '-')} {value}: must be {least}")
+
 
 @dataclass(frozen=True)
 class TrainConfig(Common):
@@ -78,14 +88,8 @@ class TrainConfig(Common):
     resume: bool = option(False, "go on from the checkpoint in --out")
 
     def __post_init__(self):
-        check_sizes(self, ["steps", "batch", "context", "warmup"])
+        super().__post_init__()
         check(self.context > 1, f"--context {self.context}: a token needs another to predict")
-        for name in ("lr", "lr_ratio"):
-            value = getattr(self, name, 1)
-            check(0 < value < math.inf, f"--{name.replace('_', '-')} {value}: must be above 0")
-        for name in ("weight_decay", "mtp_weight", "lambda_0", "heads_steps"):
-            value = getattr(self, name, 0)
-            check(0 <= value < math.inf, f"--{name.replace('_', '-')} {value}: must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -122,8 +126,7 @@ class DistillConfig(Common):
     top_p: float = option(1.0, "sample among the fewest tokens that hold so much probability")
 
     def __post_init__(self):
-        check_sizes(self, ["rows", "prompt_tokens", "new_tokens"])
-        check(self.shards >= 0, f"--shards {self.shards}: must be 0 (held-out rows alone) or more")
+        super().__post_init__()
         Sampling(self.temperature, top_p=self.top_p)  # refuses bad values
 
 
@@ -155,9 +158,8 @@ class Medusa1Config(MedusaTraining):
 
     def __post_init__(self):
         super().__post_init__()
-        check_sizes(self, ["num_heads", "num_hidden_layers"])
-        rows = self.data == "distilled"
-        check(rows or not self.keep_states, "--keep-states: needs --data distilled")
+        is_corpus = self.data == "corpus"
+        check(not (self.keep_states and is_corpus), "--keep-states: needs --data distilled")
 
 
 @dataclass(frozen=True)
@@ -180,11 +182,6 @@ def rank_and_world_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def print0(line: str) -> None:
-    if rank_and_world_size()[0] == 0:
-        print(line)
-
-
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """The dtype of matrix products in training, and of a frozen base."""
     if name == "auto":
@@ -205,21 +202,13 @@ class Batch:
 
 
 def make_batch(config: TrainConfig, data: tuple, heads: MedusaHeads, device, step: int) -> Batch:
-    """data: tokens (R, T) and loss mask (R, T) bool; or a corpus (n,), and the length of a window.
-
-    Depends on the step's number alone, so that a resumed run sees the same batches.
-    """
-    if data[0].dim() == 1:
-        corpus, length = data
-        rows = torch.arange(config.batch)
-        tokens = windows(corpus, config.batch, length, seeded(config.seed, step))  # (B, T)
-        mask = torch.ones_like(tokens, dtype=torch.bool)
-    else:
-        # Every row once, in random order, before any comes again.
-        numbers, R = range(step * config.batch, (step + 1) * config.batch), len(data[0])
-        places = [divmod(number, R) for number in numbers]
-        rows = torch.stack([shuffled(R, config.seed, epoch)[i] for epoch, i in places])
-        tokens, mask = data[0][rows], data[1][rows]  # (B, T)
+    """The batch of a step. data: all rows, tokens (R, T), and their loss mask (R, T) bool."""
+    # Every row once, in random order, before any comes again. The order depends on the step's
+    # number alone, so that a resumed run sees the same batches.
+    numbers, R = range(step * config.batch, (step + 1) * config.batch), len(data[0])
+    places = [divmod(number, R) for number in numbers]
+    rows = torch.stack([shuffled(R, config.seed, epoch)[i] for epoch, i in places])
+    tokens, mask = data[0][rows].long(), data[1][rows]  # (B, T)
 
     # The index of the last target: what follows it need not be fed.
     last = max(int((mask.any(0) * torch.arange(mask.shape[1])).max()), 1)
@@ -325,12 +314,13 @@ class Run:
     def __init__(self, config: TrainConfig, device: torch.device, parts: dict, inputs: str):
         """parts: "heads", "base" -> parameters by name. inputs: a digest of base and text."""
         self.config, self.device, self.parts = config, device, parts
-        self.step, self.log, self.path = 0, [], Path(config.out) / "checkpoint.safetensors"
-        settings = {k: v for k, v in asdict(config).items() if k not in ("out", "resume", "device")}
-        self.about = {"settings": json.dumps(settings), "inputs": inputs}
+        self.step, self.log, self.path = 0, [], Path(config.out) / "checkpoint.pt"
+        self.settings = asdict(config) | {"base and text": inputs}
+        for name in ("out", "resume", "device"):
+            del self.settings[name]
         weight_decay, groups = getattr(config, "weight_decay", 0.0), []
         for part, parameters in parts.items():
-            print0(f"{part}: {sum(p.numel() for p in parameters.values()):,} parameters to train")
+            print(f"{part}: {sum(p.numel() for p in parameters.values()):,} parameters to train")
             # Weight decay is for matrices, not for gains and biases; a head's bias is (J, K, 1, D).
             matrices = [p for p in parameters.values() if p.dim() > 1 and p.shape[-2] > 1]
             others = [p for p in parameters.values() if p.dim() == 1 or p.shape[-2] == 1]
@@ -342,41 +332,29 @@ class Run:
             self.load()
 
     def save(self) -> None:
-        # Each parameter, and what AdamW keeps of it, under part|name|field.
-        tensors, log = {}, "\n".join(self.log) + "\n"
-        for part, parameters in self.parts.items():
-            for name, p in parameters.items():
-                for field, t in {"value": p, **self.optimizer.state[p]}.items():
-                    tensors[f"{part}|{name}|{field}"] = t.detach().cpu().contiguous()
+        state = {"settings": self.settings, "step": self.step, "log": self.log}
+        state |= {"parts": self.parts, "optimizer": self.optimizer.state_dict()}
+        log = "\n".join(self.log) + "\n"
         write_atomically(self.path.with_name("log.jsonl"), lambda to: to.write_text(log))
-        done = {"step": str(self.step), "tensors": str(len(tensors))}
-        write_safetensors(self.path, tensors, self.about | done)
+        write_atomically(self.path, lambda to: torch.save(state, to))
 
     def load(self) -> None:
         try:
-            tensors, about = read_safetensors(self.path), metadata_of(self.path)
-            self.step, n = int(about.pop("step")), int(about.pop("tensors"))
-            theirs, ours = json.loads(about["settings"]), json.loads(self.about["settings"])
+            state = read_pickle(self.path)
+            theirs, ours = state["settings"], self.settings
             other = [f"{name} {value}" for name, value in theirs.items() if ours.get(name) != value]
             check(not other, f"it was started with {', '.join(other)}")
-            same = about["inputs"] == self.about["inputs"]
-            check(same, "it was started with another base or other text")
-            check(len(tensors) == n, f"{len(tensors)} tensors are there, of {n}")
-            for key, t in tensors.items():
-                part, name, field = key.split("|")
-                p = self.parts[part][name]
-                if field == "value":
-                    p.data.copy_(t)
-                else:
-                    self.optimizer.state[p][field] = t.to(p.device)
-        except (ValueError, KeyError, RuntimeError, OSError) as error:
+            for part, parameters in self.parts.items():
+                for name, p in parameters.items():
+                    p.data.copy_(state["parts"][part][name])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.log = state["step"], state["log"]
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"--resume: {self.path} cannot be used: {error}") from None
-        log = self.path.with_name("log.jsonl")
-        self.log = log.read_text().splitlines()[: self.step] if log.exists() else []
 
     def finish(self) -> None:
         """The results are written: the checkpoint goes, and what a kill left half written."""
-        for name in ("checkpoint.safetensors", "states.npy"):
+        for name in ("checkpoint.pt", "states.npy"):
             for path in (self.path.with_name(name), *self.path.parent.glob(f".{name}.*")):
                 path.unlink(missing_ok=True)
 
@@ -384,7 +362,7 @@ class Run:
 def start(config: TrainConfig, writes_heads: bool) -> tuple[torch.device, torch.dtype]:
     """Refuse before the work what would fail after it. The device, and the dtype of products."""
     check_out(config.out)
-    path, about = Path(config.out) / "checkpoint.safetensors", Path(config.out) / "config.json"
+    path, about = Path(config.out) / "checkpoint.pt", Path(config.out) / "config.json"
     if config.resume and not path.exists():
         raise ValueError(f"--resume: {path} does not exist; leave --resume out to start a run")
     if path.exists() and not config.resume:
@@ -467,7 +445,7 @@ def train_base(config: BaseConfig) -> None:
         ramp = math.sin(math.pi / 2 * batch.step / config.steps)
         return medusa2_loss(model, heads, batch, config.mtp_weight * ramp)
 
-    batch_of = partial(make_batch, config, (tokens, config.context + 1), heads, device)
+    batch_of = partial(make_batch, config, text_rows(tokens, config.context + 1), heads, device)
     parts = {"base": dict(model.named_parameters()), "heads": dict(heads.named_parameters())}
     run = Run(config, device, parts, digest_of(tokens))
     train_loop(run, 0, config.steps, batch_of, loss_of, {"base": 1.0, "heads": 1.0})
@@ -481,16 +459,24 @@ def train_base(config: BaseConfig) -> None:
         print(f"next: python train.py --mode medusa1 --base {config.out}")
 
 
+def text_rows(tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """A text (n,) cut into rows (R, length), and their loss mask: every token is a target."""
+    R = len(tokens) // length
+    check(R > 0, f"the text has {len(tokens)} tokens, a row {length}: give more text")
+    rows = tokens[: R * length].view(R, length)
+    return rows, torch.ones_like(rows, dtype=torch.bool)
+
+
 def training_data(config: MedusaTraining, tokenizer, heads: MedusaHeads):
-    """What `make_batch` takes; its target tokens (n,); the held-out rows; held-out text (n,)."""
-    V, rows = heads.config.vocab_size, distilled_rows(config)
-    held_out = held_out_rows(rows, V, heads.config.num_heads)
+    """Rows (R, T) and their loss mask; the held-out rows of `head_ranks`; held-out text (n,)."""
+    V, directory = heads.config.vocab_size, distilled_rows(config)
+    held_out = held_out_rows(directory, V, heads.config.num_heads)
     text = packed(documents(True, config.text), tokenizer)
     if config.data == "corpus":
-        corpus = packed(documents(False, config.text), tokenizer)
-        return (corpus, config.context), corpus, held_out, text
-    tokens, mask = read_shards(rows, "train-*.safetensors", V)
-    return (tokens, mask), tokens[mask], held_out, text
+        data = text_rows(packed(documents(False, config.text), tokenizer), config.context)
+    else:
+        data = read_shards(directory, "train-*.safetensors", V)
+    return data, held_out, text
 
 
 def train_medusa1(config: Medusa1Config) -> None:
@@ -502,16 +488,17 @@ def train_medusa1(config: Medusa1Config) -> None:
     sizes = config.num_heads, config.num_hidden_layers, config.original_lm_head
     shape = MedusaConfig(D, V, *sizes, config.truncated_vocab_size)
     heads = MedusaHeads(shape, model.lm_head).to(device, torch.float32)
-    data, targets, held_out, text = training_data(config, tokenizer, heads)
+    data, held_out, text = training_data(config, tokenizer, heads)
+    tokens, mask = data
 
     # A truncated vocabulary holds the most frequent targets.
     if heads.token_map is not None:
-        most_frequent = targets.bincount(minlength=V).topk(len(heads.token_map)).indices
+        most_frequent = tokens[mask].bincount(minlength=V).topk(len(heads.token_map)).indices
         heads.token_map.copy_(most_frequent)
-    states = kept_states(config, model, data[0]) if config.keep_states else None
+    states = kept_states(config, model, tokens) if config.keep_states else None
 
     parts = {"heads": dict(heads.named_parameters())}
-    run = Run(config, device, parts, digest_of(base_digest(config.base), targets))
+    run = Run(config, device, parts, digest_of(base_digest(config.base), *data))
     batch_of = partial(make_batch, config, data, heads, device)
     loss_of = partial(frozen_loss, model, heads, states)
     train_loop(run, 0, config.steps, batch_of, loss_of, {"heads": 1.0})
@@ -537,13 +524,13 @@ def kept_states(config: Medusa1Config, model: GPT, tokens: Tensor) -> np.ndarray
     """The base's states of all rows (R, T): (R, T-1, D) float16, in a file that is made once."""
     path, shape = Path(config.out) / "states.npy", (*tokens[:, 1:].shape, model.config.hidden_size)
 
+    @torch.no_grad()
     def write(temporary: Path) -> None:
-        header = {"descr": "<f2", "fortran_order": False, "shape": shape}
-        with temporary.open("wb") as file, torch.no_grad():
-            np.lib.format.write_array_header_1_0(file, header)
-            for rows in tqdm(tokens[:, :-1].split(16), "states of the base"):
-                hidden = model(rows.to(model.lm_head.weight.device))
-                file.write(hidden.half().cpu().numpy().tobytes())
+        states = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
+        for row in tqdm(range(0, len(tokens), 16), "states of the base"):
+            hidden = model(tokens[row : row + 16, :-1].to(model.lm_head.weight.device))
+            states[row : row + 16] = hidden.half().cpu().numpy()
+        states.flush()
 
     # The first process writes the file, the others wait for it.
     if rank_and_world_size()[0] == 0 and not (config.resume and path.exists()):
@@ -577,12 +564,12 @@ def train_medusa2(config: Medusa2Config) -> None:
     else:
         shape = MedusaConfig(model.config.hidden_size, model.config.vocab_size)
         heads = MedusaHeads(shape, model.lm_head).to(device)
-    data, targets, held_out, text = training_data(config, tokenizer, heads)
+    data, held_out, text = training_data(config, tokenizer, heads)
     before = perplexity(model, text)
 
     base, teacher = trained_base(config, model)
     parts = {"heads": dict(heads.named_parameters()), "base": base}
-    run = Run(config, device, parts, digest_of(base_digest(config.base), targets))
+    run = Run(config, device, parts, digest_of(base_digest(config.base), *data))
     batch_of, end_1 = partial(make_batch, config, data, heads, device), config.heads_steps
 
     # Stage 1: the heads alone, on the frozen base, as in Medusa-1.
@@ -715,63 +702,53 @@ def regenerate(model: GPT, tokens: Tensor, loss_mask: Tensor, sampling: Sampling
     return sample_rows(model.eval(), prompts, tokens.shape[1], sampling, generator)
 
 
-def shard_prompts(config: DistillConfig, side, i: int, rows: int, shards: int) -> list[list[int]]:
-    """The prompts of file i of one side of the split: windows of a text (n,), or given prompts."""
-    if isinstance(side, Tensor):
-        return windows(side, rows, config.prompt_tokens, seeded(config.seed, i)).tolist()
-    # All are used equally often, and those of similar length are in one file.
-    chosen = sorted((side[n % len(side)] for n in range(shards * rows)), key=len)
-    return chosen[i * rows : (i + 1) * rows]
-
-
 def distill(config: DistillConfig) -> Path:
     """Write files of training rows, and held-out rows for each of TEMPERATURES. Returns --out."""
     check_out(config.out)
     device = pick_device(config.device)
     dtype = pick_precision(config.precision, device)
     tokenizer, model = load_base(config.base, dtype, device)
-    # What the prompts are made of: user turns, or windows of the text, for each side of the split.
     length, context = config.prompt_tokens + config.new_tokens, model.config.max_position_embeddings
-    if length > context:
-        advice = f"more than the context {context}; use --mode distill with less"
-        raise ValueError(f"--prompt-tokens + --new-tokens = {length}: {advice}")
+    advice = f"more than the context {context}; use --mode distill with less"
+    check(length <= context, f"--prompt-tokens + --new-tokens = {length}: {advice}")
+
+    # What the prompts are made of: user turns, or windows of the text, for each side of the split.
     if config.chat:
         sides = turn_prompts(config.text, config.base, tokenizer, config.prompt_tokens)
     else:
         sides = {"train": packed(documents(False, config.text), tokenizer)}
         sides["validation"] = packed(documents(True, config.text), tokenizer)
+    most = min(config.rows, HELD_OUT_ROWS)
+    files = [("validation", 0, most, Sampling(t), f"validation-{t}") for t in TEMPERATURES]
+    sampling = Sampling(config.temperature, top_p=config.top_p)
+    for i in range(config.shards):
+        files.append(("train", i, config.rows, sampling, f"train-{i:05d}"))
 
     # A file is marked with its base and settings: a stopped run goes on with its own files only.
-    # --shards may grow later, but not with --chat, where prompts are dealt out over all files.
-    left_out = ["base", "out", "text", "device", "precision", *([] if config.chat else ["shards"])]
-    settings = {name: value for name, value in asdict(config).items() if name not in left_out}
+    settings = asdict(config)
+    for name in ("base", "out", "text", "device", "precision", "shards"):
+        del settings[name]
     mark = f"{base_digest(config.base)} {digest_of(settings, sides['train'], sides['validation'])}"
-    out, files = Path(config.out), []
-    for t in TEMPERATURES:
-        files.append(("validation", 0, t, out / f"validation-{t}.safetensors"))
-    for i in range(config.shards):
-        files.append(("train", i, config.temperature, out / f"train-{i:05d}.safetensors"))
-    for *_, path in files:
-        if path.exists() and metadata_of(path).get("base") != mark:
-            raise ValueError(f"{path} is of another base, text or settings; name another --out")
 
     # The files are dealt out to the processes.
     rank, world_size = rank_and_world_size()
     mine = list(enumerate(files))[rank::world_size]
-    for number, (side, i, temperature, path) in tqdm(mine, "distilling", disable=rank > 0):
+    for number, (side, i, rows, sampling, name) in tqdm(mine, "distilling", disable=rank > 0):
+        path, source = Path(config.out) / f"{name}.safetensors", sides[side]
         if path.exists():
+            advice = "is of another base, text or settings; name another --out"
+            check(metadata_of(path).get("base") == mark, f"{path} {advice}")
             continue
-        rows, shards, top_p = config.rows, config.shards, config.top_p
-        if side == "validation":
-            rows, shards, top_p = min(rows, HELD_OUT_ROWS), 1, 1.0
-        prompts = shard_prompts(config, sides[side], i, rows, shards)
+        if config.chat:
+            prompts = [source[n % len(source)] for n in range(i * rows, (i + 1) * rows)]
+        else:
+            prompts = windows(source, rows, config.prompt_tokens, seeded(config.seed, i)).tolist()
         generator = seeded(config.seed, number, device=device)
-        sampling = Sampling(temperature, top_p=top_p)
         tokens, loss_mask = sample_rows(model, prompts, length, sampling, generator)
         write_shard(path, tokens, loss_mask, model.config.vocab_size, mark)
     if world_size > 1:
         dist.barrier()
-    return out
+    return Path(config.out)
 
 
 def distilled_rows(config: MedusaTraining) -> Path:
@@ -888,7 +865,7 @@ def calibrate(model: GPT, heads: MedusaHeads, rows_of: dict[str, tuple[Tensor, T
 
 def write_heads(model: GPT, heads: MedusaHeads, held_out: dict, out: str, base: str) -> None:
     """Calibrate the heads as they will be on disk, write both, and report. base: its directory."""
-    print0("calibrating on held-out rows")
+    print("calibrating on held-out rows")
     heads = heads.to(disk_dtype(base)).float().eval()
     calibration = calibrate(model, heads, held_out)
     heads.to(disk_dtype(base)).save_pretrained(out)
@@ -921,8 +898,6 @@ def perplexity(model: GPT, tokens: Tensor) -> float:
     for start in range(0, len(tokens) - 1, hop):
         window = tokens[start : start + context + 1].to(count.device)
         done = 0 if start == 0 else context - hop  # scored with the window before
-        if len(window) - 1 <= done:
-            break
         hidden = model(window[None, :-1])[0, done:]  # (n, D)
         nats += in_chunks(loss_of, model.config.vocab_size, hidden, window[1 + done :])[0].item()
     return math.exp(nats) if nats < 700 else math.inf  # more than a float can hold
@@ -931,24 +906,25 @@ def perplexity(model: GPT, tokens: Tensor) -> float:
 def main() -> None:
     # Which flags there are depends on the mode.
     chooser = OneLineParser(add_help=False)
-    chooser.add_argument("--mode", choices=MODES, default="medusa1")
+    chooser.add_argument("--mode", choices=MODES, default="medusa1", help="what to do")
     config_class, mode = MODES[chooser.parse_known_args()[0].mode]
-    parser = OneLineParser(description=config_class.__doc__)
-    parser.add_argument("--mode", choices=MODES, default="medusa1", help="what to do")
+    parser = OneLineParser(description=config_class.__doc__, parents=[chooser])
     add_options(parser, config_class)
     arguments = vars(parser.parse_args())
-    arguments.pop("mode")
+    del arguments["mode"]
     config = config_class(**arguments)
 
-    # torchrun sets LOCAL_RANK. While the first process calibrates, the others wait.
+    # torchrun sets LOCAL_RANK. One process prints; while it calibrates, the others wait.
     if "LOCAL_RANK" in os.environ:
         on_gpu = torch.cuda.is_available() and config.device in ("auto", "cuda")
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(days=1))
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")
     try:
         mode(config)
         if isinstance(config, DistillConfig):
             about = f"--base {config.base} --distilled {config.out}"
-            print0(f"next: python train.py --mode medusa1 {about}")
+            print(f"next: python train.py --mode medusa1 {about}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

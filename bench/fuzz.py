@@ -240,7 +240,7 @@ def spoil_rows(work: Path, chance: random.Random) -> Case:
 
 
 def spoil_checkpoint(work: Path, chance: random.Random) -> Case:
-    spoil_tensors(work / "run" / "checkpoint.safetensors", chance)
+    spoil_bytes(work / "run" / "checkpoint.pt", chance)
     flags = ["--num-heads", "3", "--precision", "float32", "--resume", "--out", f"{work}/run"]
     return training(work, "medusa1", *flags)
 

@@ -85,7 +85,7 @@ def run(what: str, directory: Path, out: Path) -> None:
         train.distill(distilling(base, text, shards=5, out=str(out)))
         return
     more = {"distilled": str(directory / "rows"), "lr": 0.01}
-    more["resume"] = (out / "checkpoint.safetensors").exists()
+    more["resume"] = (out / "checkpoint.pt").exists()
     if what == "states":
         train.train_medusa1(training(base, text, out, steps=6, keep_states=True, **more))
     else:

@@ -332,7 +332,7 @@ TRAIN += [("stray", "stray"), ("--steps few", "few"), ("--steps 0", "steps"), ("
 TRAIN += [("--lr 0", "--lr"), ("--lr nan", "--lr"), ("--precision int8", "int8")]
 TRAIN += [("--batch -3", "batch"), ("--warmup 0", "warmup"), ("--data dreams", "dreams")]
 TRAIN += [("--context 100", "--context"), ("--lora", "--lora")]
-TRAIN += [("--num-heads 0", "num_heads"), ("--truncated-vocab-size 301", "truncated_vocab_size")]
+TRAIN += [("--num-heads 0", "--num-heads"), ("--truncated-vocab-size 301", "truncated_vocab_size")]
 TRAIN += [("--base none/base", "none/base"), ("--distilled none/rows", "none/rows")]
 TRAIN += [("--out {base}", "would overwrite"), ("--keep-states --data corpus", "--keep-states")]
 TRAIN += [("--mode base --num-heads 3", "--num-heads"), ("--mode base --context 1", "--context 1")]
@@ -344,7 +344,7 @@ TRAIN += [("--mode medusa2 --lambda-0 -1", "--lambda-0"), ("--mode medusa2 --hea
 TRAIN += [("--mode medusa2 --lr-ratio 0", "--lr-ratio"), ("--mode medusa2 --out {heads}", "--out")]
 TRAIN += [("--mode distill --shards -1", "--shards -1"), ("--mode distill --rows 0", "rows")]
 TRAIN += [("--mode distill --prompt-tokens 250", "--prompt-tokens"), ("--device fpga", "fpga")]
-TRAIN += [("--mode distill --top-p 0", "top_p"), ("--mode distill --temperature nan", "temperat")]
+TRAIN += [("--mode distill --top-p 0", "--top-p"), ("--mode distill --temperature nan", "temperat")]
 
 
 def train_flags(work: Path, mode: str) -> list:
