@@ -253,8 +253,10 @@ def base_loss(lm_head: nn.Linear, hidden: Tensor, batch: Batch, teacher=None) ->
     targets, count = batch.targets[..., 0], batch.counts[0]  # (B, T), ()
     used = targets != IGNORED  # (B, T)
     if teacher is not None:
+        Adapter.on = False  # with LoRA the teacher is the same model, without its adapters
         with torch.no_grad():
             targets = teacher(batch.tokens)  # (B, T, D)
+        Adapter.on = True
 
     def loss_of(hidden, targets):  # (n, D); (n,), or of a teacher (n, D)
         if teacher is None:
@@ -540,20 +542,6 @@ def kept_states(config: Medusa1Config, model: GPT, tokens: Tensor) -> np.ndarray
     return np.load(path, mmap_mode="r")
 
 
-def trained_base(config: Medusa2Config, model: GPT) -> tuple[dict, Callable | None]:
-    """What of the base learns, by name: all weights, or adapters of low rank; and its teacher.
-
-    The teacher is the base as it is now. Text of the corpus needs none: its tokens are the labels.
-    """
-    if config.lora:
-        adapters = add_adapters(model, config.seed)
-        base = {f"{name}.{k}": p for name, a in adapters.items() for k, p in a.named_parameters()}
-        teacher = WithoutAdapters(model)
-    else:
-        base, teacher = dict(model.named_parameters()), copy.deepcopy(model)
-    return base, None if config.data == "corpus" else teacher
-
-
 def train_medusa2(config: Medusa2Config) -> None:
     device, _ = start(config, writes_heads=False)
     tokenizer, model = load_base(config.base, torch.float32, device)
@@ -567,7 +555,11 @@ def train_medusa2(config: Medusa2Config) -> None:
     data, held_out, text = training_data(config, tokenizer, heads)
     before = perplexity(model, text)
 
-    base, teacher = trained_base(config, model)
+    # What of the base learns: adapters, or all of it. The teacher is the base as it is now; text of
+    # the corpus needs none, as its own tokens are the targets.
+    teacher = model if config.lora else copy.deepcopy(model)
+    teacher = None if config.data == "corpus" else teacher
+    base = add_adapters(model, config.seed) if config.lora else dict(model.named_parameters())
     parts = {"heads": dict(heads.named_parameters()), "base": base}
     run = Run(config, device, parts, digest_of(base_digest(config.base), *data))
     batch_of, end_1 = partial(make_batch, config, data, heads, device), config.heads_steps
@@ -607,7 +599,7 @@ class Adapter(nn.Module):
     """W + alpha / r * up down, of rank r; up starts at zero, so that nothing changes at first."""
 
     RANK, ALPHA = 32, 16
-    on = True  # of all adapters at once
+    on = True  # all adapters at once: off, the base is what it was
 
     def __init__(self, weight: Tensor, generator: torch.Generator):
         super().__init__()
@@ -620,28 +612,15 @@ class Adapter(nn.Module):
         return weight + self.ALPHA / self.RANK * (self.up @ self.down) if self.on else weight
 
 
-def add_adapters(model: GPT, seed: int) -> dict[str, Adapter]:
-    """On every linear layer of the blocks; the layers' own weights stay frozen."""
-    adapters, generator = {}, seeded(seed)
+def add_adapters(model: GPT, seed: int) -> dict[str, nn.Parameter]:
+    """Adapt every linear layer of the blocks; what learns, by name. Their own weights do not."""
+    learning, generator = {}, seeded(seed)
     for name, module in list(model.layers.named_modules()):
         if isinstance(module, nn.Linear):
-            adapters[name] = Adapter(module.weight, generator)
-            parametrize.register_parametrization(module, "weight", adapters[name])
-    return adapters
-
-
-class WithoutAdapters:
-    """The base as it was: a teacher that costs no memory."""
-
-    def __init__(self, model: GPT):
-        self.model, self.lm_head = model, model.lm_head
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        Adapter.on = False
-        try:
-            return self.model(tokens)
-        finally:
-            Adapter.on = True
+            adapter = Adapter(module.weight, generator)
+            parametrize.register_parametrization(module, "weight", adapter)
+            learning |= {f"{name}.down": adapter.down, f"{name}.up": adapter.up}
+    return learning
 
 
 def merge_adapters(model: GPT) -> None:

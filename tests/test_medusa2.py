@@ -17,7 +17,7 @@ from medusa import MedusaConfig, MedusaHeads, Sampling, generate
 from model import GPT, read_safetensors
 from strategies import base_config, contents, log_of, properties, random_gpt, random_heads
 from strategies import rate, rng, training
-from train import Medusa2Config, TrainConfig, WithoutAdapters, add_adapters
+from train import Adapter, Medusa2Config, TrainConfig, add_adapters
 from train import calibrate, held_out_rows, make_batch, medusa1_loss, medusa2_loss
 from train import merge_adapters, perplexity, regenerate, train_base, train_medusa1, train_medusa2
 
@@ -143,8 +143,10 @@ def test_the_base_learns_with_heads_whose_weight_rises_along_a_sine(text, tmp_pa
 # ---- adapters ----
 
 
-def hidden_of(model):
-    return model(torch.randint(5, (2, 7), generator=rng(0))).detach()
+def hidden_of(model, adapters=True):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Adapter, "on", adapters)
+        return model(torch.randint(5, (2, 7), generator=rng(0))).detach()
 
 
 @properties
@@ -154,20 +156,22 @@ def test_adapters_start_as_the_base_switched_off_they_are_it_and_merged_they_are
 ):
     model = random_gpt(seed, layers=layers)
     before, state = hidden_of(model), {name: t.clone() for name, t in model.state_dict().items()}
-    adapters = add_adapters(model, seed)
-    assert len(adapters) == 4 * layers and torch.equal(hidden_of(model), before)
-    for n, adapter in enumerate(adapters.values()):
-        assert adapter.down.shape[0] == adapter.up.shape[1] == 32 and not adapter.up.any()
-        adapter.up.data = torch.randn(adapter.up.shape, generator=rng(n), dtype=torch.float64)
-    moved, teacher = hidden_of(model), WithoutAdapters(model)
-    assert not torch.allclose(moved, before) and teacher.lm_head is model.lm_head
-    assert torch.equal(hidden_of(teacher), before) and torch.equal(hidden_of(model), moved)
+    learning = add_adapters(model, seed)
+    names = {name.rpartition(".")[0] for name in learning}
+    assert len(names) == len(learning) / 2 and torch.equal(hidden_of(model), before)
+    assert len(names) == sum(isinstance(m, torch.nn.Linear) for m in model.layers.modules())
+    for n, name in enumerate(names):
+        down, up = learning[f"{name}.down"], learning[f"{name}.up"]
+        assert down.shape[0] == up.shape[1] == 32 and not up.any()
+        up.data = torch.randn(up.shape, generator=rng(n), dtype=torch.float64)
+    moved = hidden_of(model)
+    assert not torch.allclose(moved, before) and torch.equal(hidden_of(model, False), before)
     merge_adapters(model)
     torch.testing.assert_close(hidden_of(model), moved, rtol=0, atol=1e-12)
     assert model.state_dict().keys() == state.keys()
     for name, t in model.state_dict().items():
-        adapter = adapters.get(name.removeprefix("layers.").removesuffix(".weight"))
-        change = 16 / 32 * adapter.up @ adapter.down if adapter else 0
+        at = name.removeprefix("layers.").removesuffix(".weight")
+        change = 16 / 32 * learning[f"{at}.up"] @ learning[f"{at}.down"] if at in names else 0
         torch.testing.assert_close(t, state[name] + change, rtol=0, atol=1e-12)
 
 
