@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import accumulate, islice, zip_longest
+from itertools import accumulate, islice
 from pathlib import Path
 from statistics import fmean
 
@@ -235,10 +235,9 @@ def first_difference(
     model: GPT, prompt: list[int], ours: list[int], plain: list[int], sampling: Sampling, seed: int
 ) -> tuple[int, float] | None:
     """Where the texts part, and how far apart the two tokens' logits, or log scores, are there."""
-    pairs = enumerate(zip_longest(ours, plain))
-    at = next((position for position, (a, b) in pairs if a != b), None)
-    if at is None:
+    if ours == plain:
         return None
+    at = [a == b for a, b in zip(ours, plain)].index(False)
     tokens = torch.tensor([prompt + plain[:at]], device=model.lm_head.weight.device)  # (1, T)
     # With the noise that both texts were sampled with at this position.
     generator = torch.Generator(tokens.device).manual_seed(seed)
@@ -250,11 +249,7 @@ def first_difference(
 def summary(
     ours: Run, plain: Run, parted: tuple[int, float] | None, typical: bool, tree: Tree, why: str
 ) -> dict[str, str]:
-    """What each of the two ways took. parted: the `first_difference` of their texts.
-
-    >>> summary(([1, 2, 3], [0.3]), ([1, 2, 3], [0.2, 0.2]), None, False, ROOT_ONLY, "")["speed-up"]
-    '1.33x'
-    """
+    """What each of the two ways took. parted: the `first_difference` of their texts."""
     tokens, times = ours
     if len(times) == 0:
         return {"text": "ends with the prompt's own step: there is nothing to compare"}
@@ -311,9 +306,9 @@ def open_heads(config: SampleConfig, model: GPT, prompt: list[int]):
     """(heads, tree, where the tree comes from); (None, ROOT_ONLY, what to do) without heads."""
     # Heads are in data/heads for the shipped base, and in the directory of any other.
     directory = Path("data" if config.base == SHIPPED_BASE else config.base, "heads")
-    # Flags of Medusa decoding ask for heads: it fails below if there are none.
-    asked = (config.heads, config.tree, config.trace) != ("", "auto", "")
-    if not asked and not directory.exists():
+    # Decode plainly without them, unless a flag is of Medusa decoding: then it fails below.
+    no_flags = (config.heads, config.tree, config.trace) == ("", "auto", "")
+    if no_flags and not directory.exists():
         flags = f"--mode medusa1 --base {config.base} --out {directory}"
         return None, ROOT_ONLY, f"no heads; python train.py {flags} trains some"
     directory, weight = Path(config.heads or directory), model.lm_head.weight

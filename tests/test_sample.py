@@ -169,50 +169,42 @@ def test_auto_takes_the_tree_of_most_expected_tokens_per_second(tmp_path_factory
 
 
 def costs_by(seconds_of, patience=math.inf):
-    """step_costs, and the sizes in turn, if the steps of the n-th decoding take so long."""
-    sizes, clock = [], SimpleNamespace(now=0.0)
+    """step_costs, and the sizes in turn, if the steps of a decoding over n nodes take so long."""
+    sizes, clock = [], SimpleNamespace(now=0)
     clock.perf_counter = lambda: clock.now
 
     def decode(_, heads, tree, *more, **seed):
         sizes.append(len(tree))
-        for seconds in seconds_of(len(sizes) - 1, len(tree)):
+        for seconds in seconds_of(len(tree)):
             clock.now += seconds
             yield SimpleNamespace(emitted=[0])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "PATIENCE", patience)
-        patch.setattr(sample, "decode", decode)
-        patch.setattr(sample, "time", clock)
+        for name, value in {"PATIENCE": patience, "decode": decode, "time": clock}.items():
+            patch.setattr(sample, name, value)
         trees = [cartesian_tree([n - 1]) for n in sample.SIZES]
         return sample.step_costs(*small(), trees, [1], Sampling()), sizes
 
 
-def test_a_step_cost_is_the_minimum_after_the_prompts_step_also_if_the_machine_is_slow():
-    """It becomes slow within the third round, after the plain steps of that round."""
-    turns = 1 + len(sample.SIZES)
+@properties
+@given(st.randoms(use_true_random=False))
+def test_a_step_cost_is_the_minimum_after_the_prompts_step_and_never_falls(chance):
+    """With noise of any kind; the step after the prompt's is the first that counts."""
+    times = {n: [] for n in (1, *sample.SIZES)}
 
-    def seconds_of(turn, n):
-        slow = 4 if turn > 2.5 * turns else 1
-        return [
-            slow * seconds for seconds in ([0.1, 90, 2, 9, 4, 3] if n == 1 else [0.1, 80, 5, 6])
-        ]
+    def seconds_of(n):
+        seconds = [chance.randint(1, 999) for _ in range(9)]
+        times[n] += seconds[1 : 1 + sample.STEPS]
+        return seconds
 
     costs, _ = costs_by(seconds_of)
-    assert costs == pytest.approx({1: 2} | {n: 5 for n in sample.SIZES})
+    assert costs == {n: max(min(times[m]) for m in times if m <= n) for n in times}
 
 
-def test_more_nodes_never_cost_less():
-    """Noise hit all steps over 1, 8 and 48 nodes."""
-    costs, _ = costs_by(lambda _, n: [1, {1: 4, 8: 7, 48: 90}.get(n, 3 + n / 24)])
-    assert costs == pytest.approx(
-        {1: 4, 2: 4, 4: 4, 6: 4, 8: 7, 12: 7, 16: 7, 24: 7, 32: 7, 48: 90, 64: 90}
-    )
-
-
-@pytest.mark.parametrize("seconds, rounds", [(9.0, 2), (1.0, 2), (0.06, 3), (0.001, 6)])
+@pytest.mark.parametrize("seconds, rounds", [(900, 2), (100, 2), (5, 3), (1, 6)])
 def test_trees_are_timed_in_two_rounds_or_more_until_patience_is_spent(seconds, rounds):
     """Four steps over each of eleven sizes: a round takes 44 times as long as a step."""
-    _, sizes = costs_by(lambda *_: [seconds] * 4, patience=5.5)
+    _, sizes = costs_by(lambda n: [seconds] * 4, patience=500)
     assert sizes == [1, *sample.SIZES] * rounds
 
 
@@ -300,43 +292,30 @@ def test_a_difference_is_reported_with_its_place_and_gap(seed, at, sampling):
     assert first_difference(model, [1, 2], plain, plain, sampling, seed) is None
 
 
-@properties
-@given(st.integers(2, 400), st.integers(1, 99), st.floats(0.01, 9), st.floats(0.01, 9))
-def test_the_summary_adds_up_and_ends_with_the_speed_up(tokens, steps, seconds, plain_seconds):
-    new = tokens - 1  # after the prompt's own step, which is not timed
-    ours, plain = (
-        ([0] * tokens, [seconds / steps] * steps),
-        ([0] * tokens, [plain_seconds / new] * new),
-    )
-    found = sample.summary(ours, plain, None, False, cartesian_tree([2, 3]), "why")
-    assert list(found) == ["tree", "tokens/step", "step cost", "tokens/s", "text", "speed-up"]
-    assert found["tree"] == "9 nodes, 2 deep: why"
-    assert found["text"] == "identical, token for token"
-    expected = {"tokens/step": [new / steps, tokens, steps], "speed-up": [plain_seconds / seconds]}
-    expected |= {"tokens/s": [new / seconds, new / plain_seconds]}
-    expected |= {"step cost": [seconds / steps / (plain_seconds / new)]}
-    for name, values in expected.items():
-        numbers = [float(number) for number in re.findall(r"[\d.]+", found[name])]
-        assert numbers == pytest.approx(values, abs=0.51 if name == "tokens/s" else 0.00501)
-
-
-def test_the_summary_says_where_the_texts_part_and_that_one_step_is_nothing_to_compare():
-    run, tree = ([0] * 3, [1.0, 1.0]), cartesian_tree([2])
-    said = [sample.summary(run, run, (4, 2e-7), typical, tree, "")["text"] for typical in (0, 1)]
+def test_worked_example_of_a_summary():
+    """Two tokens a step, in steps that take 3/2 of a plain one, after a first token untimed."""
+    ours, plain, tree = ([0] * 9, [0.2, 0.4] * 2), ([0] * 9, [0.1, 0.3] * 4), cartesian_tree([2, 3])
+    lines = sample.summary(ours, plain, None, False, tree, "why")
+    assert {name: re.sub(r" {3}\(.*", "", line) for name, line in lines.items()} == {
+        "tree": "9 nodes, 2 deep: why", "tokens/step": "2.00", "step cost": "1.50",
+        "tokens/s": "7 with Medusa, 5 plain", "text": "identical, token for token",
+        "speed-up": "1.33x",
+    }  # fmt: skip
+    assert "9 tokens, 4 steps after" in lines["tokens/step"]
+    said = [sample.summary(ours, plain, (4, 2e-7), lossy, tree, "")["text"] for lossy in (0, 1)]
     assert said[0] == "differs from token 5 on: there the two were 2.0e-07 apart"
     assert said[1] == "differs from token 5 on: typical acceptance is lossy"
-    [line] = sample.summary(([0], []), ([0], []), None, False, tree, "").values()
-    assert "nothing to compare" in line
 
 
 EXACT = [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 0.1)]
 
 
 @pytest.mark.parametrize("dtype, tolerance", EXACT, ids=str)
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind, avx2", [("llama", False), ("llama", True), ("qwen2", True)])
 @torch.inference_mode()
-def test_packed_matrices_give_the_same_logits_for_any_number_of_rows(dtype, tolerance, kind):
+def test_packed_matrices_give_the_same_logits(dtype, tolerance, kind, avx2, monkeypatch):
     """Tied embeddings, biases (qwen2), matrices above and below the size that is packed."""
+    monkeypatch.setattr(sample, "AVX2", avx2)
     model = GPT(ModelConfig(512, 512, 64, 1, 2, 1, 64, model_type=kind)).to(dtype).eval()
     for weight in model.parameters():
         weight.copy_(0.05 * torch.randn(weight.shape, generator=rng(0)))

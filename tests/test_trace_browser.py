@@ -79,16 +79,16 @@ def numbers(browser, selector, name="node") -> list[int]:
 
 
 def results(record: dict, typical: bool) -> list[str]:
-    """What became of each node: the rule, from the root down."""
-    tokens, passed, found = record["tokens"], {0}, ["accepted"]
+    """What became of each node, by the rule itself."""
+    passed, found = {0}, ["accepted"]
     for node, parent in enumerate(record["tree"]["parents"][1:], start=1):
-        passes = tokens[node] == record["targets"][parent]
+        passes = record["tokens"][node] == record["targets"][parent]
         if typical:
             passes = record["base_probs"][node] > record["thresholds"][parent]
         passed |= {node} if passes and parent in passed else set()
-        result = "passed" if node in passed else "rejected"
-        result = "accepted" if node in record["path"] else result
-        found.append(result if parent in passed else "not reached")
+        result = "passed" if passes else "rejected"
+        result = result if parent in passed else "not reached"
+        found.append("accepted" if node in record["path"] else result)
     return found
 
 
