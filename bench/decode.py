@@ -21,7 +21,7 @@ from bench.results import Decoding, held_out_prompts, held_out_turns, load, mark
 from data.command import option, pick_device
 from medusa import MedusaHeads, Sampling
 from model import GPT, check_sizes
-from sample import gap_at, pick_tree, read_calibration, timed_run
+from sample import first_difference, pick_tree, read_calibration, timed_run
 from train import CALIBRATION_NODES, SHIPPED_ROWS, Medusa1Config
 from train import distilled_rows, head_ranks, held_out_rows, rank_paths
 from tree import ROOT_ONLY, Tree, calibrated_tree, cartesian_tree, replay, tree_from_paths
@@ -80,8 +80,8 @@ class Timing:
 
 
 def ours(steps) -> Timing:
-    run = timed_run(steps)
-    return Timing(run.tokens, len(run.tokens) - 1, len(run.times), sum(run.times))
+    text, times = timed_run(steps)
+    return Timing(text, len(text) - 1, len(times), sum(times))
 
 
 # ---- trees ----
@@ -256,10 +256,10 @@ def sameness(model: GPT, mine: list, plain: list, prompts: list, sampling: Sampl
     same, gaps = 0, [0.0]
     for seed, prompt in enumerate(prompts):
         expected = plain[0][seed].text
-        texts = [round_[seed].text for round_ in mine]
-        differing = [text for text in texts if text != expected]
-        same += 1 if len(differing) == 0 else 0
-        gaps += [gap_at(model, prompt, text, expected, sampling, seed) for text in differing]
+        asked = expected, sampling, seed
+        parted = [first_difference(model, prompt, round_[seed].text, *asked) for round_ in mine]
+        same += 1 if parted == [None] * len(mine) else 0
+        gaps += [found[1] for found in parted if found is not None]
     counted = {"identical texts": same, "of": len(prompts)}
     return counted | {"largest gap where texts part": max(gaps)}
 

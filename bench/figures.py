@@ -89,31 +89,32 @@ def distinct(texts: list[list[int]], n: int = 4) -> float:
 
 def compare(model: GPT, heads: MedusaHeads, tree, prompts: list, sampling: Sampling) -> dict:
     """Both ways over all prompts, in turn, the first one alternating."""
-    runs, gaps = [], []
+    rows, gaps, plain_texts = [], [], []
     for seed, prompt in enumerate(prompts):
         both = {}
         for way in (ROOT_ONLY, tree) if seed % 2 == 1 else (tree, ROOT_ONLY):
             steps = sample.decode(model, heads, way, prompt, NEW_TOKENS, sampling, seed)
             both[way] = sample.timed_run(steps)
-        ours, plain = both[tree], both[ROOT_ONLY]
-        at = sample.first_difference(ours.tokens, plain.tokens)
-        if at is not None:
-            gap = sample.gap_at(model, prompt, ours.tokens, plain.tokens, sampling, seed)
-            gaps.append({"prompt": seed, "token": at + 1, "gap": gap})
-        runs.append((ours, plain))
-    tokens, steps = zip(*((len(ours.tokens) - 1, len(ours.times)) for ours, _ in runs))
-    speed_ups = [ours.tokens_per_second / plain.tokens_per_second for ours, plain in runs]
+        (text, times), (plain_text, plain_times) = both[tree], both[ROOT_ONLY]
+        parted = sample.first_difference(model, prompt, text, plain_text, sampling, seed)
+        if parted is not None:
+            gaps.append({"prompt": seed, "token": parted[0] + 1, "gap": parted[1]})
+        tokens, cost = len(text) - 1, statistics.mean(times) / statistics.mean(plain_times)
+        rate = 1 / statistics.mean(plain_times)
+        rows.append((tokens, len(times), cost, tokens / len(times) / cost, rate))
+        plain_texts.append(plain_text)
+    tokens, steps, costs, speed_ups, plain_rates = zip(*rows)
     return {
         "identical texts": len(prompts) - len(gaps),
         "differences": gaps,
         "nodes": len(tree),
         "tokens/step": sum(tokens) / sum(steps),
-        "step cost": statistics.median(ours.step_time / plain.step_time for ours, plain in runs),
+        "step cost": statistics.median(costs),
         "speed-up": statistics.median(speed_ups),
         "lowest speed-up": min(speed_ups),
         "highest speed-up": max(speed_ups),
-        "plain tokens/s": statistics.median(plain.tokens_per_second for _, plain in runs),
-        "distinct 4-grams": distinct([plain.tokens for _, plain in runs]),
+        "plain tokens/s": statistics.median(plain_rates),
+        "distinct 4-grams": distinct(plain_texts),
     }
 
 

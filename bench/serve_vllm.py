@@ -8,7 +8,6 @@ share in their own directory, and refuses a token_map (0.32), so that these head
 tokens there. --out is so changed: vllm serve BASE --speculative-config '{"model": OUT, ...}'.
 """
 
-import math
 import os
 import sys
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from data.command import OneLineParser, add_options, check_out, option, run
 from data.tokenizer import SHIPPED_BASE, disk_dtype, load_base
 from medusa import GREEDY, MedusaHeads, check_compatible
 from model import GPT, read_json, read_safetensors, write_json, write_safetensors
-from sample import decode, first_difference, gap_at
+from sample import decode, first_difference
 from tree import ROOT_ONLY, cartesian_tree
 
 
@@ -103,14 +102,14 @@ def main() -> None:
     theirs, counters = run_vllm(vllm, config, prompts, K, model.config.eos_ids)
     same = 0
     for number, (a, b) in enumerate(zip(ours, theirs)):
-        at = first_difference(a, b)
-        if at is None:
+        shorter = min(len(a), len(b))
+        if a == b:
             same += 1
-            continue
-        longer = at < min(len(a), len(b))
-        gap = gap_at(model, prompts[number], b, a, GREEDY, 0) if longer else math.nan
-        apart = f"from token {at + 1} on, where the two logits were {gap:.1e} apart"
-        print(f"prompt {number}: vLLM's text differs {apart}")
+        elif a[:shorter] == b[:shorter]:
+            print(f"prompt {number}: vLLM's text has {len(b)} tokens, and ours {len(a)}")
+        else:
+            at, gap = first_difference(model, prompts[number], b, a, GREEDY, 0)
+            print(f"prompt {number}: differs from token {at + 1} on: two logits {gap:.1e} apart")
     print(f"greedy text of vLLM equals ours on {same} of {len(prompts)} prompts")
     for name, value in counters.items():
         print(f"{name.removeprefix('vllm:'):<40} {value}")

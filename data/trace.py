@@ -43,15 +43,14 @@ def token_name(tokenizer: AnyTokenizer, token: int, prompt: list[int]) -> str | 
 
 def text_content(records: list[dict], tokenizer: AnyTokenizer, prompt: list[int], eos_ids) -> dict:
     """The records of the steps, with the text that each step added, and the names of all tokens."""
-    stream, steps, past = TextStream(tokenizer, prompt), [], len(prompt) - 1
+    stream, steps = TextStream(tokenizer, prompt), []
     for record in records:
         text = [stream.push(token) for token in record["emitted"] if token not in eos_ids]
-        steps.append(record | {"text": text, "past": past})
-        past += len(record["emitted"])
+        steps.append(record | {"text": text})
     steps[-1]["text"].append(stream.rest())
     shown = {token for record in records for token in record["tokens"] + record["targets"]}
     names = {token: token_name(tokenizer, token, prompt) for token in sorted(shown)}
-    return {"steps": steps, "names": names}
+    return {"steps": steps, "names": names, "prompt_length": len(prompt)}
 
 
 def check_page(path: Path) -> None:

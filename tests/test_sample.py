@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,8 +20,8 @@ from data.tokenizer import Tokenizer, train_tokenizer
 from data.trace import TextStream
 from medusa import Sampling
 from model import GPT, ModelConfig
-from sample import Run, SampleConfig, difference, gap_at, pick_tree, timed_run
-from strategies import distribution, markov_gpt, next_logits, properties
+from sample import SampleConfig, first_difference, pick_tree, timed_run
+from strategies import markov_gpt, next_logits, properties
 from strategies import random_gpt, random_heads, rank_data, rng  # isort: skip
 from tree import cartesian_tree, prefix_counts, tree_from_paths
 
@@ -161,45 +161,50 @@ def test_auto_takes_the_tree_of_most_expected_tokens_per_second(tmp_path_factory
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "step_costs", lambda *_: costs)
         tree, why = pick("auto", directory)
-    best = max(speed_ups[n] for n in sizes if n > 1)
-    assert math.isclose(speed_ups[len(tree)], best)
+    best, found = max(speed_ups[n] for n in sizes if n > 1), speed_ups[len(tree)]
+    assert 0.97 * best <= found <= best
     assert sum(prefix_counts(rows)[path] for path in tree.paths[1:]) == sum(counts[: len(tree) - 1])
-    found = re.search(r"0.0; best of (\d+) sizes, expected speed-up (.*)x", why).groups()
-    assert int(found[0]) == len(sizes) - 1 and abs(float(found[1]) - best) < 0.0051
+    said = re.search(r"0.0; best of (\d+) sizes, expected speed-up (.*)x", why).groups()
+    assert int(said[0]) == len(sizes) - 1 and abs(float(said[1]) - found) < 0.0051
 
 
 def costs_by(seconds_of, patience=math.inf):
-    """step_costs, and the sizes in turn, if the n-th decoding, over this tree, takes so long."""
-    sizes = []
+    """step_costs, and the sizes in turn, if the steps of a decoding over n nodes take so long."""
+    sizes, clock = [], SimpleNamespace(now=0)
+    clock.perf_counter = lambda: clock.now
 
     def decode(_, heads, tree, *more, **seed):
         sizes.append(len(tree))
-        return seconds_of(len(sizes) - 1, len(tree))
+        for seconds in seconds_of(len(tree)):
+            clock.now += seconds
+            yield SimpleNamespace(emitted=[0])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "PATIENCE", patience)
-        patch.setattr(sample, "decode", decode)
-        patch.setattr(sample, "timed_run", lambda seconds: Run([], list(seconds)[1:]))
+        for name, value in {"PATIENCE": patience, "decode": decode, "time": clock}.items():
+            patch.setattr(sample, name, value)
         trees = [cartesian_tree([n - 1]) for n in sample.SIZES]
         return sample.step_costs(*small(), trees, [1], Sampling()), sizes
 
 
-def test_a_step_cost_is_the_minimum_of_the_steps_after_the_warm_up_also_if_the_machine_is_slow():
-    """It becomes slow within the third of five rounds, after the plain steps of that round."""
-    plain, tree, turns = [50, 90, 2, 9, 4, 3], [70, 80, 1, 5, 6, 800], 1 + len(sample.SIZES)
+@properties
+@given(st.randoms(use_true_random=False))
+def test_a_step_cost_is_the_minimum_after_the_prompts_step_and_never_falls(chance):
+    """With noise of any kind; the step after the prompt's is the first that counts."""
+    times = {n: [] for n in (1, *sample.SIZES)}
 
-    def seconds_of(turn, n):
-        slow = 4 if turn > 2.5 * turns else 1
-        return [slow * seconds for seconds in (plain if n == 1 else tree)]
+    def seconds_of(n):
+        seconds = [chance.randint(1, 999) for _ in range(9)]
+        times[n] += seconds[1 : 1 + sample.STEPS]
+        return seconds
 
     costs, _ = costs_by(seconds_of)
-    assert costs == pytest.approx({1: 2} | {n: 1 for n in sample.SIZES})
+    assert costs == {n: max(min(times[m]) for m in times if m <= n) for n in times}
 
 
-@pytest.mark.parametrize("seconds, rounds", [(1.0, 1), (0.1, 2), (0.01, 5)])
-def test_trees_are_timed_in_whole_rounds_until_patience_is_spent(seconds, rounds):
-    """Three steps are timed of each of eleven sizes: a round takes 33 times as long as a step."""
-    _, sizes = costs_by(lambda turn, n: [9, 9] + [seconds] * 3, patience=5.0)
+@pytest.mark.parametrize("seconds, rounds", [(900, 2), (100, 2), (5, 3), (1, 6)])
+def test_trees_are_timed_in_two_rounds_or_more_until_patience_is_spent(seconds, rounds):
+    """Four steps over each of eleven sizes: a round takes 44 times as long as a step."""
+    _, sizes = costs_by(lambda n: [seconds] * 4, patience=500)
     assert sizes == [1, *sample.SIZES] * rounds
 
 
@@ -266,7 +271,7 @@ def test_the_time_of_a_run_is_that_of_the_steps_after_the_prompts_without_printi
         patch.setattr(sample, "time", clock)
         found = timed_run(steps(), show)
     emitted, durations = zip(*taken)
-    assert found == Run(list(itertools.chain(*emitted)), list(durations[1:]))
+    assert found == (list(itertools.chain(*emitted)), list(durations[1:]))
     assert shown == list(emitted)
 
 
@@ -278,47 +283,39 @@ def test_a_difference_is_reported_with_its_place_and_gap(seed, at, sampling):
     noise = [torch.empty(5).double().exponential_(generator=generator) for _ in range(4)][at]
     scores = next_logits(model, [1, 2, *plain[:at]]).tolist()
     if sampling.temperature:
-        probs = distribution(scores, sampling.temperature, sampling.top_k, sampling.top_p)
-        pairs = zip(probs, noise.tolist())
-        scores = [math.log(prob / wait) if prob > 0 else -math.inf for prob, wait in pairs]
-    assume(scores[plain[at]] > -math.inf)
+        pairs = zip(scores, noise.tolist())
+        scores = [score / sampling.temperature - math.log(wait) for score, wait in pairs]
     for token in set(range(5)) - {plain[at]}:
         ours = [*plain[:at], token, *plain[at + 1 :]]
-        gap = gap_at(model, [1, 2], ours, plain, sampling, seed)
-        assert math.isclose(gap, abs(scores[token] - scores[plain[at]]), abs_tol=1e-9)
-        said = f"differs from token {at + 1} on"
-        reported = difference(model, [1, 2], ours, plain, sampling, seed)
-        assert reported == f"{said}, where the two were {gap:.1e} apart"
-        reported = difference(model, [1, 2], ours, plain, Sampling(1.0, typical=True), seed)
-        assert reported == f"{said}: typical acceptance is lossy"
+        found = first_difference(model, [1, 2], ours, plain, sampling, seed)
+        assert found == (at, pytest.approx(abs(scores[token] - scores[plain[at]]), abs=1e-9))
+    assert first_difference(model, [1, 2], plain, plain, sampling, seed) is None
 
 
-@properties
-@given(st.integers(2, 400), st.integers(1, 99), st.floats(0.01, 9), st.floats(0.01, 9))
-def test_the_summary_adds_up_and_ends_with_the_speed_up(tokens, steps, seconds, plain_seconds):
-    ours = Run([0] * tokens, [seconds / steps] * steps)
-    plain = Run([0] * tokens, [plain_seconds / (tokens - 1)] * (tokens - 1))
-    lines = sample.summary(ours, plain, "identical", cartesian_tree([2, 3]), "why").splitlines()
-    found = dict(re.split(" {2,}", line, maxsplit=1) for line in lines)
-    assert list(found) == ["tree", "tokens/step", "step cost", "tokens/s", "text", "speed-up"]
-    assert found["tree"] == "9 nodes, 2 deep: why" and found["text"] == "identical"
-    new = tokens - 1  # after the prompt's own step, which is not timed
-    expected = {"tokens/step": [new / steps, tokens, steps], "speed-up": [plain_seconds / seconds]}
-    expected |= {"tokens/s": [new / seconds, new / plain_seconds]}
-    expected |= {"step cost": [seconds / steps / (plain_seconds / new)]}
-    for name, values in expected.items():
-        numbers = [float(number) for number in re.findall(r"[\d.]+", found[name])]
-        assert numbers == pytest.approx(values, abs=0.51 if name == "tokens/s" else 0.00501)
+def test_worked_example_of_a_summary():
+    """Two tokens a step, in steps that take 3/2 of a plain one, after a first token untimed."""
+    ours, plain, tree = ([0] * 9, [0.2, 0.4] * 2), ([0] * 9, [0.1, 0.3] * 4), cartesian_tree([2, 3])
+    lines = sample.summary(ours, plain, None, False, tree, "why")
+    assert {name: re.sub(r" {3}\(.*", "", line) for name, line in lines.items()} == {
+        "tree": "9 nodes, 2 deep: why", "tokens/step": "2.00", "step cost": "1.50",
+        "tokens/s": "7 with Medusa, 5 plain", "text": "identical, token for token",
+        "speed-up": "1.33x",
+    }  # fmt: skip
+    assert "9 tokens, 4 steps after" in lines["tokens/step"]
+    said = [sample.summary(ours, plain, (4, 2e-7), lossy, tree, "")["text"] for lossy in (0, 1)]
+    assert said[0] == "differs from token 5 on: there the two were 2.0e-07 apart"
+    assert said[1] == "differs from token 5 on: typical acceptance is lossy"
 
 
 EXACT = [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 0.1)]
 
 
 @pytest.mark.parametrize("dtype, tolerance", EXACT, ids=str)
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind, avx2", [("llama", False), ("llama", True), ("qwen2", True)])
 @torch.inference_mode()
-def test_packed_matrices_give_the_same_logits_for_any_number_of_rows(dtype, tolerance, kind):
+def test_packed_matrices_give_the_same_logits(dtype, tolerance, kind, avx2, monkeypatch):
     """Tied embeddings, biases (qwen2), matrices above and below the size that is packed."""
+    monkeypatch.setattr(sample, "AVX2", avx2)
     model = GPT(ModelConfig(512, 512, 64, 1, 2, 1, 64, model_type=kind)).to(dtype).eval()
     for weight in model.parameters():
         weight.copy_(0.05 * torch.randn(weight.shape, generator=rng(0)))
@@ -327,7 +324,8 @@ def test_packed_matrices_give_the_same_logits_for_any_number_of_rows(dtype, tole
     sample.pack_linears(model)
     for tokens, logits in zip(inputs, expected):
         torch.testing.assert_close(model.lm_head(model(tokens)), logits, rtol=0, atol=tolerance)
-    assert not any(isinstance(module, nn.Linear) for module in model.modules())
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    assert linears and all(isinstance(linear.forward, partial) for linear in linears)
     assert model.lm_head.weight is model.embed_tokens.weight
 
 
@@ -360,12 +358,25 @@ def test_the_prompt_comes_first_and_the_text_is_that_of_plain_decoding(main, fla
     flags = [*flags.split(), "--prompt-file", str(tmp_path / "prompt.txt"), "--max-new-tokens"]
     out = main(*flags, "16")
     assert out.startswith(prompt) and "\ntext         identical, token for token\n" in out
-    assert " 16 tokens, " in out and " 1 tokens, 0 steps " in main(*flags, "1")
+    assert " 16 tokens, " in out and "context" not in out
     room = 96 - len(tokenizer().opening(prompt))
-    assert f" {room} tokens, " in main(*flags, "500")
-    # Without heads, the same text.
+    out_of_room = main(*flags, "500")
+    assert f" {room} tokens, " in out_of_room and "\nstopped: the context is full\n" in out_of_room
+    assert "nothing to compare" in main(*flags, "1")
+    # Without heads, the same text; a tree needs heads.
     (tmp_path / "base" / "heads").rename(tmp_path / "elsewhere")
-    assert main(*flags, "16").partition("tokens/s, plain")[0][:-9] in out
+    assert main(*flags, "16", "--tree", "auto").partition("tokens/s, plain")[0][:-9] in out
+    assert "\nplain: no heads; " in main(*flags, "1", "--tree", "auto")
+    with pytest.raises(ValueError, match="heads/config.json"):
+        main(*flags, "16", "--tree", "4")
+
+
+def test_a_terminal_that_is_not_utf_8_gets_the_text_with_escapes(main, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", write_through=True)
+    monkeypatch.setattr(sys, "stdout", out)
+    main("--prompt", "\u20ac = \u00e9", "--max-new-tokens", "9")
+    shown = out.buffer.getvalue().decode("latin-1")
+    assert shown.startswith("\\u20ac = \u00e9") and "speed-up" in shown
 
 
 def test_the_flags_reach_the_sampling():
