@@ -221,6 +221,7 @@ RIGHT = {
         return tuple(int(row.sum()) - 1 for row in self.mask)
 '''},
         "numpy": {"tree.Tree.mask": '''
+        import numpy as np
         mask = np.eye(len(self), dtype=bool)
         for node in range(1, len(self)):
             mask[node] |= mask[self.parents[node]]
