@@ -452,21 +452,15 @@ def max_length(model: GPT, prompt: Sequence[int], max_new_tokens: int) -> int:
     """The length, prompt included, at which the text ends at the latest; ValueError if no room."""
     context = model.config.max_position_embeddings
     check(max_new_tokens >= 0, f"max_new_tokens {max_new_tokens}: must be 0 or more")
-    if not 0 < len(prompt) < context:
-        raise ValueError(f"the prompt has {len(prompt)} tokens: must be 1 to {context - 1}")
-    return min(len(prompt) + max_new_tokens, context)
+    n = len(prompt)
+    check(0 < n < context, f"the prompt has {n} tokens: must be 1 to {context - 1}")
+    return min(n + max_new_tokens, context)
 
 
 def truncate_at_eos(tokens: list[int], eos_ids: tuple[int, ...]) -> list[int]:
-    """The tokens up to the first that ends the text, included.
-
-    >>> truncate_at_eos([5, 2, 7], eos_ids=(2,))
-    [5, 2]
-    """
-    for i, token in enumerate(tokens):
-        if token in eos_ids:
-            return tokens[: i + 1]
-    return tokens
+    """The tokens up to the first that ends the text, included."""
+    ends = [n for n, token in enumerate(tokens, start=1) if token in eos_ids]
+    return tokens[: min(ends, default=len(tokens))]
 
 
 @torch.inference_mode()
@@ -505,7 +499,6 @@ class TreeBuffers:
     """
 
     def __init__(self, tree: Tree, capacity: int, like: Tensor):
-        self.tree, self.capacity = tree, capacity
         # The first n_guesses of each head are laid out after the root, head by head.
         self.n_guesses = max(tree.ranks) + 1
         self.depths = torch.tensor(tree.depths, device=like.device)  # (N,)
@@ -514,17 +507,15 @@ class TreeBuffers:
         self.index[0] = 0
         # Added to attention scores: 0 where a node may look, minus infinity where not.
         seen = F.pad(tree.mask, (capacity, 0), value=True)  # (N, capacity + N)
-        self.bias = torch.zeros(seen.shape, device="cpu").masked_fill(~seen, -math.inf).to(like)
+        self.bias = torch.where(seen, 0.0, -math.inf).to(like)
 
     def mask(self, past: int) -> Tensor:
         """(N, past + N): the past, then the ancestors. A copy: CUDA needs an aligned address."""
-        return self.bias[:, self.capacity - past :].clone(memory_format=torch.contiguous_format)
+        width = past + len(self.bias)
+        return self.bias[:, -width:].clone(memory_format=torch.contiguous_format)
 
 
-def propose(
-    heads, lm_head: Callable, hidden: Tensor, root: int, buffers: TreeBuffers, sampling,
-    noise: SharedGumbelNoise,
-) -> Tensor:  # fmt: skip
+def propose(heads, lm_head, hidden: Tensor, root: int, buffers: TreeBuffers, sampling, noise):
     """The tokens at the nodes, (N,): the root, and the heads' best guesses after it.
 
     hidden (D,) is the state that predicted the root. lm_head: `heads.truncated(model.lm_head)`.
@@ -555,6 +546,7 @@ def medusa_generate(
         return
     lm_head, heads_lm_head = model.lm_head, heads.truncated(model.lm_head)
     cache, eos_ids = model.new_cache(end + len(tree)), model.config.eos_ids
+    last = model.config.max_position_embeddings - 1
     buffers = TreeBuffers(tree, end, like=lm_head.weight)
     noise = SharedGumbelNoise(model, sampling, generator)
 
@@ -570,24 +562,22 @@ def medusa_generate(
         noise.advance(len(emitted))
         if length == end or root in eos_ids:
             return
-        # The token after depth d is at index length + d: near the end, the tree is cut.
-        if max(buffers.tree.depths) > end - length - 1:
-            buffers = TreeBuffers(tree.cut(end - length - 1), end, like=lm_head.weight)
-        tree_now, past = buffers.tree, length - 1  # the cache holds all of the text but the root
+        past = length - 1  # the cache holds all of the text but the root
 
         # 1. Propose: the heads guess what follows the root; the tree arranges their guesses.
         tokens = propose(heads, heads_lm_head, hidden, root, buffers, sampling, noise)  # (N,)
 
-        # 2. Verify: one pass of the base model over all nodes, under tree attention.
-        positions, mask = buffers.depths + past, buffers.mask(past)
+        # 2. Verify: one pass of the base model over all nodes, under tree attention. Nodes
+        #    beyond the context take its last position, and say nonsense: it is cut off below.
+        positions, mask = (buffers.depths + past).clamp(max=last), buffers.mask(past)
         states = model(tokens[None], positions, mask, cache)[0]  # (N, D)
-        logits, noise_now = lm_head(states), noise.at(tree_now.depths)  # (N, V)
+        logits, noise_now = lm_head(states), noise.at(tree.depths)  # (N, V)
 
         # 3. Accept: the longest path the base model agrees with, and its own next token.
-        path, emitted = accept(tree_now, tokens, logits, sampling, noise_now)
-        emitted = truncate_at_eos(emitted, eos_ids)
+        path, emitted = accept(tree, tokens, logits, sampling, noise_now)
+        emitted = truncate_at_eos(emitted[: end - length], eos_ids)
 
         # 4. Commit: keep the accepted path in the cache; the next step overwrites the rest.
         cache.keep(past, path)
-        step = Step(emitted, tree_now, tokens, path, hidden, logits, noise_now)
+        step = Step(emitted, tree, tokens, path, hidden, logits, noise_now)
         hidden = states[path[-1]]  # it predicted the next root

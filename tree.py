@@ -72,14 +72,6 @@ class Tree:
             mask[node] |= mask[parent]  # inherit all that the parent sees
         return mask
 
-    def cut(self, depth: int) -> "Tree":
-        """The nodes of at most this depth, in the same order."""
-        kept = [node for node in range(len(self)) if self.depths[node] <= depth]
-        # Parents are indices, and the nodes that are kept get new ones.
-        new_index = {-1: -1} | {node: i for i, node in enumerate(kept)}
-        parents = tuple(new_index[self.parents[node]] for node in kept)
-        return Tree(parents, tuple(self.ranks[node] for node in kept))
-
     def render(self) -> str:
         """A drawing in text, one node a line: its index, and its rank among its head's guesses."""
         lines = ["0 root"]

@@ -96,14 +96,6 @@ def test_a_tree_is_frozen_and_the_root_alone_is_one():
         tree.parents = (-1, 0)
 
 
-@properties
-@given(trees(), st.integers(0, 6))
-def test_cut_keeps_the_shallow_nodes_in_their_order(tree, depth):
-    cut = tree.cut(depth)
-    assert cut.paths == tuple(path for path in tree.paths if len(path) <= depth)
-    assert max(cut.depths) == min(depth, max(tree.depths))
-
-
 def test_render_draws_the_branches():
     assert Tree((-1, 0, 0, 1, 2, 3), (-1, 0, 2, 1, 0, 5)).render().splitlines() == [
         "0 root",
