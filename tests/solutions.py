@@ -119,7 +119,7 @@ WRONG = {
                          "F.pad(tokens, (0, K + 1)", "F.pad(tokens, (0, K + 2)"),
         "same offset for all": (TARGET, AHEAD, AHEAD.replace("k + 1", "2")),
         "decay from k = 0": ("k = 1, 2, ... of decay^k", "arange(1, K + 1", "arange(K"),
-        "decay of its own": ("== 2.1626", "DECAY = 0.8", "DECAY = 0.9"),
+        "decay of its own": ("== 2.1626", "decay=0.8", "decay=0.9"),
         "mask of the guessing position": (
             "that token's mask is False", MASKED, "pass", STACKED,
             f"mask = mask if mask is not None else tokens == tokens\n    {STACKED_MASKED}"),
