@@ -44,16 +44,13 @@ class MedusaConfig:
     truncated_vocab_size: int = 0
 
     def __post_init__(self):
-        truncated = self.truncated_vocab_size or self.vocab_size
-        object.__setattr__(self, "truncated_vocab_size", truncated)  # 0 means all
-        check_sizes(self, [f.name for f in fields(self) if f.name != "original_lm_head"])
-        if type(self.original_lm_head) is not bool:
-            raise ValueError(f"original_lm_head = {self.original_lm_head!r}: must be true or false")
-        # Private LM heads are as long as the vocabulary.
-        most = self.vocab_size
-        least = 1 if self.original_lm_head else most
-        if not least <= truncated <= most:
-            raise ValueError(f"truncated_vocab_size = {truncated}: must be {least} to {most}")
+        V, shared = self.vocab_size, self.original_lm_head
+        v = self.truncated_vocab_size or V
+        object.__setattr__(self, "truncated_vocab_size", v)
+        check_sizes(self, [f.name for f in fields(self) if f.type is int])
+        check(type(shared) is bool, f"original_lm_head = {shared!r}: must be true or false")
+        least = 1 if shared else V  # private LM heads are as long as the vocabulary
+        check(least <= v <= V, f"truncated_vocab_size = {v}: must be {least} to {V}")
 
 
 class MedusaHeads(nn.Module):
@@ -107,15 +104,16 @@ class MedusaHeads(nn.Module):
         index[token_map] = torch.arange(len(token_map), device=tokens.device)
         return index[tokens]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Views of all weights under their names on disk."""
+    def tensors(self, layer="blocks.{k}.layers.{j}", lm_head="lm_heads.{k}") -> dict[str, Tensor]:
+        """Views of all weights under their names on disk: of head k, and of its layer j."""
         tensors = {} if self.token_map is None else {"token_map": self.token_map}
         for k in range(self.config.num_heads):
             for j in range(self.config.num_hidden_layers):
-                tensors[f"blocks.{k}.layers.{j}.weight"] = self.weight.detach()[j, k]
-                tensors[f"blocks.{k}.layers.{j}.bias"] = self.bias.detach()[j, k, 0]
+                name = layer.format(k=k, j=j)
+                tensors[f"{name}.weight"] = self.weight.detach()[j, k]
+                tensors[f"{name}.bias"] = self.bias.detach()[j, k, 0]
             if self.lm_heads is not None:
-                tensors[f"lm_heads.{k}.weight"] = self.lm_heads.detach()[k]
+                tensors[f"{lm_head.format(k=k)}.weight"] = self.lm_heads.detach()[k]
         return tensors
 
     def save_pretrained(self, directory) -> None:
@@ -131,19 +129,18 @@ class MedusaHeads(nn.Module):
         """Open such a directory. Raises ValueError, naming file and field, for what is no heads."""
         path, weights = Path(directory) / "config.json", Path(directory) / "model.safetensors"
         raw = read_json(path)
-        if raw.get("model_type") != "medusa":
-            raise ValueError(f"{path}: model_type = {raw.get('model_type')!r}: no Medusa heads")
-        if raw.get("medusa_fc_bias", True) not in (True, None):
-            raise ValueError(f"{path}: medusa_fc_bias = {raw['medusa_fc_bias']!r}: must be true")
+        kind, has_bias = raw.get("model_type"), raw.get("medusa_fc_bias")
+        check(kind == "medusa", f"{path}: model_type = {kind!r}: no Medusa heads")
+        check(has_bias in (True, None), f"{path}: medusa_fc_bias = {has_bias!r}: must be true")
         # vLLM lets a directory leave this out.
         raw["truncated_vocab_size"] = raw.get("truncated_vocab_size") or 0
         heads = cls(config_of(MedusaConfig, raw, path))
         fill(heads.tensors(), read_safetensors(weights), weights)
         if heads.token_map is not None:
             valid = set(heads.token_map.tolist()) & set(range(heads.config.vocab_size))
-            if len(valid) < len(heads.token_map):
-                raise ValueError(f"{weights}: token_map: not different tokens of the vocabulary")
-        return heads.to(device=device, dtype=dtype).eval()
+            different = len(valid) == len(heads.token_map)
+            check(different, f"{weights}: token_map: not different tokens of the vocabulary")
+        return heads.to(device, dtype).eval()
 
     @classmethod
     def from_official(cls, path, dtype=torch.float32, device=None) -> "MedusaHeads":
@@ -162,25 +159,18 @@ class MedusaHeads(nn.Module):
             raise ValueError(f"{path}: no 0.0.linear.weight and 0.{J}.weight: no official heads")
         V, D = last.shape
         heads = cls(MedusaConfig(D, V, K, J, original_lm_head=False))
-        # blocks.{k}.layers.{j}.* -> {k}.{j}.linear.*, lm_heads.{k}.weight -> {k}.{J}.weight
-        renamed = {}
-        for name, tensor in heads.tensors().items():
-            _, k, *at = name.split(".")
-            layer = f"{at[1]}.linear.{at[2]}" if at[0] == "layers" else f"{J}.weight"
-            renamed[f"{k}.{layer}"] = tensor
-        fill(renamed, disk, path)
-        return heads.to(device=device, dtype=dtype).eval()
+        fill(heads.tensors("{k}.{j}.linear", "{k}." + str(J)), disk, path)
+        return heads.to(device, dtype).eval()
 
 
 def fill(tensors: dict[str, Tensor], disk: dict[str, Tensor], path: Path) -> None:
     """Copy what was read into the tensors of the same name, shape and kind."""
     for name, tensor in tensors.items():
         check(name in disk, f"{path}: tensor {name} is missing")
-        found = disk[name]
-        kinds = found.is_floating_point(), tensor.is_floating_point()
-        if found.shape != tensor.shape or kinds[0] != kinds[1]:
-            about = f"{tuple(found.shape)} of {found.dtype}, not {tuple(tensor.shape)}"
-            raise ValueError(f"{path}: tensor {name} is {about} of {tensor.dtype}")
+        found, shape = disk[name], tuple(disk[name].shape)
+        fits = shape == tensor.shape and found.is_floating_point() == tensor.is_floating_point()
+        ours = f"{tuple(tensor.shape)} of {tensor.dtype}"
+        check(fits, f"{path}: tensor {name} is {shape} of {found.dtype}, not {ours}")
         tensor.copy_(found)
 
 
@@ -190,16 +180,13 @@ def check_compatible(model: GPT, heads: MedusaHeads, tree: Tree = ROOT_ONLY) -> 
     base = model.config.hidden_size, model.config.vocab_size
     check(ours == base, f"the heads' hidden_size and vocab_size are {ours}, the base's {base}")
     # Depth d needs head d; rank r needs r + 1 tokens to choose from.
+    K, v = heads.config.num_heads, heads.config.truncated_vocab_size
     depth, rank = max(tree.depths), max(tree.ranks)
-    if depth > heads.config.num_heads:
-        raise ValueError(f"the tree is {depth} deep, but there are {heads.config.num_heads} heads")
-    if rank >= heads.config.truncated_vocab_size:
-        raise ValueError(f"the tree has guess {rank}: more than the heads have tokens")
+    check(depth <= K, f"the tree is {depth} deep, but there are {K} heads")
+    check(rank < v, f"the tree has guess {rank}, but the heads have {v} tokens")
 
 
 # ---- losses ----
-
-DECAY = 0.8  # lambda_k = DECAY^k
 IGNORED = -100  # in place of a target: no loss here. F.cross_entropy's own default
 
 
@@ -236,9 +223,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, count: Tensor | None = None) 
     return total / count.clamp(min=1)
 
 
-def medusa_loss(
-    logits: Tensor, targets: Tensor, decay: float = DECAY, counts: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def medusa_loss(logits: Tensor, targets: Tensor, decay=0.8, counts: Tensor | None = None):
     """L = sum_k decay^k * CE(head_probs_k at t, token t+k+1)  (paper, "Medusa-1")
 
     logits (K, ..., V); targets (K, ...), rows 1 to K of `targets_ahead`; counts (K,) as in
@@ -276,12 +261,11 @@ class Sampling:
     epsilon: float = 0.09
 
     def __post_init__(self):
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature {self.temperature}: must be 0 (greedy) or more")
+        finite = 0 <= self.temperature < math.inf
+        check(finite, f"temperature {self.temperature}: must be 0 (greedy) or more")
         check(self.top_k >= 0, f"top_k {self.top_k}: must be 0 (off) or more")
-        for name in ("top_p", "epsilon"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} {getattr(self, name)}: must be above 0 and at most 1")
+        for name, value in (("top_p", self.top_p), ("epsilon", self.epsilon)):
+            check(0 < value <= 1, f"{name} {value}: must be above 0 and at most 1")
 
 
 GREEDY = Sampling()
@@ -294,18 +278,18 @@ def logits_to_probs(logits: Tensor, sampling: Sampling) -> Tensor:
     # Subtracting the maximum first keeps logits / temperature finite at any temperature.
     logits = at_least_float32(logits)
     logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
-    # Of equal logits the lower token counts as the more likely: the sorts are stable.
-    if 0 < sampling.top_k < logits.shape[-1]:
-        rest = logits.argsort(dim=-1, descending=True, stable=True)[..., sampling.top_k :]
-        logits = logits.scatter(-1, rest, -math.inf)
+    if sampling.top_k == 0 and sampling.top_p == 1:
+        return logits.softmax(-1)
+    # The most likely first; of equal logits the lower token, as the sort is stable.
+    logits, order = logits.sort(dim=-1, descending=True, stable=True)
+    if sampling.top_k > 0:
+        logits[..., sampling.top_k :] = -math.inf
     probs = logits.softmax(-1)
     if sampling.top_p < 1:
         # A token goes if those that are more likely hold top_p of the probability already.
-        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-        rest = ordered.cumsum(-1) - ordered >= sampling.top_p
-        probs = probs.masked_fill(rest.scatter(-1, order, rest), 0)  # back in vocabulary order
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= sampling.top_p, 0)
         probs = probs / probs.sum(-1, keepdim=True)
-    return probs
+    return torch.empty_like(probs).scatter(-1, order, probs)  # back in vocabulary order
 
 
 def exponential_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -324,9 +308,7 @@ class SharedGumbelNoise:
     """
 
     def __init__(self, model: GPT, sampling: Sampling, generator: torch.Generator | None):
-        weight = model.lm_head.weight  # (V, D)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.like = torch.empty(len(weight), dtype=dtype, device=weight.device)  # (V,)
+        self.like = at_least_float32(model.lm_head.weight[:, 0])  # (V,); its values do not count
         self.greedy = sampling.temperature == 0
         self.generator, self.ahead = generator, []
 
@@ -356,9 +338,7 @@ def sample(logits: Tensor, sampling: Sampling, noise: Tensor | None = None) -> T
     return (logits_to_probs(logits, sampling) / noise).argmax(-1)
 
 
-def gumbel_scores(
-    logits: Tensor, sampling: Sampling, noise: Tensor | None, token_map=None
-) -> Tensor:
+def gumbel_scores(logits: Tensor, sampling: Sampling, noise: Tensor | None, token_map=None):
     """The scores that rank each head's guesses: logits (..., v), noise (..., V) -> (..., v).
 
     Greedy and typical acceptance ask for the most likely tokens. Lossless acceptance asks for what
@@ -373,9 +353,7 @@ def gumbel_scores(
 
 
 # ---- acceptance ----
-def typical_threshold(
-    base_probs: Tensor, epsilon: float = Sampling.epsilon, delta: float | None = None
-) -> Tensor:
+def typical_threshold(base_probs: Tensor, epsilon=Sampling.epsilon, delta=None) -> Tensor:
     """min(epsilon, delta * exp(-H(base_probs))), H in nats; (..., V) -> (...).
 
     Paper, "Typical acceptance"; delta is sqrt(epsilon) unless given. The flatter the distribution,
@@ -397,12 +375,6 @@ def accept(
     tokens (N,) at the nodes; logits (N, V) of the base model after each node; noise (N, V), equal
     at equal depths, for temperature > 0. Returns the accepted nodes, the root first; and their
     guesses without the root's token, followed by the base model's own next token.
-
-    After the root the base model predicts token 1, and 2 after node 1:
-
-    >>> logits = torch.eye(4)[[1, 2]]
-    >>> accept(Tree((-1, 0), (-1, 0)), torch.tensor([3, 1]), logits)
-    ([0, 1], [1, 2])
     """
     # 1. What the base model says after each node: one sample, shared by all its children. With one
     #    sample for each child, children would be accepted too often.
@@ -424,8 +396,7 @@ def accept(
 
     # 3. Walk down from the root: a node is accepted if it passes and its parent is accepted.
     paths = {0: [0]}  # accepted node -> the nodes from the root to it
-    for node in range(1, len(tree)):
-        parent = tree.parents[node]
+    for node, parent in enumerate(parents, start=1):
         if passes[node] and parent in paths:
             paths[node] = paths[parent] + [node]
 
@@ -452,21 +423,15 @@ def max_length(model: GPT, prompt: Sequence[int], max_new_tokens: int) -> int:
     """The length, prompt included, at which the text ends at the latest; ValueError if no room."""
     context = model.config.max_position_embeddings
     check(max_new_tokens >= 0, f"max_new_tokens {max_new_tokens}: must be 0 or more")
-    if not 0 < len(prompt) < context:
-        raise ValueError(f"the prompt has {len(prompt)} tokens: must be 1 to {context - 1}")
-    return min(len(prompt) + max_new_tokens, context)
+    n = len(prompt)
+    check(0 < n < context, f"the prompt has {n} tokens: must be 1 to {context - 1}")
+    return min(n + max_new_tokens, context)
 
 
 def truncate_at_eos(tokens: list[int], eos_ids: tuple[int, ...]) -> list[int]:
-    """The tokens up to the first that ends the text, included.
-
-    >>> truncate_at_eos([5, 2, 7], eos_ids=(2,))
-    [5, 2]
-    """
-    for i, token in enumerate(tokens):
-        if token in eos_ids:
-            return tokens[: i + 1]
-    return tokens
+    """The tokens up to the first that ends the text, included."""
+    ends = [n for n, token in enumerate(tokens, start=1) if token in eos_ids]
+    return tokens[: min(ends, default=len(tokens))]
 
 
 @torch.inference_mode()
@@ -505,7 +470,6 @@ class TreeBuffers:
     """
 
     def __init__(self, tree: Tree, capacity: int, like: Tensor):
-        self.tree, self.capacity = tree, capacity
         # The first n_guesses of each head are laid out after the root, head by head.
         self.n_guesses = max(tree.ranks) + 1
         self.depths = torch.tensor(tree.depths, device=like.device)  # (N,)
@@ -514,17 +478,15 @@ class TreeBuffers:
         self.index[0] = 0
         # Added to attention scores: 0 where a node may look, minus infinity where not.
         seen = F.pad(tree.mask, (capacity, 0), value=True)  # (N, capacity + N)
-        self.bias = torch.zeros(seen.shape, device="cpu").masked_fill(~seen, -math.inf).to(like)
+        self.bias = torch.where(seen, 0.0, -math.inf).to(like)
 
     def mask(self, past: int) -> Tensor:
         """(N, past + N): the past, then the ancestors. A copy: CUDA needs an aligned address."""
-        return self.bias[:, self.capacity - past :].clone(memory_format=torch.contiguous_format)
+        width = past + len(self.bias)
+        return self.bias[:, -width:].clone(memory_format=torch.contiguous_format)
 
 
-def propose(
-    heads, lm_head: Callable, hidden: Tensor, root: int, buffers: TreeBuffers, sampling,
-    noise: SharedGumbelNoise,
-) -> Tensor:  # fmt: skip
+def propose(heads, lm_head, hidden: Tensor, root: int, buffers: TreeBuffers, sampling, noise):
     """The tokens at the nodes, (N,): the root, and the heads' best guesses after it.
 
     hidden (D,) is the state that predicted the root. lm_head: `heads.truncated(model.lm_head)`.
@@ -555,6 +517,7 @@ def medusa_generate(
         return
     lm_head, heads_lm_head = model.lm_head, heads.truncated(model.lm_head)
     cache, eos_ids = model.new_cache(end + len(tree)), model.config.eos_ids
+    last = model.config.max_position_embeddings - 1
     buffers = TreeBuffers(tree, end, like=lm_head.weight)
     noise = SharedGumbelNoise(model, sampling, generator)
 
@@ -570,24 +533,22 @@ def medusa_generate(
         noise.advance(len(emitted))
         if length == end or root in eos_ids:
             return
-        # The token after depth d is at index length + d: near the end, the tree is cut.
-        if max(buffers.tree.depths) > end - length - 1:
-            buffers = TreeBuffers(tree.cut(end - length - 1), end, like=lm_head.weight)
-        tree_now, past = buffers.tree, length - 1  # the cache holds all of the text but the root
+        past = length - 1  # the cache holds all of the text but the root
 
         # 1. Propose: the heads guess what follows the root; the tree arranges their guesses.
         tokens = propose(heads, heads_lm_head, hidden, root, buffers, sampling, noise)  # (N,)
 
-        # 2. Verify: one pass of the base model over all nodes, under tree attention.
-        positions, mask = buffers.depths + past, buffers.mask(past)
+        # 2. Verify: one pass of the base model over all nodes, under tree attention. Nodes
+        #    beyond the context take its last position, and say nonsense: it is cut off below.
+        positions, mask = (buffers.depths + past).clamp(max=last), buffers.mask(past)
         states = model(tokens[None], positions, mask, cache)[0]  # (N, D)
-        logits, noise_now = lm_head(states), noise.at(tree_now.depths)  # (N, V)
+        logits, noise_now = lm_head(states), noise.at(tree.depths)  # (N, V)
 
         # 3. Accept: the longest path the base model agrees with, and its own next token.
-        path, emitted = accept(tree_now, tokens, logits, sampling, noise_now)
-        emitted = truncate_at_eos(emitted, eos_ids)
+        path, emitted = accept(tree, tokens, logits, sampling, noise_now)
+        emitted = truncate_at_eos(emitted[: end - length], eos_ids)
 
         # 4. Commit: keep the accepted path in the cache; the next step overwrites the rest.
         cache.keep(past, path)
-        step = Step(emitted, tree_now, tokens, path, hidden, logits, noise_now)
+        step = Step(emitted, tree, tokens, path, hidden, logits, noise_now)
         hidden = states[path[-1]]  # it predicted the next root

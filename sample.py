@@ -224,7 +224,7 @@ def pick_tree(
     trees = {len(tree): tree for tree in (calibrated_tree(counts, size) for size in SIZES)}
     expected = {size: expected_tokens(tree, counts) for size, tree in trees.items()}
     costs = step_costs(model, heads, trees.values(), prompt, sampling)
-    best = choose_size(expected.__getitem__, costs, trees)
+    best = choose_size(expected.__getitem__, {size: costs[size] for size in trees})
     speed_up = f"expected speed-up {expected[best] * costs[1] / costs[best]:.2f}x"
     return trees[best], f"{why}; best of {len(trees)} sizes, {speed_up}"
 

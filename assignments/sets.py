@@ -105,7 +105,7 @@ SETS = {
             "test_medusa.py::test_head_k_fills_depth_k_from_the_state_before_the_root": 2,
             "test_medusa.py::test_right_guesses_are_all_accepted": 2,
             "test_medusa.py::test_eos_ends_the_text_in_the_middle_of_an_accepted_path": 2,
-            "test_medusa.py::test_the_tree_shrinks_to_the_room_before_the_context_limit": 2,
+            "test_medusa.py::test_the_text_runs_up_to_the_context_limit_and_no_further": 2,
             "test_medusa.py::test_impossible_calls_are_refused[medusa_generate]": 1,
         },
     ),

@@ -122,7 +122,7 @@ def measure_steps(config: CostConfig, temperature: float) -> dict:
     """{context: {N: seconds of a step and its parts, its cost, and the work of the roofline}}"""
     tokenizer, model, heads = load(config)
     trees, limit = trees_of(config, temperature, SIZES), model.config.max_position_embeddings
-    room = (config.steps + 2) * (heads.config.num_heads + 1) + 1  # the tree is never cut
+    room = (config.steps + 2) * (heads.config.num_heads + 1) + 1  # the text never ends
     contexts = [context for context in CONTEXTS if context + room <= limit]
     if len(contexts) == 0:
         raise ValueError(f"--steps {config.steps}: too many for a context of {limit} tokens")

@@ -41,22 +41,16 @@ def best_first_tree(log_probs: Tensor, n_nodes: int) -> Tree:
     return tree_from_paths(paths)
 
 
-def grow(heads, lm_head, hidden: Tensor, n_nodes: int, room: int, sampling, noise):
-    """The tree of a step, at most `room` deep, and the guesses that it takes its nodes from.
+def grow(heads, lm_head, hidden: Tensor, n_nodes: int, sampling, noise):
+    """The tree of a step, and the guesses that it takes its nodes from.
 
-    A score is the probability of a head's guess over the noise (greedy: its logit). The base's
-    logits are taken to differ from the head's by Gumbel noise, so that softmax(log score) is the
-    probability that the guess comes.
+    A score is a head's logit, plus the shared Gumbel noise unless greedy. The base's logits are
+    taken to differ from the head's by Gumbel noise, so that softmax(score) is the probability that
+    the guess comes.
     """
-    if room == 0:
-        return ROOT_ONLY, torch.empty(0, dtype=torch.long, device=hidden.device)
-    logits = heads(hidden, lm_head)[:room]  # (K, V), or (K, v) of a truncated vocabulary
-    noise_ahead = noise.at(range(len(logits)))  # (K, V)
-    if noise_ahead is not None and heads.token_map is not None:
-        noise_ahead = noise_ahead[:, heads.token_map]  # (K, v)
-    scores = gumbel_scores(logits, sampling, noise_ahead)
-    log_scores = scores if scores is logits else scores.log()
-    tree = best_first_tree(log_scores.log_softmax(-1), n_nodes)
+    logits = heads(hidden, lm_head)  # (K, V), or (K, v) of a truncated vocabulary
+    scores = gumbel_scores(logits, sampling, noise.at(range(len(logits))), heads.token_map)
+    tree = best_first_tree(scores.log_softmax(-1), n_nodes)
     guesses = scores.topk(max(tree.ranks) + 1).indices.flatten()
     return tree, guesses if heads.token_map is None else heads.token_map[guesses]
 
@@ -72,7 +66,7 @@ def dynamic_generate(
     if length == end:
         return
     lm_head, heads_lm_head = model.lm_head, heads.truncated(model.lm_head)
-    cache = model.new_cache(end + n_nodes)
+    cache, last = model.new_cache(end + n_nodes), model.config.max_position_embeddings - 1
     noise = SharedGumbelNoise(model, sampling, generator)
     tokens = torch.tensor(prompt, device=lm_head.weight.device)  # (T,)
     hidden = model(tokens[None], cache=cache)[0, -1]  # (D,)
@@ -85,15 +79,16 @@ def dynamic_generate(
         noise.advance(len(emitted))
         if length == end or emitted[-1] in model.config.eos_ids:
             return
-        past, room = length - 1, end - length - 1
-        tree, guesses = grow(heads, heads_lm_head, hidden, n_nodes, room, sampling, noise)
+        past = length - 1
+        tree, guesses = grow(heads, heads_lm_head, hidden, n_nodes, sampling, noise)
         buffers = TreeBuffers(tree, past, like=lm_head.weight)
         tokens = torch.cat((guesses.new_tensor(emitted[-1:]), guesses))[buffers.index]  # (N,)
         # Verify, accept, commit: as in `medusa_generate`.
-        states = model(tokens[None], buffers.depths + past, buffers.mask(past), cache)[0]  # (N, D)
+        positions = (buffers.depths + past).clamp(max=last)
+        states = model(tokens[None], positions, buffers.mask(past), cache)[0]  # (N, D)
         logits, noise_now = lm_head(states), noise.at(tree.depths)  # (N, V)
         path, emitted = accept(tree, tokens, logits, sampling, noise_now)
-        emitted = truncate_at_eos(emitted, model.config.eos_ids)
+        emitted = truncate_at_eos(emitted[: end - length], model.config.eos_ids)
         cache.keep(past, path)
         step = Step(emitted, tree, tokens, path, hidden, logits, noise_now)
         hidden = states[path[-1]]

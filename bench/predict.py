@@ -64,9 +64,8 @@ def predictions(counts: Counter, plain: float, cost: dict[int, float]) -> dict[i
 
 
 def best_size(predicted: dict[int, dict[str, float]]) -> int:
-    """Of equals the smallest."""
     costs = {n: row["step cost"] for n, row in predicted.items()}
-    return choose_size(lambda n: predicted[n]["tokens/step"], costs, predicted)
+    return choose_size(lambda n: predicted[n]["tokens/step"], costs)
 
 
 # ---- this machine ----

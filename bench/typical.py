@@ -45,7 +45,8 @@ def distances(
     text, guessed = [], []
     for step in steps:
         text += step.emitted
-        guessed += [True] * (len(step.emitted) - 1) + [False]
+        # Of a step that reaches the end of the text, the last tokens of its path are cut off.
+        guessed += ([True] * (len(step.path) - 1) + [False])[: len(step.emitted)]
     hidden = model(torch.tensor([prompt + text[:-1]]))[0, len(prompt) - 1 :]  # (n, D)
     base_probs = logits_to_probs(model.lm_head(hidden), sampling)  # (n, V)
     of_token = base_probs.gather(1, torch.tensor(text)[:, None])[:, 0]  # (n,)

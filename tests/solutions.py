@@ -21,7 +21,7 @@ NEXT_ROOT = "the next root is not the sample of the last accepted node"
 EMITTED = "a step emits the guesses on the path"
 NOT_KEPT = "moved down, all at once"
 NOT_PLAIN = "not the one that plain decoding gives"
-NOTHING = "can emit nothing"
+NO_POSITION = "at a position that is none"
 EACH_PREFIX = "once for each prefix"
 EXPECTED = "the next root, and each node's chance"
 EYE = 'torch.eye(len(self), dtype=torch.bool, device="cpu")'
@@ -54,6 +54,8 @@ BONUS = "[targets[path[-1]]]"
 SCORED = "if noise is None or sampling.typical:"
 KEEP = "self.data[..., start : start + len(rows), :] = self.data.index_select(4, index)"
 PIECES = ":start, :], self.data.index_select(4, index), self.data[..., start + len(rows) :, :]"
+ROOM = "[: end - length]"
+AT_EOS = f"truncate_at_eos(emitted{ROOM}, eos_ids)"
 ENDS = "if length == end or root in eos_ids:"
 KEY = "(-counts[path], len(path), path)"
 RANKED = f"return sorted(filter(None, counts), key=lambda path: {KEY})"
@@ -117,7 +119,7 @@ WRONG = {
                          "F.pad(tokens, (0, K + 1)", "F.pad(tokens, (0, K + 2)"),
         "same offset for all": (TARGET, AHEAD, AHEAD.replace("k + 1", "2")),
         "decay from k = 0": ("k = 1, 2, ... of decay^k", "arange(1, K + 1", "arange(K"),
-        "decay of its own": ("== 2.1626", "DECAY = 0.8", "DECAY = 0.9"),
+        "decay of its own": ("== 2.1626", "decay=0.8", "decay=0.9"),
         "mask of the guessing position": (
             "that token's mask is False", MASKED, "pass", STACKED,
             f"mask = mask if mask is not None else tokens == tokens\n    {STACKED_MASKED}"),
@@ -168,23 +170,22 @@ WRONG = {
                                    "length = start + max(rows, default=-1) + 1"),
         "views not updated": ("views of the data", KEEP,
                               f"self.data = torch.cat((self.data[..., {PIECES}), dim=4)"),
-        "position by index": ("past + depth", "buffers.depths +", "torch.arange(len(tokens)) +"),
-        "position one too far": (NOTHING, "buffers.depths + past", "buffers.depths + past + 1"),
+        "position by index": (NOT_PLAIN, "buffers.depths +", "torch.arange(len(tokens)) +"),
+        "position one too far": (NOT_PLAIN, "(buffers.depths + past)", "(buffers.depths + length)"),
         "no mask": (NOT_PLAIN, "positions, mask, cache)[0]", "positions, None, cache)[0]"),
-        "EOS kept": ("EOS were kept", "truncate_at_eos(emitted, eos_ids)", "emitted"),
+        "EOS kept": ("EOS were kept", AT_EOS, f"emitted{ROOM}"),
         "EOS does not end": ("after EOS", ENDS, "if length == end:"),
         "steps counted for tokens": ("tokens are counted and not steps", "while True:",
                                      "for _ in range(max_new_tokens):", ENDS, ENDS[:3] + ENDS[20:]),
-        "no room at the end": (NOTHING, "> end - length - 1:", "> 10**9:"),
-        "cut too early": ("and no further", "> end - length - 1", "> max(end - length - 2, 0)",
-                          "cut(end - length - 1)", "cut(max(end - length - 2, 0))"),
+        "beyond the context": (NO_POSITION, ".clamp(max=last)", ""),
+        "beyond the end": ("after the end is cut off", AT_EOS, AT_EOS.replace(ROOM, "")),
         "heads at every node": ("ran at several nodes", "        tokens = propose(",
             "        heads(hidden.repeat(2), lm_head)\n        tokens = propose("),
         "heads at the root": ("head k does not fill depth k", "states[path[-1]]", "states[0]"),
         "rows of the tree not committed": (NOT_PLAIN, "cache.keep(past, path)\n",
                                            "cache.length = past + len(path)\n"),
         "noise not advanced": (NOT_PLAIN, "noise.advance(len(emitted))", "pass"),
-        "root forgotten": ("root in the past", "buffers.tree, length - 1", "buffers.tree, length"),
+        "root forgotten": ("root in the past", "past = length - 1", "past = length"),
     },
     7: {
         "product of marginals": ("do not multiply marginals", RANKED, MARGINALS),
@@ -221,6 +222,7 @@ RIGHT = {
         return tuple(int(row.sum()) - 1 for row in self.mask)
 '''},
         "numpy": {"tree.Tree.mask": '''
+        import numpy as np
         mask = np.eye(len(self), dtype=bool)
         for node in range(1, len(self)):
             mask[node] |= mask[self.parents[node]]
@@ -359,17 +361,18 @@ RIGHT = {
         path, new = accept(nodes, tokens, logits, sampling, noise_now)
         if len(text) > len(prompt):
             cache.keep(len(text) - 1, path)
-        new = truncate_at_eos(new, model.config.eos_ids)
+        new = truncate_at_eos(new[: end - len(text)], model.config.eos_ids)
         yield Step(new, nodes, tokens, path, hidden, logits, noise_now)
         text += new
         noise.advance(len(new))
         if text[-1] in model.config.eos_ids or len(text) == end:
             return
-        nodes, hidden = tree.cut(min(max(tree.depths), end - len(text) - 1)), states[path[-1]]
+        nodes, hidden = tree, states[path[-1]]
         past, buffers = len(text) - 1, TreeBuffers(nodes, end, model.lm_head.weight)
         tokens = propose(heads, model.lm_head, hidden, text[-1], buffers, sampling, noise)
         mask = torch.cat((torch.ones(len(nodes), past, dtype=torch.bool), nodes.mask), dim=1)
-        states = model(tokens[None], torch.tensor(nodes.depths) + past, mask, cache)[0]
+        positions = [min(past + depth, end - 1) for depth in nodes.depths]
+        states = model(tokens[None], torch.tensor(positions), mask, cache)[0]
 '''},
     },
     7: {

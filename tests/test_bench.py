@@ -22,10 +22,11 @@ import train
 from bench import bench, cost, decode, endurance, figures, predict, results, roofline
 from bench import training, typical
 from bench.dynamic import best_first_tree, dynamic_generate
-from medusa import MedusaConfig, Sampling, generate, medusa_generate
+from medusa import MedusaConfig, MedusaHeads, Sampling, generate, medusa_generate
 from model import GPT, ModelConfig, write_json
-from strategies import CheatingHeads, contents, distribution, follow, next_logits, properties
-from strategies import random_gpt, random_heads, rank_data, rng, text_distribution, write_base
+from strategies import CheatingHeads, contents, distribution, follow, markov_gpt, next_logits
+from strategies import properties, random_gpt, random_heads, rank_data, rng, text_distribution
+from strategies import write_base  # isort: skip
 from tree import calibrated_tree, cartesian_tree
 
 
@@ -119,6 +120,9 @@ def test_a_new_tree_follows_heads_that_know_the_text():
     heads = CheatingHeads(model, 2, [0, *text_of(generate(model, [0], 12))], length=1)
     taken = follow(dynamic_generate(model, heads, 3, [0], 12), heads)
     assert [len(emitted) for emitted in taken] == [1, 3, 3, 3, 2]
+    model, heads = markov_gpt([[40, 0, 0, 0]] * 4), MedusaHeads(MedusaConfig(4, 4, 3)).double()
+    steps = dynamic_generate(model, heads, 4, [1], 13, Sampling(1.0), rng(0))
+    assert [len(step.emitted) for step in steps] == [1, 4, 4, 4], "sampled, heads like the base"
 
 
 # ---- typical acceptance: its distance, by enumeration of all outcomes ----
@@ -141,10 +145,11 @@ def all_texts(model: GPT, heads, prompt, n: int, sampling, monkeypatch) -> dict[
         steps = list(medusa_generate(model, *asked))
         seen.add(tuple(taken))
         text, prob, length = text_of(steps), 1.0, 0
-        for step in steps:  # the last token of a step was sampled, the others were not
+        for step in steps:  # the last token of a path was sampled, the others were not
             length += len(step.emitted)
-            logits = next_logits(model, [*prompt, *text[: length - 1]])
-            prob *= distribution(logits, sampling.temperature)[text[length - 1]]
+            if len(step.emitted) == len(step.path):
+                logits = next_logits(model, [*prompt, *text[: length - 1]])
+                prob *= distribution(logits, sampling.temperature)[text[length - 1]]
         found[tuple(text)] = (prob, steps)
     monkeypatch.undo()
     return found

@@ -154,8 +154,8 @@ def count_on(prompt, n=21, context=32, eos=None) -> list[list[int]]:
     def check_base(_, args, named):
         fed.append(args[0].numel())
         positions = named.get("positions") if len(args) < 2 else args[1]
-        says = "a token was fed at a position where it can emit nothing, or that is none"
-        assert positions is None or positions.max() <= context - 2, says
+        says = "a token was fed at a position that is none: the context has ended"
+        assert positions is None or positions.max() < context, says
 
     def check_heads(_, args):
         says = "the heads ran at several nodes: the state of the node accepted last is enough"
@@ -182,11 +182,11 @@ def test_eos_ends_the_text_in_the_middle_of_an_accepted_path(prompt, steps):
 
 
 @pytest.mark.parametrize("prompt_length", range(1, 12))
-def test_the_tree_shrinks_to_the_room_before_the_context_limit(prompt_length):
+def test_the_text_runs_up_to_the_context_limit_and_no_further(prompt_length):
     steps = count_on([i % 6 for i in range(prompt_length)], 99, context=12)
     says = "the text does not run up to the last position of the context"
     assert flat(steps) == [i % 6 for i in range(prompt_length, 12)], says
-    says = "near the end of the context the tree shrinks to what still fits, and no further"
+    says = "near the end of the context a step emits all that still fits"
     assert len(steps) == 1 + math.ceil((12 - prompt_length - 1) / 4), says
 
 
