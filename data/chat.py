@@ -8,7 +8,7 @@ from pathlib import Path
 from data.command import optional
 from data.corpus import is_validation
 from data.tokenizer import AnyTokenizer, JsonTokenizer, special_tokens
-from model import read_json
+from model import check, read_json
 
 
 def read_template(directory) -> str:
@@ -19,8 +19,7 @@ def read_template(directory) -> str:
     path = Path(directory) / "tokenizer_config.json"
     template = read_json(path).get("chat_template") if path.exists() else None
     if isinstance(template, list):
-        entries = [entry for entry in template if isinstance(entry, dict)]
-        named = {entry.get("name"): entry.get("template") for entry in entries}
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
         template = named.get("default")
     if not isinstance(template, str):
         raise ValueError(f"{directory} has no chat template: it is no chat model")
@@ -59,8 +58,7 @@ def chat_text(directory, turns: list[dict[str, str]]) -> str:
 def chat_prompt(directory, tokenizer: AnyTokenizer, turns: list[dict[str, str]]) -> list[int]:
     """The tokens of chat_text; special tokens in it become their own ids."""
     text = chat_text(directory, turns)
-    if not isinstance(tokenizer, JsonTokenizer):
-        raise ValueError(f"{directory} has no tokenizer.json, which a chat template needs")
+    check(isinstance(tokenizer, JsonTokenizer), f"{directory}: chat needs a tokenizer.json")
     return tokenizer.encode(text)
 
 
@@ -78,16 +76,14 @@ def read_turns(path: str) -> list[str]:
 
 def turn_prompts(paths: list[str], directory, tokenizer, most: int) -> dict[str, list[list[int]]]:
     """The prompts of at most `most` tokens of each side, split by a hash of the turn."""
-    if not paths:
-        raise ValueError("--chat needs --text: a file of turns; python -m data.turns writes one")
+    check(paths != [], "--chat needs --text: a file of turns; python -m data.turns writes one")
     sides = {"validation": [], "train": []}
     for path in paths:
         for turn in read_turns(path):
             prompt = chat_prompt(directory, tokenizer, [{"role": "user", "content": turn}])
             if len(prompt) <= most:
                 sides["validation" if is_validation(turn) else "train"].append(prompt)
+    advice = f"give more turns, or a larger --prompt-tokens than {most}"
     for side, prompts in sides.items():
-        if not prompts:
-            advice = f"give more turns, or a larger --prompt-tokens than {most}"
-            raise ValueError(f"the {side} side of the turns is empty: {advice}")
+        check(prompts != [], f"the {side} side of the turns is empty: {advice}")
     return sides

@@ -1,8 +1,8 @@
 """The text for training and measuring: Python's standard library, or text files of one's own.
 
 A file of the library goes to training or validation by a hash of its path there, so the split is
-the same on every machine and in every version. Tokens are cached in the user's cache directory,
-under a name that is a hash of all that they depend on.
+the same on every machine and in every version. Tokens are cached in $XDG_CACHE_HOME/nano-medusa, by
+default ~/.cache/nano-medusa, under a name that is a hash of all that they depend on.
 """
 
 import hashlib
@@ -12,22 +12,16 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from data.rows import digest_of
 from data.tokenizer import AnyTokenizer
-from model import write_atomically
+from model import check, read_safetensors, write_safetensors
 
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 VALIDATION_SHARE = 20  # one document in so many is held out
 PIECE = 8192  # characters of a text file that make one document
-
-
-def cache_directory() -> Path:
-    """$XDG_CACHE_HOME/nano-medusa, by default ~/.cache/nano-medusa."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nano-medusa"
 
 
 def is_validation(name: str) -> bool:
@@ -65,9 +59,8 @@ def documents(validation: bool, text: list[str] | None = None) -> list[str]:
     found = []
     for source in [text_documents(path) for path in text] if text else [library_documents()]:
         found += [source[name] for name in source if is_validation(name) == validation]
-    if not found:
-        side = "validation" if validation else "training"
-        raise ValueError(f"the {side} side of the text is empty: give more text")
+    side = "validation" if validation else "training"
+    check(found != [], f"the {side} side of the text is empty: give more text")
     return found
 
 
@@ -76,21 +69,17 @@ def packed(texts: list[str], tokenizer: AnyTokenizer) -> Tensor:
     digest = hashlib.sha256(tokenizer.model)
     for text in texts:
         digest.update(len(text).to_bytes(8, "big") + text.encode())
-    path = cache_directory() / f"tokens-{digest.hexdigest()[:16]}.npy"
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = caches / "nano-medusa" / f"tokens-{digest.hexdigest()[:16]}.safetensors"
 
     # A file that is missing or broken is made from the documents.
-    with suppress(OSError, EOFError, ValueError):
-        return torch.from_numpy(np.load(path, allow_pickle=False).astype("int32"))
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    with suppress(ValueError):
+        return read_safetensors(path)["tokens"].int()
+    dtype = torch.uint16 if tokenizer.vocab_size <= 1 << 16 else torch.int32
     rows = ([tokenizer.bos, *tokenizer.encode(text), tokenizer.eos] for text in texts)
-    tokens = np.concatenate([np.array(row, dtype) for row in rows])
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            np.save(file, tokens)
-
-    write_atomically(path, write)
-    return torch.from_numpy(tokens.astype("int32"))
+    tokens = torch.cat([torch.tensor(row, dtype=dtype) for row in rows])
+    write_safetensors(path, {"tokens": tokens})
+    return tokens.int()
 
 
 def seeded(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -105,7 +94,7 @@ def shuffled(n: int, seed: int, epoch: int) -> Tensor:
 
 def windows(tokens: Tensor, n: int, length: int, generator: torch.Generator) -> Tensor:
     """n windows (n, length) at random places of a packed text (tokens,)."""
-    if len(tokens) < length:
-        raise ValueError(f"the text has {len(tokens)} tokens, a row {length}: give more text")
-    starts = torch.randint(len(tokens) - length + 1, (n, 1), generator=generator)  # (n, 1)
+    n_tokens = len(tokens)
+    check(n_tokens >= length, f"the text has {n_tokens} tokens, a row {length}: give more text")
+    starts = torch.randint(n_tokens - length + 1, (n, 1), generator=generator)  # (n, 1)
     return tokens[starts + torch.arange(length)].long()  # (n, length)

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model import read_safetensors, write_safetensors
+from model import check, read_safetensors, write_safetensors
 
 
 def digest_of(*parts) -> str:
@@ -27,8 +27,7 @@ def base_digest(directory) -> str:
     digest, folder = hashlib.sha256(), Path(directory)
     for path in (folder / "config.json", *sorted(folder.glob("model*.safetensors"))):
         with path.open("rb") as file:
-            while chunk := file.read(1 << 24):
-                digest.update(chunk)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()[:16]
 
 
@@ -50,16 +49,15 @@ def write_shard(path: Path, tokens: Tensor, loss_mask: Tensor, vocab_size: int, 
 def read_shards(directory: Path, pattern: str, vocab_size: int) -> tuple[Tensor, Tensor]:
     """tokens (R, T) long and loss_mask (R, T) bool of all shards whose name matches."""
     shards = [read_safetensors(path) for path in sorted(directory.glob(pattern))]
-    if not shards:
-        raise ValueError(f"{directory} has no {pattern}: make it with train.py --mode distill")
+    advice = "make it with train.py --mode distill"
+    check(shards != [], f"{directory} has no {pattern}: {advice}")
     for shard in shards:
         # Rows of another base have other tokens; all rows are equally long.
         tokens, loss_mask = shard.get("tokens", torch.empty(0)), shard.get("loss", torch.empty(0))
         fits = tokens.dim() == 2 and tokens.numel() > 0 and not tokens.is_floating_point()
         fits = fits and 0 <= tokens.min().item() and tokens.max().item() < vocab_size
         fits = fits and tokens.shape[1] == shards[0]["tokens"].shape[1]
-        if not fits or loss_mask.dtype != torch.bool or loss_mask.shape != tokens.shape:
-            advice = "make them with train.py --mode distill"
-            raise ValueError(f"{directory}: {pattern} holds no rows of this base; {advice}")
+        fits = fits and loss_mask.dtype == torch.bool and loss_mask.shape == tokens.shape
+        check(fits, f"{directory}: {pattern} holds no rows of this base; {advice}")
     tokens = torch.cat([shard["tokens"] for shard in shards]).long()
     return tokens, torch.cat([shard["loss"] for shard in shards])

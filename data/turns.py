@@ -40,15 +40,13 @@ def written_turns(n: int, seed: int) -> list[str]:
         """Each {name} replaced by one of its alternatives, expanded in turn."""
         return re.sub(r"\{(\w+)\}", lambda found: expanded(chance.choice(words[found[1]])), text)
 
-    tries = 20 * n
-    while len(turns) < n:
+    for _ in range(20 * n + 1):
+        if len(turns) == n:
+            return list(turns)
         text = expanded(chance.choice(tasks[len(turns) % len(tasks)]))
         # Sentences begin with a capital.
         turns[re.sub(r"(^|[.?:]\s+|[\"\n])[a-z]", lambda found: found[0].upper(), text)] = None
-        tries -= 1
-        if tries < 0:
-            raise ValueError(f"--written {n}: the grammar has too few different turns")
-    return list(turns)
+    raise ValueError(f"--written {n}: the grammar has too few different turns")
 
 
 def corpus_turns() -> list[str]:
