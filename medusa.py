@@ -151,6 +151,8 @@ class MedusaHeads(nn.Module):
         """
         path = Path(path)
         disk = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+        is_table = isinstance(disk, dict) and all(isinstance(t, Tensor) for t in disk.values())
+        check(is_table, f"{path} holds no tensors by name")
         # The names tell how many heads there are, and how many layers each has.
         K = sum(name.endswith(".0.linear.weight") for name in disk)
         J = sum(name.startswith("0.") and name.endswith(".linear.weight") for name in disk)

@@ -64,8 +64,6 @@ class KVCache:
         L, nkv = config.num_hidden_layers, config.num_key_value_heads
         shape = (L, 2, batch, nkv, capacity, config.head_size)
         self.data = torch.zeros(shape, dtype=dtype, device=device)
-        # Per layer (keys, values), each a view (B, nkv, capacity, hs).
-        self.layers = [tuple(layer) for layer in self.data]
         self.capacity, self.length = capacity, 0
 
     def keep(self, start: int, rows: list[int]) -> None:
@@ -82,7 +80,6 @@ class KVCache:
         moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
         self.data[:, :, moved] = self.data[:, :, rows[moved]]
         self.data = self.data[:, :, : len(rows)]  # (L, 2, kept, nkv, capacity, hs)
-        self.layers = [tuple(layer) for layer in self.data]
 
 
 # Kinds of rope_scaling, and the numbers that each needs.
@@ -93,10 +90,7 @@ ROPE_SCALING = {
 
 
 def rotary_table(config: ModelConfig) -> Tensor:
-    """cos and signed sin of every position's angles: (max_position_embeddings, 2, 1, hs).
-
-    Llama rotates dimensions i and i + hs/2 of a head together: x * cos + roll(x, hs/2) * sin.
-    """
+    """cos and signed sin of every position's angles: (max_position_embeddings, 2, 1, hs)."""
     # The angle by which one position turns pair i is theta^(-2i/hs).
     half = config.head_size // 2
     inv_freq = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)  # (hs/2,)
@@ -119,35 +113,32 @@ def rotary_table(config: ModelConfig) -> Tensor:
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(hs) + mask) v, with q, k, v from one fused matrix."""
+    """softmax(q k^T / sqrt(hs) + mask) v."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.nh, self.nkv = config.num_attention_heads, config.num_key_value_heads
-        self.hs, D = config.head_size, config.hidden_size
-        qkv, has_bias = (self.nh + 2 * self.nkv) * self.hs, config.model_type == "qwen2"
-        self.qkv_proj = nn.Linear(D, qkv, bias=has_bias)
+        self.hs, D, bias = config.head_size, config.hidden_size, config.model_type == "qwen2"
+        self.q_proj = nn.Linear(D, self.nh * self.hs, bias=bias)
+        self.k_proj = nn.Linear(D, self.nkv * self.hs, bias=bias)
+        self.v_proj = nn.Linear(D, self.nkv * self.hs, bias=bias)
         self.o_proj = nn.Linear(self.nh * self.hs, D, bias=False)
 
-    def forward(self, x: Tensor, cos, sin, mask, cache, S: int) -> Tensor:
+    def forward(self, x: Tensor, cos, sin, mask, cache) -> Tensor:
         """x (B, T, D) -> (B, T, D); cos and sin ([B,] T, 1, hs); mask (T, S+T), or None if S = 0
-        or T = 1; cache: this layer's keys and values, of which S slots are valid, or None."""
+        or T = 1; cache (2, B, nkv, S+T, hs): keys and values, the last T to be written; or None."""
         B, T, _ = x.shape
         nh, nkv, hs = self.nh, self.nkv, self.hs
-        # One product for queries, keys and values of all heads.
-        qkv = self.qkv_proj(x).view(B, T, nh + 2 * nkv, hs)
-        # Rotate queries and keys at once, then put heads before tokens.
-        qk, v = qkv.split((nh + nkv, nkv), dim=2)  # (B, T, nh + nkv, hs), (B, T, nkv, hs)
-        qk = torch.addcmul(qk * cos, qk.roll(hs // 2, dims=-1), sin)
-        q, k = qk.transpose(1, 2).split((nh, nkv), dim=1)  # (B, nh, T, hs), (B, nkv, T, hs)
-        v = v.transpose(1, 2)  # (B, nkv, T, hs)
+        # Rotate queries and keys at once: dimensions i and i + hs/2 of a head turn together.
+        qk = torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1).view(B, T, nh + nkv, hs)
+        qk = torch.addcmul(qk * cos, qk.roll(hs // 2, dims=-1), sin).transpose(1, 2)
+        q, k = qk.split_with_sizes((nh, nkv), dim=1)  # (B, nh, T, hs), (B, nkv, T, hs)
+        v = self.v_proj(x).view(B, T, nkv, hs).transpose(1, 2)  # (B, nkv, T, hs)
 
         # Write the new keys and values into the cache, and attend to all that it holds.
         if cache is not None:
-            keys, values = cache
-            keys[:, :, S : S + T] = k
-            values[:, :, S : S + T] = v
-            k, v = keys[:, :, : S + T], values[:, :, : S + T]  # (B, nkv, S+T, hs)
+            cache[..., -T:, :] = torch.stack((k, v))
+            k, v = cache.unbind()  # (B, nkv, S+T, hs)
 
         # The query heads that share a key/value head become one sequence of the batch: `expand`
         # gives each the same keys and copies nothing. If there is a single token, the group's
@@ -163,16 +154,17 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(SiLU(gate(x)) * up(x)), gate and up from one fused matrix."""
+    """SwiGLU: down(SiLU(gate(x)) * up(x))."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        D, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, inner, bias=False)
+        self.up_proj = nn.Linear(D, inner, bias=False)
+        self.down_proj = nn.Linear(inner, D, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # each (B, T, intermediate_size)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
@@ -183,8 +175,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos, sin, mask, cache, S: int) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, S)
+    def forward(self, x: Tensor, cos, sin, mask, cache) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -199,15 +191,14 @@ class GPT(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = nn.Buffer(rotary_table(config), persistent=False)
-        # GPT-2's start: the residual stream sums 2L branches, so each starts smaller by sqrt(2L).
+        # GPT-2's start: the residual stream sums 2L branches, so their ends start smaller.
+        std, std_of_ends = 0.02, 0.02 / math.sqrt(2 * config.num_hidden_layers)
         for name, weight in self.named_parameters():
-            if weight.dim() == 2:
-                nn.init.normal_(weight, std=0.02)
             if name.endswith("bias"):
                 nn.init.zeros_(weight)
-        for name, weight in self.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.num_hidden_layers))
+            elif weight.dim() == 2:
+                is_end = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(weight, std=std_of_ends if is_end else std)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
@@ -236,19 +227,39 @@ class GPT(nn.Module):
         if mask is None and S > 0 and T > 1:
             mask = torch.ones(T, S + T, dtype=torch.bool, device=tokens.device).tril(S)
 
-        # Embed, go through the blocks, normalise.
+        # Embed, go through the blocks, each with its part of the cache, normalise.
         x = self.embed_tokens(tokens)  # (B, T, D)
         cos, sin = self.rotary[positions].unbind(-3)  # each ([B,] T, 1, hs)
-        for i, block in enumerate(self.layers):
-            x = block(x, cos, sin, mask, None if cache is None else cache.layers[i], S)
+        caches = [None] * len(self.layers)
         if cache is not None:
             cache.length = S + T
+            caches = cache.data[..., : S + T, :].unbind()  # L times (2, B, nkv, S+T, hs)
+        for block, block_cache in zip(self.layers, caches):
+            x = block(x, cos, sin, mask, block_cache)
         return self.norm(x)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights by their names in a Llama directory; a tied LM head is left out."""
+        weights = {f"model.{name}": t.detach() for name, t in self.named_parameters()}
+        return {name.replace("model.lm_head", "lm_head"): t for name, t in weights.items()}
+
+    def load_tensors(self, disk: dict[str, Tensor], where) -> None:
+        """Make the tensors of a Llama directory the weights; ValueError names one that is wrong."""
+        ours = self.tensors()
+        # Some files also hold rotary tables or a tied LM head, which say nothing new.
+        extra = ("rotary_emb.inv_freq", "lm_head.weight")
+        disk = {n: t for n, t in disk.items() if n in ours or not n.endswith(extra)}
+        for name in sorted(ours.keys() | disk.keys()):
+            here, there = (tuple(t[name].shape) if name in t else "missing" for t in (ours, disk))
+            check(here == there, f"{where}: {name} is {there} in the file, {here} in the model")
+        state = {name.removeprefix("model."): t for name, t in disk.items()}
+        self.load_state_dict(state, strict=False, assign=True)
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
 
     def save_pretrained(self, directory, dtype: torch.dtype | None = None) -> None:
         """Write config.json and model.safetensors in the Hugging Face layout, each atomically."""
-        state = to_llama(self.state_dict(), self.config)
-        state = {name: t.to(dtype or t.dtype).cpu().contiguous() for name, t in state.items()}
+        state = {name: t.to("cpu", dtype).contiguous() for name, t in self.tensors().items()}
         raw = FIXED | asdict(self.config) | {"head_dim": self.config.head_size}
         raw["architectures"] = [f"{self.config.model_type.capitalize()}ForCausalLM"]
         raw["dtype"] = str(state["model.norm.weight"].dtype).removeprefix("torch.")
@@ -259,62 +270,18 @@ class GPT(nn.Module):
     def from_pretrained(cls, directory, dtype=torch.float32, device=None) -> "GPT":
         """Open a directory of the family: llama, mistral, qwen2. ValueError: file and field."""
         config = read_config(Path(directory) / "config.json")
-        state = from_llama(read_weights(Path(directory)), config, directory)
+        disk = read_weights(Path(directory))
         # On "meta" the weights, which are to be replaced, take no memory and no time.
         with torch.device("meta"):
             model = cls(config)
-        model.load_state_dict(state, assign=True)
-        model.rotary = rotary_table(config)
-        if config.tie_word_embeddings:
-            model.lm_head.weight = model.embed_tokens.weight
-        return model.to(device, dtype).eval()
+        # What was read is a mapped file, in which tensors are not aligned: they are copied.
+        disk = {name: t.to(device, dtype, copy=True) for name, t in disk.items()}
+        model.load_tensors(disk, directory)
+        model.rotary = rotary_table(config).to(device, dtype)
+        return model.eval()
 
 
-# ---- the Llama layout on disk, where q, k, v and gate, up are separate tensors ----
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-
-def llama_names(name: str) -> list[str]:
-    """Name in memory -> names on disk: norm.weight -> model.norm.weight; fused: of its parts."""
-    if name == "lm_head.weight":
-        return [name]
-    prefix, module, kind = f"model.{name}".rsplit(".", 2)
-    return [f"{prefix}.{part}.{kind}" for part in FUSED.get(module, (module,))]
-
-
-def to_llama(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """State dict in memory -> tensors on disk. A tied LM head is left out."""
-    # Rows: q | k | v, gate | up in halves, all others in one piece.
-    q, kv = (n * config.head_size for n in (config.num_attention_heads, config.num_key_value_heads))
-    disk = {}
-    for name, t in state.items():
-        names = llama_names(name)
-        sizes = [q, kv, kv] if "qkv_proj" in name else len(t) // len(names)
-        disk |= zip(names, t.split(sizes))
-    if config.tie_word_embeddings:
-        del disk["lm_head.weight"]
-    return disk
-
-
-def from_llama(disk: dict[str, Tensor], config: ModelConfig, where) -> dict[str, Tensor]:
-    """Tensors on disk -> state dict in memory, all of it copied. ValueError names a bad tensor."""
-    with torch.device("meta"):
-        state = GPT(config).state_dict()
-    ours = {name: tuple(t.shape) for name, t in to_llama(state, config).items()}
-    # Some files also hold rotary tables or a tied LM head, which say nothing new.
-    extra = ("rotary_emb.inv_freq", "lm_head.weight")
-    disk = {name: t for name, t in disk.items() if name in ours or not name.endswith(extra)}
-    theirs = {name: tuple(t.shape) for name, t in disk.items()}
-    for name in sorted(ours.keys() | theirs.keys()):
-        here, there = ours.get(name, "missing"), theirs.get(name, "missing")
-        check(here == there, f"{where}: tensor {name} is {there} in the file, {here} in the model")
-    # A tied LM head is the embedding; parts of fused matrices are joined, and freed one by one.
-    disk.setdefault("lm_head.weight", disk["model.embed_tokens.weight"])
-    for name in state:
-        state[name] = torch.cat([disk.pop(part) for part in llama_names(name)])
-    return state
-
-
+# ---- the files of a Llama directory ----
 def read_weights(directory: Path) -> dict[str, Tensor]:
     """model.safetensors, or else the shards that model.safetensors.index.json names."""
     index = directory / "model.safetensors.index.json"
@@ -337,8 +304,8 @@ UNUSED = {"partial_rotary_factor": 1, "quantization_config": None}
 
 def read_config(path: Path) -> ModelConfig:
     """config.json -> ModelConfig; ValueError, naming file and field, for what is not supported."""
-    defaults = {"model_type": "llama", "tie_word_embeddings": False, "rope_theta": 10000.0}
-    raw = defaults | {"head_dim": None} | read_json(path)
+    raw = {"model_type": "llama", "tie_word_embeddings": False, "rope_theta": 10000.0}
+    raw |= {"head_dim": None} | read_json(path)
     raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
     kind = raw["model_type"]
     if kind == "qwen2":

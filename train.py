@@ -692,6 +692,7 @@ def distill(config: DistillConfig) -> Path:
     check(length <= context, f"--prompt-tokens + --new-tokens = {length}: {advice}")
 
     # What the prompts are made of: user turns, or windows of the text, for each side of the split.
+    sides: dict
     if config.chat:
         sides = turn_prompts(config.text, config.base, tokenizer, config.prompt_tokens)
     else:

