@@ -156,7 +156,8 @@ def prefix_counts(rank_paths: Iterable[Sequence[int]]) -> Counter:
 
 def ranked_prefixes(counts: Counter) -> list[Ranks]:
     """All prefixes but (), most frequent first; each comes before its continuations."""
-    return sorted(filter(None, counts), key=lambda path: (-counts[path], len(path), path))
+    paths = [path for path in counts if path != ()]
+    return sorted(paths, key=lambda path: (-counts[path], len(path), path))
 
 
 def expected_tokens(tree: Tree, counts: Counter) -> float:
@@ -195,16 +196,16 @@ def choose_size(expected: Callable[[int], float], cost: dict[int, float]) -> int
     >>> choose_size({4: 1.6, 8: 2.4, 16: 2.5}.get, {4: 1.0, 8: 1.2, 16: 1.24})
     8
     """
-    speeds = {n: expected(n) / time for n, time in cost.items()}
+    speeds = {n: expected(n) / cost[n] for n in cost}
     return min(n for n in speeds if speeds[n] >= 0.97 * max(speeds.values()))
 
 
-def read_counts(result: dict) -> Counter:
+def read_counts(entry: dict) -> Counter:
     """The prefix counts of an entry in calibration.json: {"steps": n, "prefixes": {"0 2": n}}."""
     # The empty prefix comes true at every step.
-    written = {"": result["steps"]} | result["prefixes"]
+    written = {"": entry["steps"]} | entry["prefixes"]
     counts = Counter({tuple(map(int, path.split())): n for path, n in written.items()})
-    whole = all(type(n) is int and n <= counts[path[:-1]] for path, n in counts.items())
-    if not whole or counts[()] < 1:
+    # A prefix that is missing counts 0, so that its continuations are refused.
+    if not all(type(n) is int and 0 < n <= counts[path[:-1]] for path, n in counts.items()):
         raise ValueError("counts must be whole numbers above 0, none above that of its own prefix")
     return counts

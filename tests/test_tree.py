@@ -283,8 +283,9 @@ def test_a_replay_of_a_text_tells_what_decoding_accepts():
 def test_counts_that_are_none_are_refused(steps):
     with pytest.raises(ValueError):
         read_counts({"steps": steps, "prefixes": {}})
-    with pytest.raises(ValueError, match="own prefix"):
-        read_counts({"steps": 3, "prefixes": {"0": 1, "0 1": 2}})
+    for prefixes in ({"0": 1, "0 1": 2}, {"0 1": 1}, {"0": 0}, {"0": -1}, {"0": 1.0}):
+        with pytest.raises(ValueError, match="own prefix"):
+            read_counts({"steps": 3, "prefixes": prefixes})
 
 
 @properties
