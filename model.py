@@ -385,7 +385,7 @@ def check_config(config: ModelConfig) -> None:
 
 # ---- files: read with a clear error, written atomically ----
 @contextmanager
-def naming_errors(path: Path, what: str = ""):
+def naming_errors(path: Path | str, what: str = ""):
     """What goes wrong with this file is a ValueError that begins with its name."""
     try:
         yield

@@ -1,23 +1,35 @@
-"""Chat turns to tokens, as a chat model was trained on them: by the checkpoint's Jinja template."""
+"""Conversations to tokens, as a chat model was trained on them: by the checkpoint's Jinja template.
+
+A dialogue is a list of turns {"role", "content"}. In training, what its assistant writes carries
+loss: each answer, and the token that ends it.
+"""
 
 import json
+import re
+from collections.abc import Callable
 from datetime import datetime
 from functools import lru_cache, partial
+from itertools import takewhile
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from data.command import optional
-from data.corpus import is_validation
-from data.tokenizer import AnyTokenizer, JsonTokenizer, special_tokens
-from model import check, read_json
+from data.corpus import is_validation, read_text
+from data.tokenizer import AnyTokenizer, JsonTokenizer, read_if_there, special_tokens
+from model import check, naming_errors
+
+ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT, in the words of all others
 
 
+# ---- the template ----
 def read_template(directory) -> str:
     """chat_template.jinja, or else the one in tokenizer_config.json; of several, the default."""
     path = Path(directory) / "chat_template.jinja"
     if path.exists():
-        return path.read_text(encoding="utf-8")
-    path = Path(directory) / "tokenizer_config.json"
-    template = read_json(path).get("chat_template") if path.exists() else None
+        return read_text(path)
+    template = read_if_there(directory, "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
         template = named.get("default")
@@ -27,15 +39,25 @@ def read_template(directory) -> str:
 
 
 @lru_cache(maxsize=1)
-def compiled(template: str, sandbox):
+def compiled(template: str, sandbox, ext, nodes):
     """The template as jinja2's sandbox runs it; compiled once for all turns of a file."""
+
+    class Generation(ext.Extension):
+        """{% generation %} ... {% endgeneration %}, around what the assistant writes: rendered."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
 
     def raise_exception(message: str):
         raise ValueError(message)
 
     # Templates expect the settings, the filter and the functions that transformers gives them.
     environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
     )
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = raise_exception
@@ -43,16 +65,27 @@ def compiled(template: str, sandbox):
     return environment.from_string(template)
 
 
-def chat_text(directory, turns: list[dict[str, str]]) -> str:
-    """The text of turns {"role", "content"}, and of the opening of the model's answer."""
+def chat_template(directory) -> Callable[[list, bool], str]:
+    """The text of turns as the template writes them; True: with the opening of an answer."""
     template, special = read_template(directory), special_tokens(directory)
-    sandbox = optional("jinja2.sandbox", f"the chat template of {directory}")
-    try:
-        prepared = compiled(template, sandbox)
-        return prepared.render(messages=turns, add_generation_prompt=True, **special)
-    except Exception as error:  # a template may raise anything
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"the chat template of {directory} fails: {reason}") from None
+    name = f"the chat template of {directory}"
+    parts = [optional(f"jinja2.{part}", name) for part in ("sandbox", "ext", "nodes")]
+
+    def render(turns: list[dict[str, str]], opens: bool) -> str:
+        # There are no tools and no documents, which a template may ask for.
+        given = special | {"messages": turns, "tools": None, "documents": None}
+        try:
+            return compiled(template, *parts).render(given, add_generation_prompt=opens)
+        except Exception as error:  # a template may raise anything
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{name} fails: {reason}") from None
+
+    return render
+
+
+def chat_text(directory, turns: list[dict[str, str]]) -> str:
+    """The text of the turns, and of the opening of the model's answer."""
+    return chat_template(directory)(turns, True)
 
 
 def chat_prompt(directory, tokenizer: AnyTokenizer, turns: list[dict[str, str]]) -> list[int]:
@@ -62,28 +95,146 @@ def chat_prompt(directory, tokenizer: AnyTokenizer, turns: list[dict[str, str]])
     return tokenizer.encode(text)
 
 
-def read_turns(path: str) -> list[str]:
-    """A file of user turns, one JSON string a line."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-        turns = [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as one JSON string a line: {error}") from None
-    if not all(isinstance(turn, str) for turn in turns):
-        raise ValueError(f"{path}: must hold one JSON string a line")
+# ---- files of dialogues ----
+class Dialogue(list):
+    """Turns {"role", "content"}, and where they come from: a file and its line, for messages."""
+
+    def __init__(self, turns: list[dict[str, str]], where: str):
+        super().__init__(turns)
+        self.where = where
+
+
+def turns_of(item) -> list[dict[str, str]]:
+    """The turns of an item of a file. A string is a user's turn; the other forms are
+    {"messages": [{"role", "content"}]} and {"conversations": [{"from", "value"}]} (ShareGPT).
+    """
+    if isinstance(item, str):
+        item = {"messages": [{"role": "user", "content": item}]}
+    given = item.get("messages", item.get("conversations")) if isinstance(item, dict) else None
+    if not isinstance(given, list) or given == []:
+        raise ValueError("must be a string, or have turns, as messages or conversations")
+    turns = []
+    for turn in given:
+        check(isinstance(turn, dict), "a turn must have a role and its content")
+        name, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        role = ROLES.get(str(name), name)
+        is_known = role in ("system", "user", "assistant")
+        check(is_known, f"role {name!r}: must be system, user or assistant")
+        check(isinstance(text, str), f"the content of {name} must be text")
+        str(text).encode()  # refuses half a character
+        turns.append({"role": role, "content": text})
     return turns
 
 
+def read_dialogues(paths: list) -> list[list[dict[str, str]]]:
+    """The dialogues of files, of JSON Lines or one JSON list each."""
+    found = []
+    for path in paths:
+        text = read_text(path)
+        is_list = text.lstrip().startswith("[")
+        with naming_errors(path, " cannot be read as JSON"):
+            items = json.loads(text) if is_list else text.split("\n")
+        for number, item in enumerate(items, start=1):
+            if is_list or item.strip():
+                where = f"{path}, {'item' if is_list else 'line'} {number}"
+                with naming_errors(where):
+                    turns = turns_of(item if is_list else json.loads(item))
+                found.append(Dialogue(turns, where))
+    return found
+
+
 def turn_prompts(paths: list[str], directory, tokenizer, most: int) -> dict[str, list[list[int]]]:
-    """The prompts of at most `most` tokens of each side, split by a hash of the turn."""
+    """The prompts of at most `most` tokens of each side, split by a hash of what is asked."""
     check(paths != [], "--chat needs --text: a file of turns; python -m data.turns writes one")
     sides = {"validation": [], "train": []}
-    for path in paths:
-        for turn in read_turns(path):
-            prompt = chat_prompt(directory, tokenizer, [{"role": "user", "content": turn}])
-            if len(prompt) <= most:
-                sides["validation" if is_validation(turn) else "train"].append(prompt)
+    for turns in read_dialogues(paths):
+        asked = list(takewhile(lambda turn: turn["role"] != "assistant", turns))
+        name = "".join(turn["content"] for turn in asked)
+        prompt = chat_prompt(directory, tokenizer, asked)
+        if len(prompt) <= most:
+            sides["validation" if is_validation(name) else "train"].append(prompt)
     advice = f"give more turns, or a larger --prompt-tokens than {most}"
     for side, prompts in sides.items():
         check(prompts != [], f"the {side} side of the turns is empty: {advice}")
     return sides
+
+
+# ---- a dialogue's tokens, and which of them carry loss ----
+def answers(render: Callable[[list, bool], str], turns: list, ends: re.Pattern):
+    """Of each answer in turn: the text before it, with its opening, and that up to its end.
+
+    Of a last turn without an answer the two are the same.
+    """
+    for i, turn in enumerate(turns):
+        if turn["role"] == "assistant":
+            before, after = render(turns[:i], True), render(turns[: i + 1], False)
+            check(after.startswith(before), "the chat template opens answers as it writes none")
+            # An answer may itself hold the text of a token that ends it.
+            n, stops = len(ends.findall(turn["content"])), list(ends.finditer(after, len(before)))
+            advice = "generation_config.json must name the token that does as an eos_token_id"
+            check(n < len(stops), f"no known token ends an answer of the chat template: {advice}")
+            yield before, after[: stops[n].end()]
+    if turns[-1]["role"] != "assistant":
+        before = render(turns, True)
+        yield before, before
+
+
+def token_runs(directory, tokenizer, turns: list, eos_ids) -> list[list[tuple[list[int], bool]]]:
+    """A dialogue's tokens in pieces that alternate: what is given (False), an answer (True).
+
+    A template may rewrite earlier turns: Qwen3 drops what the assistant thought. From there on is
+    another run of pieces, the first being all that is before the next answer.
+    """
+    check(isinstance(tokenizer, JsonTokenizer), f"{directory}: chat needs a tokenizer.json")
+    check(len(eos_ids) > 0, f"{directory}: eos_token_id is missing, so that no answer ends")
+    ends = re.compile("|".join(re.escape(tokenizer.piece(id)) for id in eos_ids))
+    runs, text, last = [[]], "", ""
+    with naming_errors(getattr(turns, "where", "a dialogue")):
+        for before, after in answers(chat_template(directory), turns, ends):
+            if not before.startswith(text):
+                runs, text, last = [*runs, []], "", ""
+            for piece, is_answer in ((before[len(text) :], False), (after[len(before) :], True)):
+                # Some tokenizers treat the start of a text in another way than its middle.
+                first, both = tokenizer.encode(last), tokenizer.encode(last + piece)
+                n = len(first)
+                ids = both[n:] if both[:n] == first else tokenizer.encode(piece)
+                if not is_answer or piece:
+                    runs[-1].append((ids, is_answer))
+                last = piece
+            text = after
+    return runs
+
+
+def segments(directory, tokenizer, turns: list, eos_ids) -> list[tuple[list[int], bool]]:
+    """A dialogue's tokens in pieces that alternate: what is given (False), an answer (True).
+
+    An answer is its text and the token that ends its turn. Of a template that rewrites earlier
+    turns, answers before its last change are given.
+    """
+    return token_runs(directory, tokenizer, turns, eos_ids)[-1]
+
+
+def dialogue_rows(dialogues, directory, tokenizer, eos_ids, length) -> tuple[Tensor, Tensor, int]:
+    """tokens (R, length), loss_mask (R, length) bool: True where the assistant writes.
+
+    A row ends with the last answer that fits, and is padded with 0. Third is the number of
+    dialogues without a row: not even the first answer fits, or there is none.
+    """
+    rows, dropped = [], 0
+    for turns in dialogues:
+        n_rows = len(rows)
+        for run in token_runs(directory, tokenizer, turns, eos_ids):
+            ids, mask = [], []
+            for (given, _), (answer, _) in zip(run[::2], run[1::2]):
+                if len(ids) + len(given) + len(answer) > length:
+                    break
+                ids += given + answer
+                mask += [False] * len(given) + [True] * len(answer)
+            if ids:
+                rows.append((torch.tensor(ids), torch.tensor(mask)))
+        dropped += 1 if len(rows) == n_rows else 0
+    tokens = torch.zeros(len(rows), length, dtype=torch.long)
+    loss_mask = torch.zeros(len(rows), length, dtype=torch.bool)
+    for row, (ids, mask) in enumerate(rows):
+        tokens[row, : len(ids)], loss_mask[row, : len(ids)] = ids, mask
+    return tokens, loss_mask, dropped

@@ -13,11 +13,13 @@ import torch
 from safetensors import safe_open
 
 from data.command import optional
-from model import GPT, read_json, write_atomically
+from model import GPT, check, read_json, write_atomically
 
 SHIPPED_BASE = "data/base"
 META_SPACE = "\u2581"  # SentencePiece's sign for a space: the character itself goes in as bytes
+# What belongs to a tokenizer: the last one may name more tokens that end a text.
 FILES = "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"
+FILES += "special_tokens_map.json", "generation_config.json"
 
 
 class Tokenizer:
@@ -29,7 +31,7 @@ class Tokenizer:
         self.processor = sentencepiece.SentencePieceProcessor()
         self.processor.load_from_serialized_proto(model)
         self.bos, self.eos = self.processor.bos_id(), self.processor.eos_id()
-        self.vocab_size = self.processor.vocab_size()
+        self.vocab_size = self.own_size = self.processor.vocab_size()
         self._meta_space = self.processor.piece_to_id(["<0xE2>", "<0x96>", "<0x81>"])
 
     @classmethod
@@ -75,19 +77,46 @@ class JsonTokenizer:
             self.tokenizer = library.Tokenizer.from_buffer(self.model)
         except Exception as error:  # the library raises nothing more precise
             raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from None
+        # The lengths of the batches of its training are none of ours.
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
         self.vocab_size = self.tokenizer.get_vocab_size()
+        self.own_size = self.tokenizer.get_vocab_size(with_added_tokens=False)
+
         # Without a beginning of its own, a document opens with the end of another, as in GPT-2.
-        special = special_tokens(directory)
-        vocabulary = self.tokenizer.get_vocab()
-        self.eos = vocabulary.get(special.get("eos_token"), -1)
-        self.bos = vocabulary.get(special.get("bos_token", special.get("eos_token")), -1)
+        config = read_if_there(directory, "generation_config.json")
+        config |= read_if_there(directory, "config.json")
+        self.eos = self._id_of("eos", special_tokens(directory), config)
+        self.bos = self._id_of("bos", special_tokens(directory), config)
+        self.bos = self.eos if self.bos < 0 else self.bos
+        self.model_size = config.get("vocab_size", self.vocab_size)
+
+        # What the checkpoint puts before a text: ids that come from no sequence. What it puts
+        # after one is for training.
+        probe = self.tokenizer.encode("a")
+        n = next((i for i, sequence in enumerate(probe.sequence_ids) if sequence is not None), 0)
+        self.before = probe.ids[:n]
+
+    def _id_of(self, name: str, special: dict[str, str], config: dict) -> int:
+        """The id of bos or eos: of its text, or else the model's (of several the first); or -1."""
+        ids = config.get(f"{name}_token_id")
+        first = ids[0] if isinstance(ids, list) and ids else ids
+        first = first if isinstance(first, int) and 0 <= first < self.vocab_size else -1
+        id = self.tokenizer.token_to_id(special.get(f"{name}_token", ""))
+        return first if id is None else id
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        # What was added to the tokenizer alone, often <pad>, cannot be fed.
+        largest = max(ids, default=0)
+        lacks = f"the text holds {self.piece(largest)}, a token that the model lacks: leave it out"
+        check(largest < self.model_size, lacks)
+        return ids
 
     def opening(self, text: str) -> list[int]:
-        """Text as the beginning of a document, with what the checkpoint puts before it."""
-        return self.tokenizer.encode(text).ids
+        """Text as the beginning of a document: after what the checkpoint puts there, once."""
+        ids, n = self.encode(text), len(self.before)
+        return ids if ids[:n] == self.before else self.before + ids
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.tokenizer.decode([int(id) for id in ids], skip_special_tokens=False)
@@ -99,13 +128,20 @@ class JsonTokenizer:
 AnyTokenizer = Tokenizer | JsonTokenizer
 
 
+def read_if_there(directory, name: str) -> dict:
+    """The content of a JSON file that a checkpoint may have."""
+    path = Path(directory) / name
+    return read_json(path) if path.exists() else {}
+
+
 def special_tokens(directory) -> dict[str, str]:
-    """{"bos_token": its text, ...}, as tokenizer_config.json says."""
+    """{"bos_token": its text, ...}; tokenizer_config.json goes before special_tokens_map.json."""
     found = {}
-    for name, token in read_json(Path(directory) / "tokenizer_config.json").items():
-        text = token.get("content") if isinstance(token, dict) else token
-        if name.endswith("_token") and isinstance(text, str):
-            found[name] = text
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        for name, token in read_if_there(directory, file).items():
+            text = token.get("content") if isinstance(token, dict) else token
+            if name.endswith("_token") and isinstance(text, str):
+                found[name] = text
     return found
 
 
@@ -118,10 +154,12 @@ def load_tokenizer(directory) -> AnyTokenizer:
 def load_base(directory, dtype=torch.float32, device=None) -> tuple[AnyTokenizer, GPT]:
     """A base directory's tokenizer and model; ValueError if they do not belong together."""
     model, tokenizer = GPT.from_pretrained(directory, dtype, device), load_tokenizer(directory)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{directory}: the tokenizer has more pieces than the model has tokens")
-    if min(tokenizer.bos, tokenizer.eos) < 0:
-        raise ValueError(f"{directory}: the tokenizer has no piece that begins or ends a document")
+    size, ends = model.config.vocab_size, (tokenizer.bos, tokenizer.eos)
+    # Tokens that were added to the tokenizer alone are no harm: they are not fed.
+    fits = tokenizer.own_size <= size
+    check(fits, f"{directory}: the tokenizer has more pieces than the model has tokens")
+    lacks = "the tokenizer has no piece, known to the model, that begins or ends a document"
+    check(0 <= min(ends) and max(ends) < size, f"{directory}: {lacks}")
     return tokenizer, model
 
 

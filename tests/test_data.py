@@ -108,6 +108,7 @@ def test_the_pieces_of_a_text_in_turn_are_the_text(tmp_path_factory, text):
     """Each ends with the line in which it reaches PIECE characters, and is on one side."""
     path = tmp_path_factory.mktemp("text") / "own.txt"
     path.write_bytes(text.encode())
+    text = text.removeprefix("\ufeff")  # a byte-order mark is no text
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus, "PIECE", 10)
         pieces = text_documents(str(path))
@@ -126,7 +127,7 @@ def test_a_text_that_cannot_be_read_or_is_empty_is_refused(name, tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "empty.txt").write_bytes(b"")
     for side, says in ((False, "training side"), (True, "validation side")):
-        with pytest.raises(ValueError, match=says if name == "empty.txt" else f"--text .*{name}"):
+        with pytest.raises(ValueError, match=says if name == "empty.txt" else f"/{name} .*"):
             documents(side, [str(tmp_path / name)])
 
 
@@ -156,7 +157,14 @@ def test_packed_tokens_are_the_documents_between_their_ends_and_made_once(vocab_
     for _ in range(3):
         tokens = packed(["ab", "", "\u00e9\n"], letters)
         assert tokens.tolist() == [bos, 97, 98, eos, bos, eos, bos, 233, 10, eos]
+        del tokens  # it may be a view of the file
         assert letters.calls == 3 and read_safetensors(*cached())["tokens"].dtype == kind
+    # A broken file is made again.
+    old = cached()[0].read_bytes()
+    for content in (b"", old[:20], old[:-1], b"garbage", b"\x80\x04garbage"):
+        cached()[0].write_bytes(content)
+        assert packed(["ab", "", "\u00e9\n"], letters)[-3:].tolist() == [233, 10, eos]
+        assert [path.read_bytes() for path in cached()] == [old]
 
 
 def test_other_texts_or_another_tokenizer_make_another_file(cached):
@@ -166,15 +174,6 @@ def test_other_texts_or_another_tokenizer_make_another_file(cached):
         tokens = packed(texts, Letters(model=model))
         assert tokens.tolist() == [id for text in texts for id in (298, *text.encode(), 299)]
         assert len(cached()) == number
-
-
-@pytest.mark.parametrize("content", [0, 20, -1, b"garbage", b"\x80\x04garbage"])
-def test_a_broken_cache_file_is_made_again(content, cached):
-    expected = packed(["ab"], Letters()).tolist()
-    old = cached()[0].read_bytes()
-    cached()[0].write_bytes(old[:content] if isinstance(content, int) else content)
-    assert packed(["ab"], Letters()).tolist() == expected
-    assert [path.read_bytes() for path in cached()] == [old]
 
 
 @properties

@@ -211,7 +211,8 @@ def test_a_tokenizer_json_without_the_package_names_the_file_to_install(tmp_path
 def test_all_that_belongs_to_a_tokenizer_is_copied(tmp_path):
     source, target = tmp_path / "a", tmp_path / "b" / "c"
     small_tokenizer().save(source)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    others = "tokenizer_config", "special_tokens_map", "generation_config"
+    for name in ("tokenizer.json", "chat_template.jinja", *(f"{other}.json" for other in others)):
         (source / name).write_text(name)
     expected = contents(source)
     (source / "other.json").write_text("of the model")

@@ -1,0 +1,343 @@
+"""Properties of chat models' files: a tokenizer.json is read as the model needs it, loss is on what
+the assistant writes alone, whatever the template, and dialogues come in every common form."""
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+import data.turns
+from data.chat import chat_text, dialogue_rows, read_dialogues, segments, turn_prompts
+from data.corpus import is_validation
+from data.smollm2 import CONTROL, tokenizer_json
+from data.tokenizer import JsonTokenizer, load_base
+from data.turns import written_turns
+from model import GPT, ModelConfig, write_json
+from strategies import properties
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot|>", "<turn|>", "[INST]"]
+
+
+# ---- tokenizer.json ----
+def json_tokenizer(directory: Path, change=lambda made, library: None, **files: dict) -> Path:
+    """A tokenizer.json of bytes and special tokens; change: what else the library does to it."""
+    library = pytest.importorskip("tokenizers")
+    alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
+    kinds = [CONTROL] * len(SPECIAL) + [1] * len(alphabet)
+    made = library.Tokenizer.from_str(json.dumps(tokenizer_json(SPECIAL + alphabet, kinds, [])))
+    change(made, library)
+    made.save(str(directory / "tokenizer.json"))
+    for name, content in files.items():
+        write_json(directory / f"{name}.json", content)
+    return directory
+
+
+def post_processed(form: str):
+    def change(made, library):
+        ends = {"special_tokens": [("<s>", 1), ("</s>", 2)]}
+        parts = [library.processors.TemplateProcessing(form, **ends)] if form else []
+        bytes_ = library.processors.ByteLevel(trim_offsets=False)
+        made.post_processor = library.processors.Sequence([bytes_, *parts])
+        made.enable_truncation(8)
+        made.enable_padding(length=16)
+
+    return change
+
+
+@pytest.mark.parametrize("before, form", [
+    ("", ""), ("<s>", "<s> $A </s>"), ("", "$A </s>"), ("<s></s>", "<s> </s> $A </s> <s>"),
+])  # fmt: skip
+def test_a_prompt_is_its_text_after_what_the_checkpoint_puts_there_once(before, form, tmp_path):
+    tok = JsonTokenizer(json_tokenizer(tmp_path, post_processed(form)))
+    for text in ("hi", "", "x" * 100, " hi</s>", f"{before}hi", "</s>", "[INST]<s>"):
+        assert tok.decode(tok.encode(text)) == text
+        assert tok.decode(tok.opening(text)) == before + text.removeprefix(before)
+
+
+@pytest.mark.parametrize("files, bos, eos", [
+    ({"tokenizer_config": {"bos_token": "<s>", "eos_token": {"content": "</s>"}}}, 1, 2),
+    ({"special_tokens_map": {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}}, 1, 2),
+    ({"config": {"bos_token_id": 1, "eos_token_id": [4, 2]}}, 1, 4),
+    ({"config": {"bos_token_id": None}, "generation_config": {"eos_token_id": 4}}, 4, 4),
+    ({"tokenizer_config": {"bos_token": None, "eos_token": "<|im_end|>"},
+      "special_tokens_map": {"bos_token": "<s>", "eos_token": "</s>"}}, 1, 4),
+    ({"special_tokens_map": {"eos_token": "</s>"}, "config": {"eos_token_id": 5}}, 2, 2),
+    ({"tokenizer_config": {"eos_token": "<other>"}, "config": {"eos_token_id": 999}}, -1, -1),
+])  # fmt: skip
+def test_the_tokens_around_a_document_are_found_wherever_they_are_named(files, bos, eos, tmp_path):
+    tok = JsonTokenizer(json_tokenizer(tmp_path, **files))
+    assert (tok.bos, tok.eos) == (bos, eos)
+
+
+@pytest.mark.parametrize("added", [["<pad>"], ["<a>", "<b>"], ["hi"]])
+def test_a_token_that_the_tokenizer_has_alone_is_never_fed(added, tmp_path):
+    json_tokenizer(tmp_path, lambda made, _: made.add_special_tokens(added))
+    n = len(SPECIAL) + 256
+    GPT(ModelConfig(n, 8, 4, 1, 2, 1, 16)).save_pretrained(tmp_path)
+    tok, _ = load_base(tmp_path)
+    assert max(tok.opening("h <pa")) < n < tok.vocab_size
+    for encode in (tok.encode, tok.opening):
+        with pytest.raises(ValueError, match=f"holds {added[-1]}, a token that the model lacks"):
+            encode(f"h{added[-1]}")
+    write_json(tmp_path / "special_tokens_map.json", {"eos_token": added[0]})
+    with pytest.raises(ValueError, match="no piece, known to the model, that begins or ends"):
+        load_base(tmp_path)
+
+
+# ---- which tokens carry loss ----
+class Letters(JsonTokenizer):
+    """Tokens are the pieces and all characters; `start`, a token or none, begins a text."""
+
+    def __init__(self, pieces: list[str], start: list[int]):
+        self.pieces, self.start = pieces, start
+
+    def encode(self, text: str) -> list[int]:
+        found = re.findall("|".join(map(re.escape, self.pieces)) + "|(?s:.)", text)
+        ids = [self.pieces.index(p) if p in self.pieces else 100 + ord(p) for p in found]
+        return ids if ids == [] or ids[0] < 50 else self.start + ids
+
+    def decode(self, ids) -> str:
+        return "".join("" if id == 50 else self.piece(id) for id in ids)
+
+    def piece(self, id: int) -> str:
+        return self.pieces[id] if id < 50 else chr(id - 100)
+
+
+@cache
+def tokenizer(kind: str) -> JsonTokenizer:
+    if kind == "byte level":
+        return JsonTokenizer(json_tokenizer(Path(mkdtemp())))
+    return Letters([*SPECIAL, "\n\n"], []) if kind == "merges" else Letters(SPECIAL, [50])
+
+
+# What opens a dialogue; a turn of role {0} and content {1}, or {2} without spaces around it; the
+# opening of an answer; the answer; what is after it; whether turns must alternate.
+STYLES = {
+    "ChatML": ("", "<|im_start|>{0}\n{1}<|im_end|>\n", "<|im_start|>assistant\n", "{1}<|im_end|>",
+               "\n", 0),
+    "Llama 3": ("", "<h>{0}</h>\n\n{2}<|eot|>", "<h>assistant</h>\n\n", "{2}<|eot|>", "</s>", 0),
+    "Mistral": ("<s>", "[INST] {1} [/INST]", "", " {1}</s>", "", 1),
+    "Gemma": ("<s>", "<|turn>{0}\n{2}<turn|>\n", "<|turn>model\n", "{2}<turn|>", "\n", 1),
+    "Zephyr": ("", "<|{0}|>\n{1}</s>\n", "<|assistant|>\n", "{1}</s>", "\n", 0),
+}  # fmt: skip
+ENDS = [SPECIAL.index(end) for end in ("</s>", "<|eot|>", "<turn|>", "<|im_end|>")]
+LOOP, ANSWERING = "{% for m in messages %}", "{% endfor %}{% if add_generation_prompt %}"
+STRICT = "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}"
+
+
+def template(style: str) -> str:
+    words = "{{ m.role }}", "{{ m.content }}", "{{ m.content | trim }}"
+    forms = [form.format(*words).replace("\n", "{{ '\\n' }}") for form in STYLES[style][:5]]
+    first, other, opening, answer, rest = forms
+    strict = STRICT + "{% endif %}" if STYLES[style][5] else ""
+    answer = (
+        f"{{% generation %}}{answer}{{% endgeneration %}}{rest}{{% else %}}{other}{{% endif %}}"
+    )
+    turn = f"{{% if m.role == 'assistant' %}}{opening}{answer}"
+    return f"{first}{LOOP}{strict}{turn}{ANSWERING}{opening}{{% endif %}}"
+
+
+def oracle(style: str, turns: list[dict]) -> list[tuple[str, bool]]:
+    text, other, opening, answer, rest, _ = STYLES[style]
+    pieces = []
+    for turn in turns:
+        words = turn["role"], turn["content"], turn["content"].strip()
+        if turn["role"] == "assistant":
+            pieces += [(text + opening, False), (answer.format(*words), True)]
+            text = rest
+        else:
+            text += other.format(*words)
+    return pieces + ([] if turns[-1]["role"] == "assistant" else [(text + opening, False)])
+
+
+@cache
+def chat_directory(text: str) -> Path:
+    about = {"chat_template": text, "bos_token": "<s>", "eos_token": {"content": "</s>"}}
+    directory = Path(mkdtemp())
+    write_json(directory / "tokenizer_config.json", about)
+    return directory
+
+
+def turns_of(texts: list[str], system: list[str]) -> list[dict]:
+    turns = [("system", text) for text in system]
+    turns += [(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+def dialogues(system=1):
+    parts = st.sampled_from(
+        [*SPECIAL, "<|im_", "end|>", "\n", "\n\n", " ", "hi", "{{ x }}", "\u00e9"]
+    )
+    text = st.lists(parts | st.text(max_size=3), max_size=4).map("".join)
+    texts = st.lists(text, min_size=1, max_size=5)
+    return st.lists(st.builds(turns_of, texts, st.lists(text, max_size=system)), max_size=3)
+
+
+@pytest.mark.parametrize("kind", ["starts", "merges", "byte level"])
+@settings(properties, max_examples=200)
+@given(st.data(), st.sampled_from(list(STYLES)), st.integers(1, 120))
+def test_loss_is_on_each_answer_and_its_end_and_on_nothing_else(kind, data, style, length):
+    tok, directory, rows = tokenizer(kind), chat_directory(template(style)), []
+    found = data.draw(dialogues(1 - STYLES[style][5]))
+    for turns in found:
+        texts, kinds = zip(*oracle(style, turns))
+        # Only the first piece is the start of a text.
+        ids = [[id for id in tok.encode(text) if id != 50 or text is texts[0]] for text in texts]
+        assert segments(directory, tok, turns, ENDS) == list(zip(ids, kinds))
+        assert [tok.decode(part) for part in ids] == list(texts)
+        most = max(n for n in range(0, len(ids) + 1, 2) if len(sum(ids[:n], [])) <= length)
+        mask = [is_answer for part, is_answer in zip(ids[:most], kinds) for _ in part]
+        padding = [0] * (length - len(mask))
+        rows += [(sum(ids[:most], []) + padding, mask + padding)] if most else []
+    tokens, loss_mask, dropped = dialogue_rows(found, directory, tok, ENDS, length)
+    assert tokens.shape == loss_mask.shape == (len(rows), length)
+    assert list(zip(tokens.tolist(), loss_mask.tolist())) == rows
+    assert dropped == len(found) - len(rows)
+
+
+THINKS = "{% set text = m.content if loop.last else m.content.split('/think>')[-1] %}"
+THINKS = LOOP + THINKS + "{{ m.role + ':' + text + '</s>' }}" + ANSWERING + "assistant:{% endif %}"
+
+
+def test_where_a_template_drops_what_was_thought_each_answer_is_a_row_of_its_own():
+    turns = turns_of(["a?", "<think>x/think>A", "b?", "<think>y/think>B", "c?"], [])
+    tok, directory = tokenizer("merges"), chat_directory(THINKS)
+    given = "user:a?</s>assistant:A</s>user:b?</s>assistant:"
+    last = f"{given}B</s>user:c?</s>assistant:"
+    expected = [(tok.encode(given), False), (tok.encode("<think>y/think>B</s>"), True)]
+    assert segments(directory, tok, turns[:4], [2]) == expected
+    assert segments(directory, tok, turns, [2]) == [(tok.encode(last), False)]
+    tokens, mask, dropped = dialogue_rows([turns], directory, tok, [2], 80)
+    answers = [tok.decode(row[where].tolist()) for row, where in zip(tokens, mask)]
+    assert answers == ["<think>x/think>A</s>", "<think>y/think>B</s>"] and dropped == 0
+
+
+FORCED = LOOP + "{{ m.content }}</s>" + ANSWERING + "<think>{% endif %}"
+
+
+@pytest.mark.parametrize("text, ends, says", [
+    (template("Mistral"), ENDS, "a.jsonl, line 2: .*alternate"),
+    (template("ChatML"), [2], "a.jsonl, line 2: no known token .*generation_config"),
+    (template("ChatML"), [], "eos_token_id is missing"),
+    (FORCED, [2], "a.jsonl, line 2: the chat template opens answers as it writes none"),
+])  # fmt: skip
+def test_a_dialogue_that_cannot_be_written_is_refused_by_its_line(text, ends, says, tmp_path):
+    turns = {"messages": turns_of(["a", "b"], ["system"])}
+    (tmp_path / "a.jsonl").write_text("\n" + json.dumps(turns))
+    found = read_dialogues([tmp_path / "a.jsonl"])
+    with pytest.raises(ValueError, match=says):
+        dialogue_rows(found, chat_directory(text), tokenizer("merges"), ends, 99)
+
+
+# ---- files of dialogues ----
+# As in ShareGPT.
+OTHER_NAMES = {"messages": "conversations", "content": "value", 'role": "user': 'from": "human'}
+OTHER_NAMES |= {'role": "assistant': 'from": "gpt', 'role": "system': 'from": "system'}
+
+
+@properties
+@given(dialogues(), st.booleans(), st.booleans(), st.sampled_from(("\n", "\r\n\n", "[,]")))
+def test_dialogues_are_the_same_in_every_form_of_a_file(tmp_path_factory, found, form, mark, ends):
+    items = [json.dumps({"messages": turns}, ensure_ascii=mark) for turns in found]
+    for old, new in OTHER_NAMES.items() if form else []:
+        items = [item.replace(f'"{old}"', f'"{new}"') for item in items]
+    items.append('"a\u2028b?"')
+    text = f"[{', '.join(items)}]" if ends == "[,]" else ends.join(items)
+    path = tmp_path_factory.mktemp("dialogues") / "any.name"
+    path.write_text(text, encoding="utf-8-sig" if mark else "utf-8")
+    assert read_dialogues([path, path]) == [*found, turns_of(["a\u2028b?"], [])] * 2
+
+
+@pytest.mark.parametrize("content, says", [
+    (None, "does not exist"), (b"\xff\n", "cannot be read as UTF-8 text"), ("[1, ", "as JSON"),
+    ("why?", ", line 1: Expecting value"), ("[" * 9999, "cannot be read as JSON"),
+    ('"a"\n{"a": 1}\n', ", line 2: must be a string, or have turns"), ("[[]]", ", item 1: must"),
+    ('"a"\n\n"half \\ud83d"', ", line 3: .*surrogates not allowed"), ("0", ", line 1: must be"),
+    ('{"messages": [{"role": "user", "content": "\\udc00"}]}', ", line 1: .*surrogates"),
+    ('["a", {"conversations": []}]', ", item 2: must be a string"),
+    ('{"messages": ["a"]}', "line 1: a turn must have"), ('{"messages": {}}', "line 1: must be"),
+    ('{"messages": [{"role": "tool", "content": "a"}]}', "role 'tool': must be system, user or"),
+    ('{"messages": [{"role": ["user"], "content": "a"}]}', "role .*: must be system"),
+    ('{"messages": [{"content": "a"}]}', "line 1: role None: must be system"),
+    ('{"conversations": [{"from": "gpt", "value": null}]}', "the content of gpt must be text"),
+])  # fmt: skip
+def test_a_file_that_holds_other_things_is_refused_by_its_line(content, says, tmp_path):
+    path = tmp_path / "other.jsonl"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*{says}") as error:
+        read_dialogues([path])
+    assert "\n" not in str(error.value)
+
+
+def test_a_turn_is_on_one_side_and_too_long_ones_are_left_out(tmp_path):
+    turns = [f"what is {n} + {n}?" for n in range(60)] + ["a" * 99]
+    path, tok, directory = tmp_path / "a.jsonl", tokenizer("merges"), chat_directory(THINKS)
+    path.write_text("\n".join(map(json.dumps, turns)))
+    sides = turn_prompts([str(path)], directory, tok, 99)
+    for side in ("train", "validation"):
+        of_side = [turn for turn in turns[:-1] if is_validation(turn) == (side == "validation")]
+        assert sides[side] == [tok.encode(f"user:{turn}</s>assistant:") for turn in of_side] != []
+    path.write_text('"why?"')
+    for paths, says in (
+        ([path], "the validation side of the turns is empty"),
+        ([], "needs --text"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            turn_prompts(paths, directory, tok, 99)
+
+
+# ---- templates ----
+# What transformers makes of those that ask for more than turns.
+RENDERED = {
+    "{% if tools is not none or documents is not none %}x{% endif %}{{ tools is defined }}": "True",
+    "{% if not tools %}{{ tools }}{% endif %}{% for d in documents or [] %}x{% endfor %}": "None",
+    "{% set x = 1 %}{% generation %}\n{% set x = 2 %}{{ x }}{% endgeneration %}\n {{ x }}": "2 1",
+    LOOP + "{%- generation -%} {{ loop.index }} {% endgeneration %}{% endfor %}": "1 2 ",
+    "{{ messages[1] | tojson }}": '{"role": "assistant", "content": "<\u00e9>"}',
+    "{{ ['\u00e9'] | tojson(ensure_ascii=true, indent=1) }}": '[\n "\\u00e9"\n]',
+    LOOP + "{% if loop.first %}{% break %}{% endif %}{% endfor %}{{ pad_token }}": "",
+    "{{ strftime_now('%%') }}{{ raise_exception is defined }}{{ bos_token }}": "%True<s>",
+}  # fmt: skip
+TURNS = turns_of(["a", "<\u00e9>"], [])
+
+
+@pytest.mark.parametrize("text", RENDERED)
+def test_templates_are_rendered_as_transformers_does(text):
+    assert chat_text(chat_directory(text), TURNS) == RENDERED[text]
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("text", [*RENDERED, *map(template, STYLES), THINKS])
+def test_transformers_renders_the_same(text):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    more = {"add_generation_prompt": True, "bos_token": "<s>", "eos_token": "</s>"}
+    texts, _ = render_jinja_template([TURNS], chat_template=text, **more)
+    assert [chat_text(chat_directory(text), TURNS)] == texts
+
+
+# ---- turns that a grammar writes ----
+def test_turns_are_written_and_only_once():
+    turns = written_turns(700, seed=0)
+    assert len(set(turns)) == 700 and turns == written_turns(700, seed=0)
+    assert turns != written_turns(700, seed=1)
+    assert not re.search("[{}|]", "".join(turns)) and all(turn[0].isupper() for turn in turns)
+
+
+def test_turns_are_written_for_all_tasks_alike_as_long_as_their_words_last(tmp_path, monkeypatch):
+    tasks = {"few": ["few {x} {n}"], "many": ["many {y}", "many: {x} is one"]}
+    words = {"x": ["a", "b", "c"], "y": ["{x} and {x}"]}
+    grammar = {"tasks": tasks, "words": words, "numbers": {"n": [8, 10]}}
+    monkeypatch.setattr(data.turns, "GRAMMAR", tmp_path / "turns.json")
+    data.turns.GRAMMAR.write_text(json.dumps(grammar))
+    turns = written_turns(18, seed=0)
+    assert sorted(turns[::2]) == sorted(f"Few {x} {n}" for x in "abc" for n in (8, 9, 10))
+    many = {f"Many {x} and {y}" for x in "abc" for y in "abc"}
+    assert set(turns[1::2]) <= many | {f"Many: {x} is one" for x in "ABC"}
+    with pytest.raises(ValueError, match="--written 19: the grammar has too few different turns"):
+        written_turns(19, seed=0)
