@@ -2,6 +2,7 @@
 
     python train.py --mode base      a small Llama from nothing
     python train.py --mode distill   text sampled from the base  (paper, "Self-distillation")
+    python train.py --mode calibrate the best tree for heads that exist already
     python train.py --mode medusa1   heads on the frozen base  (paper, "Medusa-1")
     python train.py --mode medusa2   heads alone, then heads and base together  (paper, "Medusa-2")
 
@@ -34,7 +35,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data.chat import turn_prompts
+from data.chat import dialogue_rows, given_turns, split_dialogues
 from data.command import OneLineParser, add_options, check_out, option, pick_device, run
 from data.corpus import documents, packed, seeded, shuffled, windows
 from data.rows import base_digest, digest_of, metadata_of, read_shards, write_shard
@@ -56,6 +57,9 @@ HELD_OUT_ROWS = 256
 CALIBRATION_NODES = 16
 CALIBRATION_PREFIXES = 256
 PERPLEXITY_TOKENS = 1 << 15
+# Settings of which 0 means none.
+MAY_BE_0 = ("seed", "shards", "temperature", "truncated_vocab_size", "weight_decay")
+MAY_BE_0 += ("mtp_weight", "lambda_0", "heads_steps")
 
 
 # ---- settings: each field is a flag ----
@@ -67,13 +71,11 @@ class Common:
     precision: str = option("auto", "of matmuls", choices=("auto", "float32", "bfloat16"))
 
     def __post_init__(self):
-        # Every number is above 0, but of these 0 means none.
-        may_be_0 = "seed shards temperature truncated_vocab_size weight_decay mtp_weight lambda_0"
         for name, value in asdict(self).items():
             if type(value) in (int, float):
-                least = "0 or more" if name in f"{may_be_0} heads_steps".split() else "above 0"
+                least = "0 or more" if name in MAY_BE_0 else "above 0"
                 most = math.inf if type(value) is float else 1 << 31
-                in_range = 0 < value < most or (value == 0 and least == "0 or more")
+                in_range = 0 < value < most or (value == 0 and name in MAY_BE_0)
                 check(in_range, f"--{name.replace('_', '-')} {value}: must be {least}")
 
 
@@ -90,6 +92,8 @@ class TrainConfig(Common):
     def __post_init__(self):
         super().__post_init__()
         check(self.context > 1, f"--context {self.context}: a token needs another to predict")
+        fewest = min(self.steps, getattr(self, "heads_steps", 0) or self.steps)
+        check(self.warmup <= fewest, f"--warmup {self.warmup}: must be at most the {fewest} steps")
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ class DistillConfig(Common):
     out: str = option("out/rows", "directory to write; files that are there are kept")
     shards: int = option(12, "files of training rows; the held-out ones come with them")
     rows: int = option(256, "rows of a file, sampled together")
-    chat: bool = option(False, "--text holds user turns, one JSON string a line: answer these")
+    chat: bool = option(False, "--text holds dialogues: answer their user, turn by turn")
     prompt_tokens: int = option(32, "tokens of a prompt; with --chat, longer ones are left out")
     new_tokens: int = option(224, "most tokens sampled after a prompt")
     temperature: float = option(0.7, "sampling temperature")
@@ -133,16 +137,18 @@ class DistillConfig(Common):
 @dataclass(frozen=True)
 class MedusaTraining(TrainConfig):
     base: str = option(SHIPPED_BASE, "directory of the base model")
-    data: str = option("distilled", "what to train on", choices=("distilled", "corpus"))
+    heads: str = option("", "heads to start from, of any kind; default: new ones")
+    data: str = option("distilled", "what to train on", choices=("distilled", "corpus", "chat"))
     distilled: str = option("", "rows of --mode distill; default: shipped, or made in OUT/rows")
 
     def __post_init__(self):
         super().__post_init__()
-        written = Path(self.out, "base" if isinstance(self, Medusa2Config) else "")
-        if Path(self.base).resolve() == written.resolve():
+        written = [Path(self.out).resolve(), Path(self.out, "base").resolve()]
+        if Path(self.base).resolve() in written:
             raise ValueError(f"--out {self.out} would overwrite --base: name another directory")
+        # Distilled rows have a length of their own.
         is_default = self.context == TrainConfig.context
-        check(self.data == "corpus" or is_default, "--context: needs --data corpus")
+        check(self.data != "distilled" or is_default, "--context: needs --data corpus or chat")
 
 
 @dataclass(frozen=True)
@@ -158,8 +164,8 @@ class Medusa1Config(MedusaTraining):
 
     def __post_init__(self):
         super().__post_init__()
-        is_corpus = self.data == "corpus"
-        check(not (self.keep_states and is_corpus), "--keep-states: needs --data distilled")
+        own = [f.name for f in fields(MedusaConfig)[2:] if getattr(self, f.name) != f.default]
+        check(self.heads == "" or own == [], f"--heads have their own {own}: leave these flags out")
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,6 @@ class Medusa2Config(MedusaTraining):
     """L = L_base + lambda_0 L_medusa, after the heads alone. Writes OUT/base and OUT/heads."""
 
     out: str = option("out/medusa2", "directory to write")
-    heads: str = option("", "directory of heads to start from; default: new ones")
     heads_steps: int = option(800, "steps of stage 1, the heads alone")
     steps: int = option(1600, "steps of stage 2, heads and base together")
     lr: float = option(2e-3, "peak learning rate of the heads, in each stage")
@@ -175,6 +180,19 @@ class Medusa2Config(MedusaTraining):
     lambda_0: float = option(0.2, "weight of the heads' loss")
     weight_decay: float = option(0.0, "AdamW weight decay, of matrices only")
     lora: bool = option(False, "train adapters of the base's matrices, merged in the end")
+
+
+@dataclass(frozen=True)
+class CalibrateConfig(Common):
+    """Which tree is best for heads of any kind? Writes calibration.json to where they are."""
+
+    base: str = option(SHIPPED_BASE, "directory of the base model")
+    heads: str = option("", "their directory, or the official repository's file")
+    distilled: str = option("", "rows of --mode distill; default: shipped, or made in rows/")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self.heads != "", "--heads: name the heads to calibrate")
 
 
 # ---- one process, or several that torchrun started ----
@@ -195,7 +213,7 @@ class Batch:
     """What a step feeds and what it asks for: this process's part of the rows."""
 
     step: int
-    rows: Tensor  # (B,) their numbers in the training data; unused for a corpus
+    rows: Tensor  # (B,) their numbers in the training data
     tokens: Tensor  # (B, T)
     targets: Tensor  # (B, T, K+1): token t+1, the base's, then each head's; IGNORED: no loss
     counts: Tensor  # (K+1,) targets in the whole batch, over all processes
@@ -205,19 +223,24 @@ def make_batch(config: TrainConfig, data: tuple, heads: MedusaHeads, device, ste
     """The batch of a step. data: all rows, tokens (R, T), and their loss mask (R, T) bool."""
     # Every row once, in random order, before any comes again. The order depends on the step's
     # number alone, so that a resumed run sees the same batches.
-    numbers, R = range(step * config.batch, (step + 1) * config.batch), len(data[0])
-    places = [divmod(number, R) for number in numbers]
-    rows = torch.stack([shuffled(R, config.seed, epoch)[i] for epoch, i in places])
+    rows = []
+    for number in range(step * config.batch, (step + 1) * config.batch):
+        epoch, i = divmod(number, len(data[0]))
+        rows.append(shuffled(len(data[0]), config.seed, epoch)[i])  # each epoch's order is cached
+    rows = torch.stack(rows)
     tokens, mask = data[0][rows].long(), data[1][rows]  # (B, T)
 
-    # The index of the last target: what follows it need not be fed.
-    last = max(int((mask.any(0) * torch.arange(mask.shape[1])).max()), 1)
+    # What follows the last target need not be fed; but at least one token is.
+    has_target = mask.any(0).nonzero()
+    last = max(int(has_target.max()), 1) if len(has_target) > 0 else 1
     tokens, mask = tokens[:, : last + 1], mask[:, : last + 1]
 
-    # A token outside of the heads' vocabulary is no target of theirs.
-    of_heads = targets_ahead(heads.index_of(tokens), mask, heads.config.num_heads)
-    targets = torch.cat((targets_ahead(tokens, mask, 0), of_heads[1:]))  # (K+1, B, T)
-    counts = (targets != IGNORED).flatten(1).sum(1)  # (K+1,)
+    # The base's target is a token; those of the heads are indices into the heads' vocabulary, where
+    # a token outside of it is no target.
+    of_base = targets_ahead(tokens, mask, 0)  # (1, B, T)
+    of_heads = targets_ahead(heads.index_of(tokens), mask, heads.config.num_heads)[1:]  # (K, B, T)
+    targets = torch.cat((of_base, of_heads))
+    counts = (targets != IGNORED).flatten(1).sum(1)  # (K+1,) before rows are dealt to processes
 
     # To (B, T, K+1): a (B, T) mask then picks positions. The last has no target.
     parts = rows, tokens[:, :-1], targets.permute(1, 2, 0)[:, :-1]
@@ -251,36 +274,44 @@ def base_loss(lm_head: nn.Linear, hidden: Tensor, batch: Batch, teacher=None) ->
     hidden (B, T, D). teacher: a model with an lm_head; its states replace the targets.
     """
     targets, count = batch.targets[..., 0], batch.counts[0]  # (B, T), ()
-    used = targets != IGNORED  # (B, T)
-    if teacher is not None:
-        Adapter.on = False  # with LoRA the teacher is the same model, without its adapters
-        with torch.no_grad():
-            targets = teacher(batch.tokens)  # (B, T, D)
-        Adapter.on = True
+    used, V = targets != IGNORED, len(lm_head.weight)  # (B, T)
+    if teacher is None:
 
-    def loss_of(hidden, targets):  # (n, D); (n,), or of a teacher (n, D)
-        if teacher is None:
+        def loss_of(hidden, targets):  # (n, D), (n,)
             return [cross_entropy(lm_head(hidden), targets, count)]
-        return [distillation_loss(lm_head(hidden), teacher.lm_head(targets).detach(), count)]
 
-    return in_chunks(loss_of, 2 * len(lm_head.weight), hidden[used], targets[used])[0]
+        return in_chunks(loss_of, V, hidden[used], targets[used])[0]
+
+    # With LoRA the teacher is the model itself, its adapters off (`Adapter`, below).
+    Adapter.on = False
+    with torch.no_grad():
+        teacher_hidden = teacher(batch.tokens)  # (B, T, D)
+    Adapter.on = True
+
+    def divergence_of(hidden, teacher_hidden):  # (n, D) each
+        return [distillation_loss(lm_head(hidden), teacher.lm_head(teacher_hidden), count)]
+
+    return in_chunks(divergence_of, 2 * V, hidden[used], teacher_hidden[used])[0]
 
 
 def medusa1_loss(heads: MedusaHeads, lm_head: nn.Linear, hidden: Tensor, batch: Batch):
     """L = sum_k 0.8^k CE(head_probs_k at t, token t+k+1)  (paper, "Medusa-1"); hidden (B, T, D).
 
-    Returns it, and metrics (1 + 2K,): [base loss (here 0), K head losses, K top-1 accuracies].
+    Returns it, and metrics, in one tensor (1 + 2K,) that processes can sum: [loss of the base (here
+    0), K losses of heads, K top-1 accuracies].
     """
     # Positions without any target of a head are left out.
     used = (batch.targets[..., 1:] != IGNORED).any(-1)  # (B, T): n positions
-    K, counts, heads_lm_head = heads.config.num_heads, batch.counts[1:], heads.truncated(lm_head)
+    K, counts = heads.config.num_heads, batch.counts[1:]
+    heads_lm_head = heads.truncated(lm_head)
 
     def loss_of(hidden, targets):  # (n, D), (n, K)
-        logits = heads(hidden, heads_lm_head)  # (K, n, v)
-        loss, losses = medusa_loss(logits, targets.mT, counts=counts)
-        # A head is correct where its target has the largest logit; amax is faster than argmax.
-        of_targets = logits.gather(-1, targets.mT.clamp(min=0)[..., None])[..., 0]  # (K, n)
-        correct = ((of_targets == logits.amax(-1)) & (targets.mT != IGNORED)).sum(-1)  # (K,)
+        logits, targets = heads(hidden, heads_lm_head), targets.mT  # (K, n, v), (K, n)
+        loss, losses = medusa_loss(logits, targets, counts=counts)
+        # A head is correct where its target has the largest logit; amax is faster than argmax. In
+        # place of IGNORED token 0 is looked up, and left out.
+        of_targets = logits.gather(-1, targets.clamp(min=0)[..., None])[..., 0]  # (K, n)
+        correct = ((of_targets == logits.amax(-1)) & (targets != IGNORED)).sum(-1)  # (K,)
         return [loss, losses.detach(), correct]
 
     size = K * heads.config.truncated_vocab_size
@@ -289,14 +320,15 @@ def medusa1_loss(heads: MedusaHeads, lm_head: nn.Linear, hidden: Tensor, batch: 
 
 
 def medusa2_loss(model: GPT, heads: MedusaHeads, batch: Batch, lambda_0: float, teacher=None):
-    """L = L_base + lambda_0 L_medusa  (paper, "Medusa-2"), and metrics as above."""
+    """L = L_base + lambda_0 L_medusa  (paper, "Medusa-2"), and the metrics of `medusa1_loss`."""
     hidden = model(batch.tokens)  # (B, T, D)
-    loss = base_loss(model.lm_head, hidden, batch, teacher)
-    loss_of_base, metrics = loss.detach(), loss.new_zeros(1 + 2 * heads.config.num_heads)
+    loss_of_base = base_loss(model.lm_head, hidden, batch, teacher)
+    loss, metrics = loss_of_base, loss_of_base.new_zeros(1 + 2 * heads.config.num_heads)
+    # With lambda_0 = 0 the heads get no gradient at all, so that AdamW leaves them alone.
     if lambda_0 > 0:
         loss_of_heads, metrics = medusa1_loss(heads, model.lm_head, hidden, batch)
-        loss = loss + lambda_0 * loss_of_heads
-    metrics[0] = loss_of_base
+        loss = loss_of_base + lambda_0 * loss_of_heads
+    metrics[0] = loss_of_base.detach()
     return loss, metrics
 
 
@@ -308,6 +340,10 @@ def learning_rate(step: int, lr: float, warmup: int, steps: int) -> float:
     [0.5, 0.85, 0.5, 0.15]
     """
     return lr * min(1, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def is_matrix(p: Tensor) -> bool:
+    return p.dim() > 1 and p.shape[-2] > 1  # the heads' biases are (J, K, 1, D)
 
 
 class Run:
@@ -323,11 +359,10 @@ class Run:
         weight_decay, groups = getattr(config, "weight_decay", 0.0), []
         for part, parameters in parts.items():
             print(f"{part}: {sum(p.numel() for p in parameters.values()):,} parameters to train")
-            # Weight decay is for matrices, not for gains and biases; a head's bias is (J, K, 1, D).
-            matrices = [p for p in parameters.values() if p.dim() > 1 and p.shape[-2] > 1]
-            others = [p for p in parameters.values() if p.dim() == 1 or p.shape[-2] == 1]
-            groups.append({"part": part, "params": matrices, "weight_decay": weight_decay})
-            groups.append({"part": part, "params": others, "weight_decay": 0.0})
+            # Weight decay is for matrices, not for gains and biases.
+            for of_matrices, decay in ((True, weight_decay), (False, 0.0)):
+                of_kind = [p for p in parameters.values() if is_matrix(p) == of_matrices]
+                groups.append({"part": part, "params": of_kind, "weight_decay": decay})
         fused = device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)
         if config.resume:
@@ -366,7 +401,8 @@ def start(config: TrainConfig, writes_heads: bool) -> tuple[torch.device, torch.
     check_out(config.out)
     path, about = Path(config.out) / "checkpoint.pt", Path(config.out) / "config.json"
     if config.resume and not path.exists():
-        raise ValueError(f"--resume: {path} does not exist; leave --resume out to start a run")
+        advice = "if its run is finished, --heads starts from the heads that it wrote"
+        raise ValueError(f"--resume: {path} does not exist: leave --resume out; {advice}")
     if path.exists() and not config.resume:
         raise ValueError(f"{path} is of a run that was stopped: use --resume, or delete it")
     if about.exists() and (read_json(about).get("model_type") == "medusa") != writes_heads:
@@ -374,6 +410,14 @@ def start(config: TrainConfig, writes_heads: bool) -> tuple[torch.device, torch.
     check(config.batch >= rank_and_world_size()[1], f"--batch {config.batch}: fewer than processes")
     device = pick_device(config.device)
     return device, pick_precision(config.precision, device)
+
+
+def sum_over_processes(metrics: Tensor, parts: dict) -> None:
+    if dist.is_initialized():
+        learning = chain.from_iterable(part.values() for part in parts.values())
+        # Frozen parameters have no gradient.
+        for t in (metrics, *(p.grad for p in learning if p.grad is not None)):
+            dist.all_reduce(t)
 
 
 def train_loop(
@@ -384,9 +428,10 @@ def train_loop(
     batch_of: step -> Batch. loss_of: Batch -> loss, metrics (1 + 2K,). lr_factors: part -> factor.
     """
     config, parts, is_main = run.config, run.parts, rank_and_world_size()[0] == 0
-    dtype, steps = pick_precision(config.precision, run.device), range(max(run.step, first), until)
-    # No cache of casts: those made under no_grad have no gradient.
-    mixed = {"dtype": dtype, "enabled": dtype != torch.float32, "cache_enabled": False}
+    dtype = pick_precision(config.precision, run.device)
+    mixed = {"dtype": dtype, "enabled": dtype != torch.float32}
+    # A run that is resumed after this stage has no steps left in it.
+    steps = range(max(run.step, first), until)
     bar = tqdm(steps, "training", until, initial=run.step, disable=not is_main)
     for step in bar:
         rate = learning_rate(step - first, config.lr, config.warmup, until - first)
@@ -399,16 +444,13 @@ def train_loop(
         with torch.autocast(run.device.type, **mixed):
             loss, metrics = loss_of(batch)
         loss.backward()
-        if dist.is_initialized():
-            learning = chain.from_iterable(part.values() for part in parts.values())
-            for t in (metrics, *(p.grad for p in learning if p.grad is not None)):
-                dist.all_reduce(t)
+        sum_over_processes(metrics, parts)
 
         # 2. Clip: heads and base each by themselves, since their gradients differ in size.
         norms = {}
         for part, parameters in parts.items():
             norms[part] = nn.utils.clip_grad_norm_(parameters.values(), MAX_NORM).item()
-        metrics, K = metrics.tolist(), len(metrics) // 2
+        metrics = metrics.tolist()  # 1 + 2K numbers
         if not math.isfinite(sum(metrics) + sum(norms.values())):
             advice = "try a lower --lr or --precision float32; the last checkpoint is kept"
             raise ValueError(f"step {step}: loss or gradient is not finite; {advice}")
@@ -419,6 +461,7 @@ def train_loop(
         run.step = step + 1
 
         # 4. Log, and save.
+        K = len(metrics) // 2
         losses, top1 = metrics[1 : K + 1], metrics[K + 1 :]
         record = {"step": step, "base": metrics[0], "heads": losses, "top1": top1}
         run.log.append(json.dumps(record | {"lr": rates, "norm": norms}))
@@ -431,12 +474,13 @@ def train_loop(
 # ---- the modes that train ----
 def train_base(config: BaseConfig) -> None:
     device, _ = start(config, writes_heads=False)
-    shape = {name: v for name, v in asdict(config).items() if hasattr(ModelConfig, name)}
+    names = {f.name for f in fields(ModelConfig)} & set(asdict(config))
+    shape = {name: getattr(config, name) for name in names}
     model_config = ModelConfig(**shape, max_position_embeddings=config.context)
     texts = documents(False, config.text)
     tokenizer = train_tokenizer(texts, config.vocab_size)
     tokens, held_out = packed(texts, tokenizer), packed(documents(True, config.text), tokenizer)
-    torch.manual_seed(seeded(config.seed).initial_seed())
+    torch.manual_seed(config.seed)
     model = GPT(model_config).to(device)
 
     # Ours, not the paper's: an auxiliary multi-token-prediction loss, by heads that are dropped in
@@ -447,7 +491,9 @@ def train_base(config: BaseConfig) -> None:
         ramp = math.sin(math.pi / 2 * batch.step / config.steps)
         return medusa2_loss(model, heads, batch, config.mtp_weight * ramp)
 
-    batch_of = partial(make_batch, config, text_rows(tokens, config.context + 1), heads, device)
+    # The last token of a row is only a target.
+    rows = text_rows(tokens, config.context + 1)
+    batch_of = partial(make_batch, config, rows, heads, device)
     parts = {"base": dict(model.named_parameters()), "heads": dict(heads.named_parameters())}
     run = Run(config, device, parts, digest_of(tokens))
     train_loop(run, 0, config.steps, batch_of, loss_of, {"base": 1.0, "heads": 1.0})
@@ -469,10 +515,19 @@ def text_rows(tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
     return rows, torch.ones_like(rows, dtype=torch.bool)
 
 
-def training_data(config: MedusaTraining, tokenizer, heads: MedusaHeads):
+def training_data(config: MedusaTraining, tokenizer, model: GPT, K: int):
     """Rows (R, T) and their loss mask; the held-out rows of `head_ranks`; held-out text (n,)."""
-    V, directory = heads.config.vocab_size, distilled_rows(config)
-    held_out = held_out_rows(directory, V, heads.config.num_heads)
+    V, shards = model.config.vocab_size, 0 if config.data != "distilled" else DistillConfig.shards
+    directory = distilled_rows(config, f"{config.out}/rows", shards)
+    held_out = held_out_rows(directory, V, K)
+    if config.data == "chat":
+        # Answers of a file's own, each dialogue on one side of the split.
+        sides = split_dialogues(config.text)
+        chat = config.base, tokenizer, model.config.eos_ids, config.context
+        *data, dropped = dialogue_rows(sides["train"], *chat)
+        print(f"{len(data[0])} dialogues; {dropped} left out: their first answer ends too late")
+        tokens, mask, _ = dialogue_rows(sides["validation"], *chat)
+        return data, held_out, tokens[mask]
     text = packed(documents(True, config.text), tokenizer)
     if config.data == "corpus":
         data = text_rows(packed(documents(False, config.text), tokenizer), config.context)
@@ -481,22 +536,31 @@ def training_data(config: MedusaTraining, tokenizer, heads: MedusaHeads):
     return data, held_out, text
 
 
+def open_heads(config, model: GPT) -> MedusaHeads:
+    """The heads of --heads, or new ones."""
+    if config.heads:
+        heads = MedusaHeads.from_pretrained(config.heads)
+        check_compatible(model, heads)
+    else:
+        D, V = model.config.hidden_size, model.config.vocab_size
+        shape = {name: v for name, v in asdict(config).items() if hasattr(MedusaConfig, name)}
+        heads = MedusaHeads(MedusaConfig(D, V, **shape), model.lm_head)
+    return heads.to(model.lm_head.weight.device, torch.float32)
+
+
 def train_medusa1(config: Medusa1Config) -> None:
-    # A frozen base needs no more digits than it computes with.
     device, dtype = start(config, writes_heads=True)
+    # A frozen base needs no more digits than it computes with.
     tokenizer, model = load_base(config.base, dtype, device)
     model.requires_grad_(False)
-    D, V = model.config.hidden_size, model.config.vocab_size
-    sizes = config.num_heads, config.num_hidden_layers, config.original_lm_head
-    shape = MedusaConfig(D, V, *sizes, config.truncated_vocab_size)
-    heads = MedusaHeads(shape, model.lm_head).to(device, torch.float32)
-    data, held_out, text = training_data(config, tokenizer, heads)
+    heads = open_heads(config, model)
+    data, held_out, text = training_data(config, tokenizer, model, heads.config.num_heads)
     tokens, mask = data
 
-    # A truncated vocabulary holds the most frequent targets.
-    if heads.token_map is not None:
-        most_frequent = tokens[mask].bincount(minlength=V).topk(len(heads.token_map)).indices
-        heads.token_map.copy_(most_frequent)
+    # A new truncated vocabulary holds the most frequent targets.
+    if heads.token_map is not None and config.heads == "":
+        counts = tokens[mask].bincount(minlength=heads.config.vocab_size)
+        heads.token_map.copy_(counts.topk(len(heads.token_map)).indices)
     states = kept_states(config, model, tokens) if config.keep_states else None
 
     parts = {"heads": dict(heads.named_parameters())}
@@ -546,19 +610,16 @@ def train_medusa2(config: Medusa2Config) -> None:
     device, _ = start(config, writes_heads=False)
     tokenizer, model = load_base(config.base, torch.float32, device)
     model.requires_grad_(False)
-    if config.heads:
-        heads = MedusaHeads.from_pretrained(config.heads, device=device)
-        check_compatible(model, heads)
-    else:
-        shape = MedusaConfig(model.config.hidden_size, model.config.vocab_size)
-        heads = MedusaHeads(shape, model.lm_head).to(device)
-    data, held_out, text = training_data(config, tokenizer, heads)
+    heads = open_heads(config, model)
+    data, held_out, text = training_data(config, tokenizer, model, heads.config.num_heads)
     before = perplexity(model, text)
 
-    # What of the base learns: adapters, or all of it. The teacher is the base as it is now; text of
-    # the corpus needs none, as its own tokens are the targets.
-    teacher = model if config.lora else copy.deepcopy(model)
-    teacher = None if config.data == "corpus" else teacher
+    # The teacher is the base as it is now, with LoRA the same model without its adapters. Of text
+    # that the base did not write, the text's own tokens are the targets.
+    teacher = None
+    if config.data == "distilled":
+        teacher = model if config.lora else copy.deepcopy(model)
+    # What of the base learns: adapters, or all of it.
     base = add_adapters(model, config.seed) if config.lora else dict(model.named_parameters())
     parts = {"heads": dict(heads.named_parameters()), "base": base}
     run = Run(config, device, parts, digest_of(base_digest(config.base), *data))
@@ -666,16 +727,42 @@ def sample_rows(model: GPT, prompts: list[list[int]], length: int, sampling: Sam
         if n == 0:
             break
         if n < len(rows):
-            kept = torch.arange(n, device=device)
-            kept[~alive[:n]] = n + alive[n:].nonzero()[:, 0]
+            kept, movers = torch.arange(n, device=device), n + alive[n:].nonzero()[:, 0]
+            kept[~alive[:n]] = movers
             rows, new = rows[kept], new[kept]
             cache.keep_batch(kept)
     return tokens, loss_mask
 
 
+def answer_turns(model: GPT, dialogues: list[list[list[int]]], length: int, sampling, generator):
+    """Answer R dialogues, one turn after the other, each after the answers before: `sample_rows`.
+
+    dialogues[r]: the tokens that are given before answer 1, between answers 1 and 2, and so on.
+    """
+    first = [turns[0] for turns in dialogues]
+    tokens, loss_mask = sample_rows(model, first, length, sampling, generator)  # (R, length)
+    going = range(len(dialogues))
+    for n in range(1, max(map(len, dialogues))):
+        # A dialogue goes on if its answer has ended, and there is room for its next turn.
+        prompts = {}
+        for r in going:
+            end = int(loss_mask[r].nonzero().max()) + 1
+            turns, ended = dialogues[r], int(tokens[r, end - 1]) in model.config.eos_ids
+            if ended and n < len(turns) and end + len(turns[n]) < length:
+                prompts[r] = tokens[r, :end].tolist() + turns[n]
+        if not prompts:
+            break
+        going = list(prompts)
+        answers = sample_rows(model, list(prompts.values()), length, sampling, generator)
+        tokens[going] = answers[0]
+        loss_mask[going] |= answers[1]
+    return tokens, loss_mask
+
+
 def regenerate(model: GPT, tokens: Tensor, loss_mask: Tensor, sampling: Sampling, seed: int):
     """The prompts of these rows (R, T), continued by this model: see `sample_rows`."""
-    lengths = loss_mask.int().argmax(1).clamp(min=1).tolist()  # up to the first sampled token
+    # argmax finds the first True: the first token that was sampled.
+    lengths = loss_mask.int().argmax(1).clamp(min=1).tolist()
     prompts = [row[:length].tolist() for row, length in zip(tokens, lengths)]
     generator = seeded(seed, device=model.lm_head.weight.device)
     return sample_rows(model.eval(), prompts, tokens.shape[1], sampling, generator)
@@ -692,19 +779,22 @@ def distill(config: DistillConfig) -> Path:
     check(length <= context, f"--prompt-tokens + --new-tokens = {length}: {advice}")
 
     # What the prompts are made of: user turns, or windows of the text, for each side of the split.
-    sides: dict
     if config.chat:
-        sides = turn_prompts(config.text, config.base, tokenizer, config.prompt_tokens)
+        chat = config.base, tokenizer, model.config.eos_ids, config.prompt_tokens
+        sides: dict = split_dialogues(config.text)
+        sides = {side: given_turns(dialogues, *chat) for side, dialogues in sides.items()}
     else:
         sides = {"train": packed(documents(False, config.text), tokenizer)}
         sides["validation"] = packed(documents(True, config.text), tokenizer)
+    # Each file: its name, side of the split, part of that side, number of rows, and sampling.
     most = min(config.rows, HELD_OUT_ROWS)
-    files = [("validation", 0, most, Sampling(t), f"validation-{t}") for t in TEMPERATURES]
+    files = [(f"validation-{t}", "validation", 0, most, Sampling(t)) for t in TEMPERATURES]
     sampling = Sampling(config.temperature, top_p=config.top_p)
-    for i in range(config.shards):
-        files.append(("train", i, config.rows, sampling, f"train-{i:05d}"))
+    for part in range(config.shards):
+        files.append((f"train-{part:05d}", "train", part, config.rows, sampling))
 
-    # A file is marked with its base and settings: a stopped run goes on with its own files only.
+    # A file is marked by digests of its base and of its settings: a stopped run goes on with its
+    # own files only. More shards may be added.
     settings = asdict(config)
     for name in ("base", "out", "text", "device", "precision", "shards"):
         del settings[name]
@@ -713,44 +803,50 @@ def distill(config: DistillConfig) -> Path:
     # The files are dealt out to the processes.
     rank, world_size = rank_and_world_size()
     mine = list(enumerate(files))[rank::world_size]
-    for number, (side, i, rows, sampling, name) in tqdm(mine, "distilling", disable=rank > 0):
+    for number, (name, side, part, rows, sampling) in tqdm(mine, "distilling", disable=rank > 0):
         path, source = Path(config.out) / f"{name}.safetensors", sides[side]
         if path.exists():
             advice = "is of another base, text or settings; name another --out"
             check(metadata_of(path).get("base") == mark, f"{path} {advice}")
             continue
-        if config.chat:
-            prompts = [source[n % len(source)] for n in range(i * rows, (i + 1) * rows)]
-        else:
-            prompts = windows(source, rows, config.prompt_tokens, seeded(config.seed, i)).tolist()
         generator = seeded(config.seed, number, device=device)
-        tokens, loss_mask = sample_rows(model, prompts, length, sampling, generator)
+        if config.chat:
+            turns = [source[n % len(source)] for n in range(part * rows, (part + 1) * rows)]
+        else:
+            starts = windows(source, rows, config.prompt_tokens, seeded(config.seed, part))
+            turns = [[start] for start in starts.tolist()]
+        tokens, loss_mask = answer_turns(model, turns, length, sampling, generator)
         write_shard(path, tokens, loss_mask, model.config.vocab_size, mark)
     if world_size > 1:
         dist.barrier()
     return Path(config.out)
 
 
-def distilled_rows(config: MedusaTraining) -> Path:
-    """The directory of the rows to train and calibrate on; made in OUT/rows if there is none."""
-    # A file without a mark counts as the base's own. With --text, the shipped rows do not fit.
+def distilled_rows(config, out: str, shards: int) -> Path:
+    """The directory of the rows to train and calibrate on; made in `out` if there is none."""
+    # A mark begins with the digest of the base; a file without one counts as the base's own.
     base, directory = base_digest(config.base), Path(config.distilled or SHIPPED_ROWS)
     marks = {path: metadata_of(path).get("base", base) for path in directory.glob("*.safetensors")}
     foreign = [path for path, mark in marks.items() if not mark.startswith(base)]
-    if config.distilled and foreign:
-        raise ValueError(f"--distilled: {foreign[0]} was not written by {config.base}")
-    if config.distilled or (marks and not (foreign or config.text)):
+    if config.distilled:
+        check(not foreign, f"--distilled: {foreign[:1]} was not written by {config.base}")
         return directory
-    shards = DistillConfig.shards if config.data == "distilled" else 0
+    # The shipped rows are of the shipped base, and not of --text.
+    if marks and not foreign and not config.text:
+        return directory
     same = {f.name: getattr(config, f.name) for f in fields(Common)}
-    rows = DistillConfig(base=config.base, out=f"{config.out}/rows", shards=shards, **same)
-    return distill(rows)
+    if getattr(config, "data", "") == "chat":
+        half = config.context // 2
+        same |= {"chat": True, "prompt_tokens": half, "new_tokens": config.context - half}
+    return distill(DistillConfig(base=config.base, out=out, shards=shards, **same))
 
 
 # ---- calibration: how often the heads are right, on held-out rows ----
 def scored_positions(loss_mask: Tensor, K: int) -> Tensor:
     """(B, T) bool -> (B, T) bool: True at t if tokens t+1 .. t+K+1 all carry loss."""
-    return F.pad(loss_mask, (0, K + 1))[:, 1:].unfold(1, K + 1, 1).all(-1)
+    # (B, T, K+1): at t, the mask of t+1 .. t+K+1.
+    ahead = F.pad(loss_mask, (0, K + 1))[:, 1:].unfold(1, K + 1, 1)
+    return ahead.all(-1)
 
 
 def held_out_rows(directory: Path, vocab_size: int, K: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -801,7 +897,7 @@ def head_ranks(model: GPT, heads: MedusaHeads, tokens: Tensor, loss_mask: Tensor
         if sampling.temperature > 0:
             # noise[:, t] is what token t+1 was sampled with.
             base_probs = logits_to_probs(lm_head(hidden), sampling)  # (B, T, V)
-            sampled = rows.roll(-1, dims=1).flatten()  # (B * T,)
+            sampled = rows.roll(-1, dims=1).flatten()  # (B * T,); a row's last is never scored
             noise = noise_given_tokens(base_probs.flatten(0, 1), sampled, generator)
             noise = noise.view(base_probs.shape)  # (B, T, V)
 
@@ -845,13 +941,11 @@ def calibrate(model: GPT, heads: MedusaHeads, rows_of: dict[str, tuple[Tensor, T
     return content
 
 
-def write_heads(model: GPT, heads: MedusaHeads, held_out: dict, out: str, base: str) -> None:
-    """Calibrate the heads as they will be on disk, write both, and report. base: its directory."""
+def write_calibration(model: GPT, heads: MedusaHeads, held_out: dict, path: Path) -> None:
+    """Write calibration.json, and report accuracies and expected tokens/step."""
     print("calibrating on held-out rows")
-    heads = heads.to(disk_dtype(base)).float().eval()
-    calibration = calibrate(model, heads, held_out)
-    heads.to(disk_dtype(base)).save_pretrained(out)
-    write_json(Path(out) / "calibration.json", calibration)
+    calibration = calibrate(model, heads.float().eval(), held_out)
+    write_json(path, calibration)
     for temperature, found in calibration.items():
         pairs = enumerate(zip(found["top1"], found["top5"]), start=1)
         accuracy = "   ".join(f"head {k}: {a:.1%} / {b:.1%}" for k, (a, b) in pairs)
@@ -861,6 +955,24 @@ def write_heads(model: GPT, heads: MedusaHeads, held_out: dict, out: str, base: 
             tokens = expected_tokens(calibrated_tree(counts, n), counts)
             expected.append(f"{tokens:.2f} with {n} nodes")
         print(f"   expected tokens/step: {'   '.join(expected)}")
+
+
+def write_heads(model: GPT, heads: MedusaHeads, held_out: dict, out: str, base: str) -> None:
+    """Heads in the dtype of their base, and their calibration, measured as written."""
+    heads.to(disk_dtype(base)).save_pretrained(out)  # `heads` are rounded now, too
+    write_calibration(model, heads, held_out, calibration_path(out))
+
+
+def calibrate_heads(config: CalibrateConfig) -> None:
+    path = calibration_path(config.heads)
+    check_out(path.parent)
+    device = pick_device(config.device)
+    _, model = load_base(config.base, pick_precision(config.precision, device), device)
+    heads = open_heads(config, model)
+    rows = distilled_rows(config, f"{path.parent}/rows", 0)
+    held_out = held_out_rows(rows, model.config.vocab_size, heads.config.num_heads)
+    write_calibration(model, heads, held_out, path)
+    print(f"next: python sample.py --base {config.base} --heads {config.heads}")
 
 
 @torch.inference_mode()
@@ -879,7 +991,8 @@ def perplexity(model: GPT, tokens: Tensor) -> float:
     # Windows overlap by half a context, of which only the first scores both halves.
     for start in range(0, len(tokens) - 1, hop):
         window = tokens[start : start + context + 1].to(count.device)
-        done = 0 if start == 0 else context - hop  # scored with the window before
+        # Of a later window, the first context - hop targets were scored with the window before.
+        done = 0 if start == 0 else context - hop
         hidden = model(window[None, :-1])[0, done:]  # (n, D)
         nats += in_chunks(loss_of, model.config.vocab_size, hidden, window[1 + done :])[0].item()
     return math.exp(nats) if nats < 700 else math.inf  # more than a float can hold
@@ -915,6 +1028,7 @@ def main() -> None:
 MODES: dict[str, tuple[type, Callable]] = {
     "base": (BaseConfig, train_base),
     "distill": (DistillConfig, distill),
+    "calibrate": (CalibrateConfig, calibrate_heads),
     "medusa1": (Medusa1Config, train_medusa1),
     "medusa2": (Medusa2Config, train_medusa2),
 }

@@ -268,7 +268,7 @@ def measure_rule(config: DecodeConfig, name: str) -> dict:
     sampling, chat = RULES[name], len(config.turns) > 0
     tokenizer, model, heads = load(config, config.device, config.dtype, endless=not chat)
     if chat:
-        prompts = held_out_turns(config, tokenizer)
+        prompts = held_out_turns(config, tokenizer, model)
     else:
         prompts = held_out_prompts(tokenizer, config.prompts, config.prompt_tokens)
     trees = trees_of(config, model, heads, sampling, prompts[0])

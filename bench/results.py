@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from bench.figures import machine
-from data.chat import turn_prompts
+from data.chat import given_turns, split_dialogues
 from data.command import check_out, optional, option, pick_device
 from data.corpus import documents, packed, windows
 from data.rows import base_digest
@@ -61,10 +61,11 @@ def held_out_prompts(tokenizer: AnyTokenizer, n: int, length: int) -> list[list[
     return windows(tokens, n, length, torch.Generator().manual_seed(0)).tolist()
 
 
-def held_out_turns(config, tokenizer: AnyTokenizer) -> list[list[int]]:
+def held_out_turns(config, tokenizer: AnyTokenizer, model: GPT) -> list[list[int]]:
     """The last of the held-out user turns; trees were calibrated on the first ones."""
-    sides = turn_prompts(config.turns, config.base, tokenizer, config.prompt_tokens)
-    held_out, needed = sides["validation"], HELD_OUT_ROWS + config.prompts
+    dialogues, eos_ids = split_dialogues(config.turns)["validation"], model.config.eos_ids
+    given = given_turns(dialogues, config.base, tokenizer, eos_ids, config.prompt_tokens)
+    held_out, needed = [turns[0] for turns in given], HELD_OUT_ROWS + config.prompts
     if len(held_out) < needed:
         raise ValueError(f"--turns: {len(held_out)} are held out; give turns with {needed} of them")
     return held_out[-config.prompts :]

@@ -88,7 +88,7 @@ def main() -> None:
     heads, n = MedusaHeads.from_pretrained(config.out), config.new_tokens
     K = heads.config.num_heads
     if config.turns:
-        prompts = held_out_turns(config, tokenizer)
+        prompts = held_out_turns(config, tokenizer, model)
     else:
         prompts = held_out_prompts(tokenizer, config.prompts, config.prompt_tokens)
 

@@ -99,9 +99,7 @@ def chat_prompt(directory, tokenizer: AnyTokenizer, turns: list[dict[str, str]])
 class Dialogue(list):
     """Turns {"role", "content"}, and where they come from: a file and its line, for messages."""
 
-    def __init__(self, turns: list[dict[str, str]], where: str):
-        super().__init__(turns)
-        self.where = where
+    where = "a dialogue"
 
 
 def turns_of(item) -> list[dict[str, str]]:
@@ -126,7 +124,7 @@ def turns_of(item) -> list[dict[str, str]]:
     return turns
 
 
-def read_dialogues(paths: list) -> list[list[dict[str, str]]]:
+def read_dialogues(paths: list) -> list[Dialogue]:
     """The dialogues of files, of JSON Lines or one JSON list each."""
     found = []
     for path in paths:
@@ -139,24 +137,9 @@ def read_dialogues(paths: list) -> list[list[dict[str, str]]]:
                 where = f"{path}, {'item' if is_list else 'line'} {number}"
                 with naming_errors(where):
                     turns = turns_of(item if is_list else json.loads(item))
-                found.append(Dialogue(turns, where))
+                found.append(Dialogue(turns))
+                found[-1].where = where
     return found
-
-
-def turn_prompts(paths: list[str], directory, tokenizer, most: int) -> dict[str, list[list[int]]]:
-    """The prompts of at most `most` tokens of each side, split by a hash of what is asked."""
-    check(paths != [], "--chat needs --text: a file of turns; python -m data.turns writes one")
-    sides = {"validation": [], "train": []}
-    for turns in read_dialogues(paths):
-        asked = list(takewhile(lambda turn: turn["role"] != "assistant", turns))
-        name = "".join(turn["content"] for turn in asked)
-        prompt = chat_prompt(directory, tokenizer, asked)
-        if len(prompt) <= most:
-            sides["validation" if is_validation(name) else "train"].append(prompt)
-    advice = f"give more turns, or a larger --prompt-tokens than {most}"
-    for side, prompts in sides.items():
-        check(prompts != [], f"the {side} side of the turns is empty: {advice}")
-    return sides
 
 
 # ---- a dialogue's tokens, and which of them carry loss ----
@@ -205,15 +188,6 @@ def token_runs(directory, tokenizer, turns: list, eos_ids) -> list[list[tuple[li
     return runs
 
 
-def segments(directory, tokenizer, turns: list, eos_ids) -> list[tuple[list[int], bool]]:
-    """A dialogue's tokens in pieces that alternate: what is given (False), an answer (True).
-
-    An answer is its text and the token that ends its turn. Of a template that rewrites earlier
-    turns, answers before its last change are given.
-    """
-    return token_runs(directory, tokenizer, turns, eos_ids)[-1]
-
-
 def dialogue_rows(dialogues, directory, tokenizer, eos_ids, length) -> tuple[Tensor, Tensor, int]:
     """tokens (R, length), loss_mask (R, length) bool: True where the assistant writes.
 
@@ -238,3 +212,41 @@ def dialogue_rows(dialogues, directory, tokenizer, eos_ids, length) -> tuple[Ten
     for row, (ids, mask) in enumerate(rows):
         tokens[row, : len(ids)], loss_mask[row, : len(ids)] = ids, mask
     return tokens, loss_mask, dropped
+
+
+# ---- the two sides of the split ----
+def split_dialogues(paths: list[str]) -> dict[str, list[Dialogue]]:
+    """The dialogues of each side: a hash of what is asked first decides."""
+    check(paths != [], "--text: must name files of dialogues; python -m data.turns writes one")
+    sides = {"validation": [], "train": []}
+    for turns in read_dialogues(paths):
+        first = takewhile(lambda turn: turn["role"] != "assistant", turns)
+        name = "".join(turn["content"] for turn in first)
+        sides["validation" if is_validation(name) else "train"].append(turns)
+    for side, dialogues in sides.items():
+        check(dialogues != [], f"the {side} side of the dialogues is empty: give more of them")
+    return sides
+
+
+def given_turns(dialogues, directory, tokenizer, eos_ids, most: int) -> list[list[list[int]]]:
+    """What a base is given that answers dialogues itself: tokens before answer 1, answer 2, ...
+
+    Dialogues with more than `most` tokens before answer 1 are left out. If the template rewrites
+    earlier turns, only answer 1 is asked for.
+    """
+    found = []
+    for turns in dialogues:
+        # The file's own answers do not count: "-" is in place of each.
+        asked = Dialogue()
+        asked.where = turns.where
+        for turn in turns:
+            if turn["role"] != "assistant":
+                asked.append(turn)
+            if turn["role"] == "user":
+                asked.append({"role": "assistant", "content": "-"})
+        run = token_runs(directory, tokenizer, asked, eos_ids)[0]
+        given = [ids for ids, is_answer in run if not is_answer]
+        if len(given[0]) <= most:
+            found.append(given)
+    check(found != [], f"no turn has at most {most} tokens: give more, or a larger --prompt-tokens")
+    return found

@@ -68,9 +68,7 @@ def main() -> None:
     turns = list(dict.fromkeys(corpus_turns() + written_turns(config.written, config.seed)))
     random.Random(config.seed).shuffle(turns)
     text = "".join(json.dumps(turn) + "\n" for turn in turns)
-    write_atomically(
-        Path(config.out), lambda temporary: temporary.write_text(text, encoding="utf-8")
-    )
+    write_atomically(Path(config.out), lambda to: to.write_text(text, encoding="utf-8"))
     print(f"{config.out}: {len(turns)} turns")
 
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import data.turns
-from data.chat import chat_text, dialogue_rows, read_dialogues, segments, turn_prompts
+from data.chat import chat_text, dialogue_rows, given_turns, read_dialogues
+from data.chat import split_dialogues, token_runs
 from data.corpus import is_validation
 from data.smollm2 import CONTROL, tokenizer_json
 from data.tokenizer import JsonTokenizer, load_base
@@ -187,7 +188,7 @@ def test_loss_is_on_each_answer_and_its_end_and_on_nothing_else(kind, data, styl
         texts, kinds = zip(*oracle(style, turns))
         # Only the first piece is the start of a text.
         ids = [[id for id in tok.encode(text) if id != 50 or text is texts[0]] for text in texts]
-        assert segments(directory, tok, turns, ENDS) == list(zip(ids, kinds))
+        assert token_runs(directory, tok, turns, ENDS)[-1] == list(zip(ids, kinds))
         assert [tok.decode(part) for part in ids] == list(texts)
         most = max(n for n in range(0, len(ids) + 1, 2) if len(sum(ids[:n], [])) <= length)
         mask = [is_answer for part, is_answer in zip(ids[:most], kinds) for _ in part]
@@ -209,8 +210,8 @@ def test_where_a_template_drops_what_was_thought_each_answer_is_a_row_of_its_own
     given = "user:a?</s>assistant:A</s>user:b?</s>assistant:"
     last = f"{given}B</s>user:c?</s>assistant:"
     expected = [(tok.encode(given), False), (tok.encode("<think>y/think>B</s>"), True)]
-    assert segments(directory, tok, turns[:4], [2]) == expected
-    assert segments(directory, tok, turns, [2]) == [(tok.encode(last), False)]
+    assert token_runs(directory, tok, turns[:4], [2])[-1] == expected
+    assert token_runs(directory, tok, turns, [2])[-1] == [(tok.encode(last), False)]
     tokens, mask, dropped = dialogue_rows([turns], directory, tok, [2], 80)
     answers = [tok.decode(row[where].tolist()) for row, where in zip(tokens, mask)]
     assert answers == ["<think>x/think>A</s>", "<think>y/think>B</s>"] and dropped == 0
@@ -278,17 +279,21 @@ def test_a_turn_is_on_one_side_and_too_long_ones_are_left_out(tmp_path):
     turns = [f"what is {n} + {n}?" for n in range(60)] + ["a" * 99]
     path, tok, directory = tmp_path / "a.jsonl", tokenizer("merges"), chat_directory(THINKS)
     path.write_text("\n".join(map(json.dumps, turns)))
-    sides = turn_prompts([str(path)], directory, tok, 99)
-    for side in ("train", "validation"):
+    for side, dialogues in split_dialogues([str(path)]).items():
         of_side = [turn for turn in turns[:-1] if is_validation(turn) == (side == "validation")]
-        assert sides[side] == [tok.encode(f"user:{turn}</s>assistant:") for turn in of_side] != []
+        found = given_turns(dialogues, directory, tok, [2], 99)
+        assert found == [[tok.encode(f"user:{turn}</s>assistant:")] for turn in of_side] != []
+    asked = json.dumps({"messages": turns_of(["a", "A", "b", "B", "c"], ["system"])})
+    path.write_text(asked)
+    first, *later = given_turns(read_dialogues([path]), directory, tok, [2], 99)[0]
+    assert tok.decode(first) == "system:system</s>user:a</s>assistant:"
+    assert [tok.decode(ids) for ids in later] == [f"user:{c}</s>assistant:" for c in "bc"]
+    with pytest.raises(ValueError, match="no turn has at most 5 tokens"):
+        given_turns(dialogues, directory, tok, [2], 5)
     path.write_text('"why?"')
-    for paths, says in (
-        ([path], "the validation side of the turns is empty"),
-        ([], "needs --text"),
-    ):
+    for paths, says in (([path], "the validation side of the dialogues"), ([], "must name files")):
         with pytest.raises(ValueError, match=says):
-            turn_prompts(paths, directory, tok, 99)
+            split_dialogues(paths)
 
 
 # ---- templates ----

@@ -25,10 +25,10 @@ from model import GPT, read_json, read_safetensors, write_json, write_safetensor
 from strategies import CPU, base_config, chi_square, contents, distilling, log_of, markov_gpt
 from strategies import properties, random_gpt, random_heads, rate, rng
 from strategies import text_distribution, training, write_shard
-from train import MODES, TEMPERATURES, DistillConfig, Medusa1Config, Run, TrainConfig
-from train import calibrate, distill, distilled_rows, head_ranks, learning_rate, make_batch
-from train import medusa1_loss, noise_given_tokens, perplexity, sample_rows, train_base, train_loop
-from train import text_rows, train_medusa1
+from train import MODES, TEMPERATURES, CalibrateConfig, DistillConfig, Medusa1Config, Run
+from train import TrainConfig, answer_turns, calibrate, calibrate_heads, distill, distilled_rows
+from train import head_ranks, learning_rate, make_batch, medusa1_loss, noise_given_tokens
+from train import perplexity, sample_rows, text_rows, train_base, train_loop, train_medusa1
 from tree import calibrated_tree, read_counts, replay
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -432,8 +432,27 @@ def test_rows_longer_than_the_context_are_refused_and_held_out_ones_are_few(base
     assert [shard["tokens"].shape for shard in rows.values()] == [(2, 40)] * 3
 
 
+@settings(properties, max_examples=60)
+@given(prompts_of_a_base(), st.data())
+def test_dialogues_are_answered_turn_by_turn_each_after_its_own_answers(case, data):
+    """A turn is given where the answer before has ended, and there is room for it."""
+    model, prompts, length = case
+    turn = st.lists(st.integers(0, model.config.vocab_size - 1), min_size=1, max_size=4)
+    dialogues = [[prompt, *data.draw(st.lists(turn, max_size=3))] for prompt in prompts]
+    tokens, mask = answer_turns(model, dialogues, length, Sampling(), rng(0))
+    for turns, row, loss in zip(dialogues, tokens.tolist(), mask.tolist()):
+        text, sampled = [], []
+        for turn in turns:
+            ended = text == [] or text[-1] == model.config.eos_token_id
+            if not ended or len(text + turn) >= length:
+                break
+            answer = plain_text(model, text + turn, length - len(text + turn))
+            text, sampled = text + turn + answer, sampled + [0] * len(turn) + [1] * len(answer)
+        assert row[: len(text)] == text and loss == sampled + [0] * (length - len(text))
+
+
 def test_chat_rows_answer_every_turn_equally_often(base, text, tmp_path, monkeypatch):
-    turns = {"train": [[n] * n for n in (3, 1, 4, 2)], "validation": [[9] * 4, [8, 8]]}
+    turns = {"train": [[[n] * n] for n in (3, 1, 4, 2)], "validation": [[[9] * 4], [[8, 8]]]}
     monkeypatch.setattr(train, "turn_prompts", lambda *_: turns)
     more = {"chat": True, "rows": 4, "shards": 2, "out": str(tmp_path / "rows")}
     found = {"train-00000": [3, 1, 4, 2], "train-00001": [3, 1, 4, 2]}
@@ -442,7 +461,7 @@ def test_chat_rows_answer_every_turn_equally_often(base, text, tmp_path, monkeyp
         lengths = shard["loss"].int().argmax(1).tolist()
         prompts = [row[:length] for row, length in zip(shard["tokens"].tolist(), lengths)]
         assert lengths == found.pop(name.removesuffix(".safetensors"))
-        assert all(prompt in turns[name.partition("-")[0]] for prompt in prompts)
+        assert all([prompt] in turns[name.partition("-")[0]] for prompt in prompts)
     assert not found
 
 
@@ -450,21 +469,28 @@ def test_named_rows_must_be_of_the_base_and_without_any_they_are_shipped_or_made
     base, text, shards, tmp_path, monkeypatch
 ):
     config, made = training(base, text, tmp_path / "heads", distilled=shards), []
-    assert distilled_rows(config) == Path(shards)
+
+    def rows_for(config, shards=12):
+        return distilled_rows(config, f"{config.out}/rows", shards)
+
+    assert rows_for(config) == Path(shards)
     monkeypatch.setattr(train, "distill", lambda config: made.append(config) or Path("made"))
     shipped = Medusa1Config(out=str(tmp_path / "out"), seed=5, **CPU)
-    assert distilled_rows(shipped) == Path("data/distilled") and not made
+    assert rows_for(shipped) == Path("data/distilled") and not made
     for other in ({"text": text}, {"base": str(base)}):
-        assert distilled_rows(replace(shipped, **other)) == Path("made")
+        assert rows_for(replace(shipped, **other)) == Path("made")
         assert made.pop() == DistillConfig(out=f"{tmp_path}/out/rows", seed=5, **CPU, **other)
-    distilled_rows(replace(config, distilled="", data="corpus"))
-    assert made.pop().shards == 0, "held-out rows alone"
+    chat = {"distilled": "", "data": "chat", "context": 9, "text": text}
+    rows_for(replace(config, **chat), shards=0)
+    sizes = {"shards": 0, "chat": True, "prompt_tokens": 4, "new_tokens": 5, "text": text}
+    out = f"{tmp_path}/heads/rows"
+    assert made.pop() == DistillConfig(base=str(base), out=out, **sizes, **CPU)
     write_json(base / "config.json", read_json(base / "config.json") | {"rope_theta": 77.0})
     with pytest.raises(ValueError, match="--distilled: .* written by "):
-        distilled_rows(config)
+        rows_for(config)
     for path in Path(shards).iterdir():
         write_safetensors(path, read_safetensors(path))
-    assert distilled_rows(config) == Path(shards), "rows without a mark may be of any base"
+    assert rows_for(config) == Path(shards), "rows without a mark may be of any base"
 
 
 # ---- ranks and calibration ----
@@ -595,6 +621,19 @@ def test_training_heads_leaves_the_base_bit_for_bit_and_repeats_with_its_seed(
         counts, taken = Counter(tokens[mask].tolist()), heads.token_map.tolist()
         others = [counts[token] for token in range(290) if token not in taken]
         assert min(counts[token] for token in taken) >= max(others), "the most frequent targets"
+
+
+def test_heads_go_on_from_heads_and_are_calibrated_where_they_are(base, text, shards, tmp_path):
+    """At a rate of nearly 0 they stay; the mode alone measures what training measures."""
+    train_medusa1(training(base, text, tmp_path / "one", distilled=shards, lr=0.02))
+    one, more = contents(tmp_path / "one"), {"num_heads": 4, "heads": str(tmp_path / "one")}
+    train_medusa1(training(base, text, tmp_path / "two", distilled=shards, lr=1e-30, **more))
+    two = contents(tmp_path / "two")
+    assert {**one, "log.jsonl": b""} == {**two, "log.jsonl": b""}
+    (tmp_path / "one" / "calibration.json").unlink()
+    options = {"base": str(base), "heads": str(tmp_path / "one"), "distilled": shards} | CPU
+    calibrate_heads(CalibrateConfig(**options))
+    assert contents(tmp_path / "one") == one
 
 
 @pytest.mark.parametrize("offset", [1, 2, 3, 4, 5])
