@@ -253,7 +253,7 @@ def test_dialogues_are_the_same_in_every_form_of_a_file(tmp_path_factory, found,
 
 
 @pytest.mark.parametrize("content, says", [
-    (None, "does not exist"), (b"\xff\n", "cannot be read as UTF-8 text"), ("[1, ", "as JSON"),
+    (None, "cannot be read"), (b"\xff\n", "cannot be read as UTF-8 text"), ("[1, ", "as JSON"),
     ("why?", ", line 1: Expecting value"), ("[" * 9999, "cannot be read as JSON"),
     ('"a"\n{"a": 1}\n', ", line 2: must be a string, or have turns"), ("[[]]", ", item 1: must"),
     ('"a"\n\n"half \\ud83d"', ", line 3: .*surrogates not allowed"), ("0", ", line 1: must be"),
