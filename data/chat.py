@@ -20,7 +20,8 @@ from data.corpus import is_validation, read_text
 from data.tokenizer import AnyTokenizer, JsonTokenizer, read_if_there, special_tokens
 from model import check, naming_errors
 
-ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT, in the words of all others
+# ShareGPT has {"from": "human", "value": ...} for {"role": "user", "content": ...}.
+ROLES = {"human": "user", "gpt": "assistant"}
 
 
 # ---- the template ----
@@ -75,7 +76,8 @@ def chat_template(directory) -> Callable[[list, bool], str]:
         # There are no tools and no documents, which a template may ask for.
         given = special | {"messages": turns, "tools": None, "documents": None}
         try:
-            return compiled(template, *parts).render(given, add_generation_prompt=opens)
+            text = compiled(template, *parts).render(given, add_generation_prompt=opens)
+            return text.encode().decode()  # refuses half a character
         except Exception as error:  # a template may raise anything
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{name} fails: {reason}") from None
@@ -97,15 +99,13 @@ def chat_prompt(directory, tokenizer: AnyTokenizer, turns: list[dict[str, str]])
 
 # ---- files of dialogues ----
 class Dialogue(list):
-    """Turns {"role", "content"}, and where they come from: a file and its line, for messages."""
+    """Turns {"role", "content"}, and the file and line where they are, for messages."""
 
     where = "a dialogue"
 
 
 def turns_of(item) -> list[dict[str, str]]:
-    """The turns of an item of a file. A string is a user's turn; the other forms are
-    {"messages": [{"role", "content"}]} and {"conversations": [{"from", "value"}]} (ShareGPT).
-    """
+    """The turns of {"messages": [...]} or {"conversations": [...]}, or a user's turn, a string."""
     if isinstance(item, str):
         item = {"messages": [{"role": "user", "content": item}]}
     given = item.get("messages", item.get("conversations")) if isinstance(item, dict) else None
@@ -136,8 +136,7 @@ def read_dialogues(paths: list) -> list[Dialogue]:
             if is_list or item.strip():
                 where = f"{path}, {'item' if is_list else 'line'} {number}"
                 with naming_errors(where):
-                    turns = turns_of(item if is_list else json.loads(item))
-                found.append(Dialogue(turns))
+                    found.append(Dialogue(turns_of(item if is_list else json.loads(item))))
                 found[-1].where = where
     return found
 
@@ -163,10 +162,10 @@ def answers(render: Callable[[list, bool], str], turns: list, ends: re.Pattern):
 
 
 def token_runs(directory, tokenizer, turns: list, eos_ids) -> list[list[tuple[list[int], bool]]]:
-    """A dialogue's tokens in pieces that alternate: what is given (False), an answer (True).
+    """The segments of a dialogue, in runs.
 
     A template may rewrite earlier turns: Qwen3 drops what the assistant thought. From there on is
-    another run of pieces, the first being all that is before the next answer.
+    another run of segments, the first being all that is before the next answer.
     """
     check(isinstance(tokenizer, JsonTokenizer), f"{directory}: chat needs a tokenizer.json")
     check(len(eos_ids) > 0, f"{directory}: eos_token_id is missing, so that no answer ends")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data.rows import digest_of
 from data.tokenizer import AnyTokenizer
-from model import check, naming_errors, read_safetensors, write_safetensors
+from model import check, read_safetensors, write_safetensors
 
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 VALIDATION_SHARE = 20  # one document in so many is held out
@@ -42,8 +42,10 @@ def library_documents() -> dict[str, str]:
 
 def read_text(path: Path | str) -> str:
     """The text of a UTF-8 file, line ends as they are; a byte-order mark is none of it."""
-    with naming_errors(path, " cannot be read as UTF-8 text"):
+    try:
         return Path(path).read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as UTF-8 text: {error}") from None
 
 
 def text_documents(path: str) -> dict[str, str]:

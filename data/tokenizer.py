@@ -122,7 +122,8 @@ class JsonTokenizer:
         return self.tokenizer.decode([int(id) for id in ids], skip_special_tokens=False)
 
     def piece(self, id: int) -> str:
-        return self.tokenizer.id_to_token(id) or f"<{id}>"
+        name = self.tokenizer.id_to_token(id) if 0 <= id < self.vocab_size else None
+        return name or f"<{id}>"
 
 
 AnyTokenizer = Tokenizer | JsonTokenizer

@@ -71,7 +71,7 @@ def test_a_prompt_is_its_text_after_what_the_checkpoint_puts_there_once(before, 
 ])  # fmt: skip
 def test_the_tokens_around_a_document_are_found_wherever_they_are_named(files, bos, eos, tmp_path):
     tok = JsonTokenizer(json_tokenizer(tmp_path, **files))
-    assert (tok.bos, tok.eos) == (bos, eos)
+    assert (tok.bos, tok.eos) == (bos, eos) and tok.piece(-1) == "<-1>"
 
 
 @pytest.mark.parametrize("added", [["<pad>"], ["<a>", "<b>"], ["hi"]])
@@ -225,6 +225,7 @@ FORCED = LOOP + "{{ m.content }}</s>" + ANSWERING + "<think>{% endif %}"
     (template("ChatML"), [2], "a.jsonl, line 2: no known token .*generation_config"),
     (template("ChatML"), [], "eos_token_id is missing"),
     (FORCED, [2], "a.jsonl, line 2: the chat template opens answers as it writes none"),
+    ("{{ '\\ud83d' }}", [2], "a.jsonl, line 2: .*surrogates not allowed"),
 ])  # fmt: skip
 def test_a_dialogue_that_cannot_be_written_is_refused_by_its_line(text, ends, says, tmp_path):
     turns = {"messages": turns_of(["a", "b"], ["system"])}
@@ -254,7 +255,7 @@ def test_dialogues_are_the_same_in_every_form_of_a_file(tmp_path_factory, found,
 
 
 @pytest.mark.parametrize("content, says", [
-    (None, "does not exist"), (b"\xff\n", "cannot be read as UTF-8 text"), ("[1, ", "as JSON"),
+    (None, "cannot be read"), (b"\xff\n", "cannot be read as UTF-8 text"), ("[1, ", "as JSON"),
     ("why?", ", line 1: Expecting value"), ("[" * 9999, "cannot be read as JSON"),
     ('"a"\n{"a": 1}\n', ", line 2: must be a string, or have turns"), ("[[]]", ", item 1: must"),
     ('"a"\n\n"half \\ud83d"', ", line 3: .*surrogates not allowed"), ("0", ", line 1: must be"),

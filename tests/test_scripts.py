@@ -390,7 +390,7 @@ def test_medusa1_refuses_broken_rows_by_name(refused, copy, made, name):
 
 
 MISTAKES = [("sample.py --base none/base", "none/base")]
-MISTAKES += [("train.py --mode base --text none.txt --device cpu", "--text none.txt")]
+MISTAKES += [("train.py --mode base --text none.txt --device cpu", "none.txt cannot be read")]
 
 
 @pytest.mark.parametrize("argv, says", MISTAKES)
