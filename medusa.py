@@ -268,6 +268,9 @@ class Sampling:
         check(self.top_k >= 0, f"top_k {self.top_k}: must be 0 (off) or more")
         for name, value in (("top_p", self.top_p), ("epsilon", self.epsilon)):
             check(0 < value <= 1, f"{name} {value}: must be above 0 and at most 1")
+        # The limit of all three is the most likely token. Nearer to it, float32 would divide by 0.
+        if self.top_k == 1 or min(self.temperature, self.top_p) < 1e-30:
+            object.__setattr__(self, "temperature", 0.0)
 
 
 GREEDY = Sampling()
@@ -333,11 +336,20 @@ def sample(logits: Tensor, sampling: Sampling, noise: Tensor | None = None) -> T
 
     Gumbel-max: argmax(log probs - log noise) is a sample of probs. As an exponential race,
     argmax(probs / noise), it takes no logarithm of 0. Greedy decoding needs no noise.
+    No token, -1, where logits are NaN or infinite: see `check_sampled`. Some may be -inf.
     """
     if sampling.temperature == 0:
-        return logits.argmax(-1)
-    assert noise is not None, "temperature above 0 needs noise"
-    return (logits_to_probs(logits, sampling) / noise).argmax(-1)
+        best, tokens = logits.max(-1)
+    else:
+        assert noise is not None, "temperature above 0 needs noise"
+        best, tokens = (logits_to_probs(logits, sampling) / noise).max(-1)
+    return tokens.where(best.isfinite(), -1)
+
+
+def check_sampled(token: int, length: int, logits: Tensor) -> None:
+    """Raises ValueError if `sample` found no token after a text of this length."""
+    says = f"the step after {length} tokens: its logits are NaN or infinite in {logits.dtype}"
+    check(token >= 0, f"{says}; try bfloat16 or float32")
 
 
 def gumbel_scores(logits: Tensor, sampling: Sampling, noise: Tensor | None, token_map=None):
@@ -450,11 +462,12 @@ def generate(
     noise = SharedGumbelNoise(model, sampling, generator)
     # The prompt is fed at once, then each new token by itself: the cache holds the rest.
     tokens = torch.tensor(prompt, device=model.lm_head.weight.device)  # (T,), then (1,)
-    for _ in range(end - len(prompt)):
+    for length in range(len(prompt), end):
         hidden = model(tokens[None], cache=cache)[0, -1:]  # (1, D)
         logits, noise_now = model.lm_head(hidden), noise.at([0])  # (1, V)
         before, tokens = tokens[-1:], sample(logits, sampling, noise_now)  # (1,)
         token = int(tokens.item())
+        check_sampled(token, length, logits)
         noise.advance(1)
         yield Step([token], ROOT_ONLY, before, [0], hidden[0], logits, noise_now)
         if token in model.config.eos_ids:
@@ -530,6 +543,7 @@ def medusa_generate(
     emitted = sample(logits, sampling, noise_now).tolist()
     step = Step(emitted, ROOT_ONLY, tokens[-1:], [0], hidden, logits, noise_now)
     while True:
+        check_sampled(emitted[-1], length, logits)
         yield step
         length, root = length + len(emitted), emitted[-1]
         noise.advance(len(emitted))
