@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import GPT, check, check_sizes, config_of, read_json, read_pickle, read_safetensors
-from model import write_json, write_safetensors
+from model import read_weights, write_json, write_safetensors
 from tree import ROOT_ONLY, Tree
 
 
@@ -125,17 +126,27 @@ class MedusaHeads(nn.Module):
         write_json(directory / "config.json", about | asdict(self.config))
 
     @classmethod
-    def from_pretrained(cls, directory, dtype=torch.float32, device=None) -> "MedusaHeads":
-        """Open such a directory. Raises ValueError, naming file and field, for what is no heads."""
-        path, weights = Path(directory) / "config.json", Path(directory) / "model.safetensors"
-        raw = read_json(path)
-        kind, has_bias = raw.get("model_type"), raw.get("medusa_fc_bias")
-        check(kind == "medusa", f"{path}: model_type = {kind!r}: no Medusa heads")
-        check(has_bias in (True, None), f"{path}: medusa_fc_bias = {has_bias!r}: must be true")
-        # vLLM lets a directory leave this out.
-        raw["truncated_vocab_size"] = raw.get("truncated_vocab_size") or 0
-        heads = cls(config_of(MedusaConfig, raw, path))
-        fill(heads.tensors(), read_safetensors(weights), weights)
+    def from_pretrained(cls, path, dtype=torch.float32, device=None, vocab_size=0) -> Self:
+        """Open such a directory, or what `from_official` opens: that file, or its directory.
+
+        vocab_size: the base's, see there. ValueError, naming file and field, for what is no heads.
+        """
+        path = Path(path)
+        for file in (path, path / "medusa_lm_head.safetensors", path / "medusa_lm_head.pt"):
+            if file.is_file():
+                return cls.from_official(file, dtype, device, vocab_size)
+        config, weights = path / "config.json", path / "model.safetensors"
+        raw = read_json(config)
+        check(raw.get("model_type") == "medusa", f"{config}: model_type: no Medusa heads")
+        # What is left out is vLLM's default (vllm/transformers_utils/configs/medusa.py and
+        # vllm/model_executor/models/medusa.py); but biases that are there count.
+        defaults = {"num_heads": 5, "num_hidden_layers": 1, "original_lm_head": False}
+        raw = defaults | raw | {"truncated_vocab_size": raw.get("truncated_vocab_size") or 0}
+        disk = {name.removeprefix("medusa_heads."): t for name, t in read_weights(path).items()}
+        has_bias = raw.get("medusa_fc_bias") or any(name.endswith(".bias") for name in disk)
+        heads = cls(config_of(MedusaConfig, raw, config))
+        tensors = {n: t for n, t in heads.tensors().items() if has_bias or n[-5:] != ".bias"}
+        fill(tensors, disk, weights)
         if heads.token_map is not None:
             valid = set(heads.token_map.tolist()) & set(range(heads.config.vocab_size))
             different = len(valid) == len(heads.token_map)
@@ -143,11 +154,12 @@ class MedusaHeads(nn.Module):
         return heads.to(device, dtype).eval()
 
     @classmethod
-    def from_official(cls, path, dtype=torch.float32, device=None) -> "MedusaHeads":
+    def from_official(cls, path, dtype=torch.float32, device=None, vocab_size=0) -> Self:
         """Open medusa_lm_head.safetensors or .pt of the paper's own repository.
 
         There head k (from 0) is a list: J residual layers "{k}.{j}.linear.weight" and ".bias", then
-        a private LM head "{k}.{J}.weight". Raises ValueError, naming file and tensor.
+        a private LM head "{k}.{J}.weight". If no head has one, all share the base's, of vocab_size
+        tokens. Raises ValueError, naming file and tensor.
         """
         path = Path(path)
         disk = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
@@ -156,13 +168,26 @@ class MedusaHeads(nn.Module):
         # The names tell how many heads there are, and how many layers each has.
         K = sum(name.endswith(".0.linear.weight") for name in disk)
         J = sum(name.startswith("0.") and name.endswith(".linear.weight") for name in disk)
-        last = disk.get(f"0.{J}.weight")
+        shared = all(".linear." in name for name in disk)
+        last = disk.get("0.0.linear.weight" if shared else f"0.{J}.weight")
         if K == 0 or last is None or last.dim() != 2:
             raise ValueError(f"{path}: no 0.0.linear.weight and 0.{J}.weight: no official heads")
-        V, D = last.shape
-        heads = cls(MedusaConfig(D, V, K, J, original_lm_head=False))
+        V, D = (vocab_size, last.shape[1]) if shared else last.shape
+        check(V > 0, f"{path} shares the base's LM head: give its vocab_size")
+        # Of the heads, a published config.json may name only some (2 of 5).
+        config = path.with_name("config.json")
+        raw = read_json(config) if config.is_file() else {}
+        named = raw.get("medusa_num_heads", K), raw.get("medusa_num_layers", J)
+        says = f"medusa_num_heads, medusa_num_layers = {named}: {path.name} has {K, J}"
+        check(named[0] in range(1, K + 1) and named[1] == J, f"{config}: {says}")
+        heads = cls(MedusaConfig(D, V, K, J, original_lm_head=shared))
         fill(heads.tensors("{k}.{j}.linear", "{k}." + str(J)), disk, path)
         return heads.to(device, dtype).eval()
+
+
+def calibration_path(heads) -> Path:
+    """calibration.json in a directory of heads, or beside their file."""
+    return (Path(heads).parent if Path(heads).is_file() else Path(heads)) / "calibration.json"
 
 
 def fill(tensors: dict[str, Tensor], disk: dict[str, Tensor], path: Path) -> None:
