@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import GPT, check, check_sizes, config_of, read_json, read_pickle, read_safetensors
-from model import write_json, write_safetensors
+from model import read_weights, write_json, write_safetensors
 from tree import ROOT_ONLY, Tree
 
 
@@ -125,17 +126,27 @@ class MedusaHeads(nn.Module):
         write_json(directory / "config.json", about | asdict(self.config))
 
     @classmethod
-    def from_pretrained(cls, directory, dtype=torch.float32, device=None) -> "MedusaHeads":
-        """Open such a directory. Raises ValueError, naming file and field, for what is no heads."""
-        path, weights = Path(directory) / "config.json", Path(directory) / "model.safetensors"
-        raw = read_json(path)
-        kind, has_bias = raw.get("model_type"), raw.get("medusa_fc_bias")
-        check(kind == "medusa", f"{path}: model_type = {kind!r}: no Medusa heads")
-        check(has_bias in (True, None), f"{path}: medusa_fc_bias = {has_bias!r}: must be true")
-        # vLLM lets a directory leave this out.
-        raw["truncated_vocab_size"] = raw.get("truncated_vocab_size") or 0
-        heads = cls(config_of(MedusaConfig, raw, path))
-        fill(heads.tensors(), read_safetensors(weights), weights)
+    def from_pretrained(cls, path, dtype=torch.float32, device=None, vocab_size=0) -> Self:
+        """Open such a directory, or what `from_official` opens: that file, or its directory.
+
+        vocab_size: the base's, see there. ValueError, naming file and field, for what is no heads.
+        """
+        path = Path(path)
+        for file in (path, path / "medusa_lm_head.safetensors", path / "medusa_lm_head.pt"):
+            if file.is_file():
+                return cls.from_official(file, dtype, device, vocab_size)
+        config, weights = path / "config.json", path / "model.safetensors"
+        raw = read_json(config)
+        check(raw.get("model_type") == "medusa", f"{config}: model_type: no Medusa heads")
+        # What is left out is vLLM's default (vllm/transformers_utils/configs/medusa.py and
+        # vllm/model_executor/models/medusa.py); but biases that are there count.
+        defaults = {"num_heads": 5, "num_hidden_layers": 1, "original_lm_head": False}
+        raw = defaults | raw | {"truncated_vocab_size": raw.get("truncated_vocab_size") or 0}
+        disk = {name.removeprefix("medusa_heads."): t for name, t in read_weights(path).items()}
+        has_bias = raw.get("medusa_fc_bias") or any(name.endswith(".bias") for name in disk)
+        heads = cls(config_of(MedusaConfig, raw, config))
+        tensors = {n: t for n, t in heads.tensors().items() if has_bias or n[-5:] != ".bias"}
+        fill(tensors, disk, weights)
         if heads.token_map is not None:
             valid = set(heads.token_map.tolist()) & set(range(heads.config.vocab_size))
             different = len(valid) == len(heads.token_map)
@@ -143,11 +154,12 @@ class MedusaHeads(nn.Module):
         return heads.to(device, dtype).eval()
 
     @classmethod
-    def from_official(cls, path, dtype=torch.float32, device=None) -> "MedusaHeads":
+    def from_official(cls, path, dtype=torch.float32, device=None, vocab_size=0) -> Self:
         """Open medusa_lm_head.safetensors or .pt of the paper's own repository.
 
         There head k (from 0) is a list: J residual layers "{k}.{j}.linear.weight" and ".bias", then
-        a private LM head "{k}.{J}.weight". Raises ValueError, naming file and tensor.
+        a private LM head "{k}.{J}.weight". If no head has one, all share the base's, of vocab_size
+        tokens. Raises ValueError, naming file and tensor.
         """
         path = Path(path)
         disk = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
@@ -156,13 +168,26 @@ class MedusaHeads(nn.Module):
         # The names tell how many heads there are, and how many layers each has.
         K = sum(name.endswith(".0.linear.weight") for name in disk)
         J = sum(name.startswith("0.") and name.endswith(".linear.weight") for name in disk)
-        last = disk.get(f"0.{J}.weight")
+        shared = all(".linear." in name for name in disk)
+        last = disk.get("0.0.linear.weight" if shared else f"0.{J}.weight")
         if K == 0 or last is None or last.dim() != 2:
             raise ValueError(f"{path}: no 0.0.linear.weight and 0.{J}.weight: no official heads")
-        V, D = last.shape
-        heads = cls(MedusaConfig(D, V, K, J, original_lm_head=False))
+        V, D = (vocab_size, last.shape[1]) if shared else last.shape
+        check(V > 0, f"{path} shares the base's LM head: give its vocab_size")
+        # Of the heads, a published config.json may name only some (2 of 5).
+        config = path.with_name("config.json")
+        raw = read_json(config) if config.is_file() else {}
+        named = raw.get("medusa_num_heads", K), raw.get("medusa_num_layers", J)
+        says = f"medusa_num_heads, medusa_num_layers = {named}: {path.name} has {K, J}"
+        check(named[0] in range(1, K + 1) and named[1] == J, f"{config}: {says}")
+        heads = cls(MedusaConfig(D, V, K, J, original_lm_head=shared))
         fill(heads.tensors("{k}.{j}.linear", "{k}." + str(J)), disk, path)
         return heads.to(device, dtype).eval()
+
+
+def calibration_path(heads) -> Path:
+    """calibration.json in a directory of heads, or beside their file."""
+    return (Path(heads).parent if Path(heads).is_file() else Path(heads)) / "calibration.json"
 
 
 def fill(tensors: dict[str, Tensor], disk: dict[str, Tensor], path: Path) -> None:
@@ -268,6 +293,9 @@ class Sampling:
         check(self.top_k >= 0, f"top_k {self.top_k}: must be 0 (off) or more")
         for name, value in (("top_p", self.top_p), ("epsilon", self.epsilon)):
             check(0 < value <= 1, f"{name} {value}: must be above 0 and at most 1")
+        # The limit of all three is the most likely token. Nearer to it, float32 would divide by 0.
+        if self.top_k == 1 or min(self.temperature, self.top_p) < 1e-30:
+            object.__setattr__(self, "temperature", 0.0)
 
 
 GREEDY = Sampling()
@@ -333,11 +361,20 @@ def sample(logits: Tensor, sampling: Sampling, noise: Tensor | None = None) -> T
 
     Gumbel-max: argmax(log probs - log noise) is a sample of probs. As an exponential race,
     argmax(probs / noise), it takes no logarithm of 0. Greedy decoding needs no noise.
+    No token, -1, where logits are NaN or infinite: see `check_sampled`. Some may be -inf.
     """
     if sampling.temperature == 0:
-        return logits.argmax(-1)
-    assert noise is not None, "temperature above 0 needs noise"
-    return (logits_to_probs(logits, sampling) / noise).argmax(-1)
+        best, tokens = logits.max(-1)
+    else:
+        assert noise is not None, "temperature above 0 needs noise"
+        best, tokens = (logits_to_probs(logits, sampling) / noise).max(-1)
+    return tokens.where(best.isfinite(), -1)
+
+
+def check_sampled(token: int, length: int, logits: Tensor) -> None:
+    """Raises ValueError if `sample` found no token after a text of this length."""
+    says = f"the step after {length} tokens: its logits are NaN or infinite in {logits.dtype}"
+    check(token >= 0, f"{says}; try bfloat16 or float32")
 
 
 def gumbel_scores(logits: Tensor, sampling: Sampling, noise: Tensor | None, token_map=None):
@@ -450,11 +487,12 @@ def generate(
     noise = SharedGumbelNoise(model, sampling, generator)
     # The prompt is fed at once, then each new token by itself: the cache holds the rest.
     tokens = torch.tensor(prompt, device=model.lm_head.weight.device)  # (T,), then (1,)
-    for _ in range(end - len(prompt)):
+    for length in range(len(prompt), end):
         hidden = model(tokens[None], cache=cache)[0, -1:]  # (1, D)
         logits, noise_now = model.lm_head(hidden), noise.at([0])  # (1, V)
         before, tokens = tokens[-1:], sample(logits, sampling, noise_now)  # (1,)
         token = int(tokens.item())
+        check_sampled(token, length, logits)
         noise.advance(1)
         yield Step([token], ROOT_ONLY, before, [0], hidden[0], logits, noise_now)
         if token in model.config.eos_ids:
@@ -530,6 +568,7 @@ def medusa_generate(
     emitted = sample(logits, sampling, noise_now).tolist()
     step = Step(emitted, ROOT_ONLY, tokens[-1:], [0], hidden, logits, noise_now)
     while True:
+        check_sampled(emitted[-1], length, logits)
         yield step
         length, root = length + len(emitted), emitted[-1]
         noise.advance(len(emitted))

@@ -29,9 +29,10 @@ from tqdm import tqdm
 import medusa
 from data.chat import chat_prompt
 from data.command import OneLineParser, add_options, option, pick_device, run
+from data.corpus import read_text
 from data.tokenizer import SHIPPED_BASE, load_base
 from data.trace import TextStream, check_page, text_content, write_page
-from medusa import MedusaHeads, Sampling, Step, logits_to_probs
+from medusa import MedusaHeads, Sampling, Step, calibration_path, logits_to_probs
 from model import GPT, check_sizes, read_json
 from tree import ROOT_ONLY, Tree, calibrated_tree, cartesian_tree, choose_size
 from tree import expected_tokens, read_counts, tree_from_paths
@@ -51,12 +52,14 @@ class SampleConfig:
     top_p: float = option(Sampling.top_p, "sample among the fewest tokens of this probability")
     accept: str = option("lossless", "acceptance rule", choices=("lossless", "typical"))
     epsilon: float = option(Sampling.epsilon, "of typical acceptance")
-    tree: str = option("auto", "auto, number of nodes, widths as 4x2x1, or JSON file of rank paths")
+    tree: str = option(
+        "auto", "auto, number of nodes, widths 4x2x1, mc_sim_7b_63, or JSON file of paths"
+    )
     seed: int = option(0, "of sampling")
     device: str = option("auto", "auto, cpu, cuda or mps")
     dtype: str = option("float32", "weights", choices=("float32", "float64", "bfloat16", "float16"))
     base: str = option(SHIPPED_BASE, "directory of the base model")
-    heads: str = option("", "directory of the heads; default: data/heads, or heads/ in --base")
+    heads: str = option("", "directory or file; default: data/heads, or heads/ in --base")
     trace: str = option("", "write a page that replays the decoding, step by step, to this file")
 
     def __post_init__(self):
@@ -78,12 +81,12 @@ class SampleConfig:
         given = [self.prompt != PROMPT, self.chat != "", self.prompt_file != ""]
         if given.count(True) > 1:
             raise ValueError("--prompt, --chat, --prompt-file: give only one of them")
+        if self.prompt_file != "":
+            return read_text(self.prompt_file)
         try:
-            if self.prompt_file == "":
-                return (self.chat or self.prompt).encode().decode()
-            return Path(self.prompt_file).read_bytes().decode()
+            return (self.chat or self.prompt).encode().decode()
         except UnicodeError as error:
-            raise ValueError(f"the prompt {self.prompt_file} is not UTF-8: {error}") from None
+            raise ValueError(f"the prompt is not UTF-8: {error}") from None
 
 
 # ---- faster products on a CPU: layouts in memory, no idea of Medusa ----
@@ -157,11 +160,13 @@ def print_step(emitted: list[int], eos_ids: tuple[int, ...], stream: TextStream)
 SIZES = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # numbers of nodes that are timed
 ROUNDS, STEPS = 6, 5  # of timing, and timed steps of each size in each round
 PATIENCE = 3.0  # seconds, after which no round begins, except for the second
+# The 63 paths of the paper's repository, medusa/model/medusa_choices.py: for Vicuna 7B.
+OFFICIAL_TREE = Path(__file__).parent / "data/mc_sim_7b_63.json"
 
 
-def read_calibration(heads_directory, temperature: float) -> tuple[Counter, str]:
+def read_calibration(heads_path, temperature: float) -> tuple[Counter, str]:
     """The prefix counts measured at the nearest temperature, and that temperature."""
-    path = Path(heads_directory) / "calibration.json"
+    path = calibration_path(heads_path)
     content = read_json(path)
     try:
         nearest = min(content, key=lambda measured: abs(float(measured) - temperature))
@@ -194,19 +199,19 @@ def step_costs(
 
 
 def pick_tree(
-    choice: str, model: GPT, heads: MedusaHeads, directory, sampling: Sampling, prompt: list[int]
+    choice: str, model: GPT, heads: MedusaHeads, heads_path, sampling: Sampling, prompt: list[int]
 ) -> tuple[Tree, str]:
-    """The tree that --tree asks for, and where it comes from. directory: that of the heads."""
+    """The tree that --tree asks for, and where it comes from."""
     # 1. A tree that is written down.
-    if choice.endswith(".json"):
-        paths = read_json(Path(choice), list)
+    if choice.endswith(".json") or choice == OFFICIAL_TREE.stem:
+        paths = read_json(OFFICIAL_TREE if choice == OFFICIAL_TREE.stem else Path(choice), list)
         if any(type(path) is not list or set(map(type, path)) - {int} for path in paths):
             raise ValueError("must be a JSON list of rank paths such as [[0], [1], [0, 0]]")
         return tree_from_paths(paths), f"from {choice}"
     try:
         numbers = [] if choice == "auto" else [int(number) for number in choice.split("x")]
     except ValueError:
-        known = "auto, a number of nodes, widths such as 4x2x1, or a .json file"
+        known = "auto, a number of nodes, widths such as 4x2x1, mc_sim_7b_63, or a .json file"
         raise ValueError(f"must be {known}") from None
     if len(numbers) > 1:
         if math.prod(numbers) > 1024:
@@ -214,7 +219,7 @@ def pick_tree(
         return cartesian_tree(numbers), f"Cartesian, widths {choice}"
 
     # 2. The nodes that were right most often in calibration: as many as asked for.
-    counts, nearest = read_calibration(directory, sampling.temperature)
+    counts, nearest = read_calibration(heads_path, sampling.temperature)
     why = f"calibrated at temperature {nearest}"
     if len(numbers) == 1:
         tree = calibrated_tree(counts, numbers[0])
@@ -311,11 +316,17 @@ def open_heads(config: SampleConfig, model: GPT, prompt: list[int]):
     if no_flags and not directory.exists():
         flags = f"--mode medusa1 --base {config.base} --out {directory}"
         return None, ROOT_ONLY, f"no heads; python train.py {flags} trains some"
-    directory, weight = Path(config.heads or directory), model.lm_head.weight
-    heads = MedusaHeads.from_pretrained(directory, weight.dtype, weight.device)
+    path, weight = Path(config.heads or directory), model.lm_head.weight
+    V = model.config.vocab_size
+    heads = MedusaHeads.from_pretrained(path, weight.dtype, weight.device, V)
     medusa.check_compatible(model, heads)
+    calibration = calibration_path(path)
+    if not calibration.exists() and (config.tree == "auto" or config.tree.isdecimal()):
+        flags = f"--mode calibrate --base {config.base} --heads {path}"
+        does = "writes it; --tree with widths, or a file, does without"
+        raise ValueError(f"{calibration} does not exist: python train.py {flags} {does}")
     try:
-        tree, why = pick_tree(config.tree, model, heads, directory, config.sampling(), prompt)
+        tree, why = pick_tree(config.tree, model, heads, path, config.sampling(), prompt)
         medusa.check_compatible(model, heads, tree)
     except ValueError as error:
         raise ValueError(f"--tree {config.tree}: {error}") from None

@@ -41,8 +41,9 @@ from data.corpus import documents, packed, seeded, shuffled, windows
 from data.rows import base_digest, digest_of, metadata_of, read_shards, write_shard
 from data.tokenizer import SHIPPED_BASE, copy_tokenizer, disk_dtype, load_base, train_tokenizer
 from medusa import GREEDY, MedusaConfig, MedusaHeads, Sampling, check_compatible
-from medusa import IGNORED, cross_entropy, distillation_loss, medusa_loss, targets_ahead
+from medusa import IGNORED, check_sampled, cross_entropy, distillation_loss, medusa_loss
 from medusa import at_least_float32, exponential_noise, gumbel_scores, logits_to_probs, sample
+from medusa import targets_ahead
 from model import GPT, ModelConfig, check, read_json, read_pickle, write_atomically, write_json
 from tree import calibrated_tree, expected_tokens, prefix_counts
 from tree import ranked_prefixes, read_counts, replay
@@ -713,6 +714,7 @@ def sample_rows(model: GPT, prompts: list[list[int]], length: int, sampling: Sam
     for position in range(shortest, length):
         logits = at_least_float32(model.lm_head(model(new, cache=cache)[:, -1]))  # (rows, V)
         sampled = sample(logits, sampling, exponential_noise(logits, generator))  # (rows,)
+        check_sampled(int(sampled.min()), position, model.lm_head.weight)
 
         # Where a prompt is longer, its own token stays.
         after_prompt = prompt_lengths[rows] <= position  # (rows,)

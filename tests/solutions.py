@@ -327,15 +327,6 @@ RIGHT = {
         if not right:
             return path, emitted
         path += right
-'''},
-        "vectorised": {"medusa.accept": '''
-    targets = sample(logits, sampling, noise)
-    passes = tokens == targets[torch.tensor(tree.parents)]
-    passes[0] = True
-    accepted = (passes | ~tree.mask).all(1)  # all that a node sees has passed
-    last = max(accepted.nonzero().flatten().tolist(), key=tree.depths.__getitem__)
-    path = tree.mask[last].nonzero().flatten()
-    return path.tolist(), targets[path].tolist()
 ''', "medusa.gumbel_scores": '''
     if sampling.typical or noise is None:
         return logits

@@ -59,14 +59,6 @@ def gradients(model: GPT, heads: MedusaHeads, batch: Batch) -> list[torch.Tensor
     return [metrics, *torch.autograd.grad(loss, parameters)]
 
 
-@SAMPLING
-def test_decoding_follows_the_models_device(sampling):
-    model, heads = small()
-    expected = texts(model, heads, sampling)
-    with torch.device("meta"):
-        assert texts(model, heads, sampling) == expected
-
-
 def test_training_measuring_and_sampling_follow_the_models_device():
     (model, heads), (_, short) = small(), small(truncated=4)
     batch, tokens = batch_on("cpu"), torch.randint(6, (4, 12), generator=rng(0))
@@ -85,10 +77,12 @@ def test_training_measuring_and_sampling_follow_the_models_device():
 
 @SAMPLING
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_decoding_follows_the_models_dtype(dtype, sampling, request):
+def test_decoding_follows_the_models_device_and_dtype(dtype, sampling, request):
     """In half precision a tree and plain decoding may part at a near-tie: each is its own rival."""
     model, heads = small(dtype)
     expected = texts(model, heads, sampling)
+    with torch.device("meta"):
+        assert texts(model, heads, sampling) == expected
     request.getfixturevalue("wider")
     assert texts(model, heads, sampling) == expected
     cache = model.new_cache(4)
@@ -96,17 +90,6 @@ def test_decoding_follows_the_models_dtype(dtype, sampling, request):
         hidden = model(torch.tensor([[1, 2]]), cache=cache)
     logits = model.lm_head(hidden), heads(hidden, model.lm_head)
     assert {tensor.dtype for tensor in (hidden, cache.data, *logits)} == {dtype}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("private", [False, True])
-def test_shapes_alone_go_through_model_and_heads(private):
-    """On `meta`, as a tool that plans a model's memory runs it."""
-    model, heads = (part.to("meta") for part in small(private=private))
-    cache = model.new_cache(8, batch=2)
-    hidden = model(torch.zeros(2, 3, dtype=torch.long, device="meta"), cache=cache)
-    assert hidden.is_meta and hidden.shape == (2, 3, 8) and cache.data.is_meta
-    assert heads(hidden, model.lm_head).shape == (2, 2, 3, 6)
 
 
 def test_the_mask_of_a_tree_begins_at_an_aligned_address():

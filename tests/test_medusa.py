@@ -114,18 +114,55 @@ def test_lossless_tree_sampling_gives_the_text_of_plain_sampling_with_the_same_s
 
 @settings(properties, max_examples=60)
 @given(decodings(), st.floats(0.2, 3), st.integers(0, 2**31))
-def test_typical_decoding_ends_at_the_same_places_and_is_greedy_at_temperature_zero(
-    case, temperature, seed
-):
+def test_typical_decoding_ends_at_the_same_places(case, temperature, seed):
     model, _, _, prompt, n = case
-    greedy, eos = greedy_text(model, prompt, n), model.config.eos_token_id
-    assert flat(decode(case, Sampling(typical=True), text=greedy)) == greedy
-    before = torch.get_rng_state()
+    eos, before = model.config.eos_token_id, torch.get_rng_state()
     steps = decode(case, Sampling(temperature, typical=True), rng(seed), prompt * 10)
     assert torch.equal(torch.get_rng_state(), before), "the generator alone decides"
     text, room = flat(steps), min(n, model.config.max_position_embeddings - len(prompt))
     assert all(steps) and eos not in text[:-1]
     assert len(text) == room or (len(text) < room and text[-1] == eos)
+
+
+TINY = 1e-20, 1e-29, 1e-31, 1e-46, 5e-324
+NEAR_ZERO = [Sampling(typical=True), Sampling(1e-46, typical=True), Sampling(2.0, top_k=1)]
+NEAR_ZERO += [Sampling(t, 4, 0.9) for t in TINY] + [Sampling(0.7, top_p=p) for p in TINY]
+
+
+@settings(properties, max_examples=100)
+@given(decodings(), st.sampled_from(NEAR_ZERO))
+def test_a_temperature_nucleus_or_top_k_that_leaves_one_token_gives_the_greedy_text(case, sampling):
+    """In every dtype, however small: nothing may underflow into a division by zero."""
+    model, _, _, prompt, n = case
+    text = greedy_text(model, prompt, n)
+    assert plain_text(model, prompt, n, sampling, rng(0)) == text
+    same_text(flat(decode(case, sampling, rng(0), text)), text, model)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        logits = (9 * torch.randn(3, 6, generator=rng(n))).to(dtype)
+        probs, noise = logits_to_probs(logits, sampling), exponential_noise(logits.float(), rng(0))
+        assert torch.equal(probs, F.one_hot(logits.argmax(-1), 6).to(probs.dtype))
+        assert not gumbel_scores(logits, sampling, noise).isnan().any()
+
+
+RULES = [GREEDY, Sampling(0.8), Sampling(0.8, 3, 0.9), Sampling(0.8, typical=True)]
+NO_LOGITS = [[math.nan] * 6, [0, 0, 0, 0, math.nan, 0], [math.inf, *"12345"], [-math.inf] * 6]
+
+
+@pytest.mark.parametrize("sampling", RULES, ids=str)
+@pytest.mark.parametrize("bad", NO_LOGITS, ids=str)
+def test_logits_that_are_nan_or_infinite_end_the_text_with_the_step_and_the_dtype(bad, sampling):
+    """After token 3 of the text 1 2 3 4 ...; that token 0 is masked does not matter."""
+    model, bad = markov_gpt(99.0 * torch.eye(6).roll(1, 1)), torch.tensor([*map(float, bad)])
+    heads, mask = MedusaHeads(MedusaConfig(6, 6, 3)).double(), torch.tensor([-math.inf] + 5 * [0])
+
+    def spoil(_, states, logits):
+        return (logits + mask).where(states[0].argmax(-1, True) != 3, bad.double())
+
+    model.lm_head.register_forward_hook(spoil)
+    with pytest.raises(ValueError, match="step after 4 tokens: .*float64; try bfloat16"):
+        plain_text(model, [0], 9, sampling, rng(0))
+    with pytest.raises(ValueError, match="step after [1-4] tokens: .*float64; try bfloat16"):
+        list(medusa_generate(model, heads, CHAIN, [0], 9, sampling, rng(0)))
 
 
 @settings(properties, max_examples=60)
@@ -242,7 +279,6 @@ def test_check_compatible_refuses_heads_of_another_model_and_trees_beyond_the_he
     for config, tree, says in (
         (replace(fits, hidden_size=6), CHAIN, r"hidden_size .* \(6, 5\)"),
         (MedusaConfig(8, 6, 3), CHAIN, r"vocab_size .* \(8, 6\)"),
-        (replace(fits, num_heads=2), CHAIN, "3 deep"),
         (replace(fits, truncated_vocab_size=3), cartesian_tree([4]), "guess 3"),
     ):
         with pytest.raises(ValueError, match=says):
@@ -317,10 +353,8 @@ def accept_redrawing(tree, tokens, logits, sampling, noise=None, generator=None)
 
 ENUMERATED = [
     # vocabulary, context, EOS; tree; new tokens; sampling
-    ((2, 16, None), [[0], [0, 0]], 4, Sampling(1.0)),
     ((2, 16, 1), [[0], [1], [1, 0]], 4, Sampling(0.7)),
     ((2, 6, None), [[1], [1, 0]], 9, Sampling(1.5)),
-    ((3, 16, 2), [[0], [0, 1]], 3, Sampling(1.3)),
     ((4, 16, None), [[0], [1], [0, 0]], 3, Sampling(1.0, top_k=2)),
     ((4, 16, 0), [[0], [0, 0]], 3, Sampling(2.0, top_p=0.7)),
 ]
@@ -339,14 +373,9 @@ def test_lossless_sampling_is_exactly_the_base_distribution(base, paths, n, samp
         monkeypatch.setattr(medusa, "sample", scripted)
         return tuple(flat(decode(case, sampling, rng(0))))
 
-    def furthest() -> float:
-        found = all_outcomes(run)
-        texts = found.keys() | expected.keys()
-        return max(abs(found.get(text, 0.0) - expected.get(text, 0.0)) for text in texts)
-
-    assert len(expected) > 3 and furthest() < 1e-9
+    assert len(expected) > 3 and all_outcomes(run) == pytest.approx(expected, abs=1e-9)
     monkeypatch.setattr(medusa, "accept", accept_redrawing)
-    assert furthest() > 1e-3, "a child tried twice must be noticed"
+    assert all_outcomes(run) != pytest.approx(expected, abs=1e-3), "a child tried twice"
 
 
 @pytest.mark.parametrize("faulty", [False, True])
@@ -654,6 +683,9 @@ def test_a_truncated_vocabulary_leaves_tokens_out_and_changes_nothing_else(trunc
 
 # ---- heads on disk ----
 
+FIELDS = "hidden_size", "vocab_size", "num_heads", "num_hidden_layers", "original_lm_head"
+MAY_MISS = *FIELDS[2:], "truncated_vocab_size", "medusa_fc_bias"
+
 
 def save_small(directory, layers=2, private=True, truncated=0, dtype=torch.float32) -> MedusaHeads:
     """Two heads of random weights, D = 8, V = 5, in a new directory."""
@@ -665,18 +697,11 @@ def save_small(directory, layers=2, private=True, truncated=0, dtype=torch.float
 @LAYERS
 @KINDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saved_heads_come_back_bit_for_bit(layers, private, truncated, dtype, tmp_path):
-    heads = save_small(tmp_path / "new" / "heads", layers, private, truncated, dtype)
-    loaded = MedusaHeads.from_pretrained(tmp_path / "new" / "heads", dtype)
-    assert loaded.config == heads.config and not loaded.training and loaded.bias.dtype == dtype
-    ours, theirs = heads.state_dict(), loaded.state_dict()
-    assert ours.keys() == theirs.keys() and all(map(torch.equal, ours.values(), theirs.values()))
-
-
-@LAYERS
-@KINDS
-def test_heads_on_disk_are_a_vllm_medusa_speculator(layers, private, truncated, tmp_path):
-    save_small(tmp_path, layers, private, truncated)
+def test_saved_heads_are_a_vllm_medusa_speculator_and_come_back_bit_for_bit(
+    layers, private, truncated, dtype, tmp_path
+):
+    path = tmp_path / "new" / "heads"
+    heads = save_small(path, layers, private, truncated, dtype)
     expected = {"token_map": (truncated,)} if truncated else {}
     for k in range(2):
         for j in range(layers):
@@ -684,16 +709,37 @@ def test_heads_on_disk_are_a_vllm_medusa_speculator(layers, private, truncated, 
             expected[f"blocks.{k}.layers.{j}.bias"] = (8,)
         if private:
             expected[f"lm_heads.{k}.weight"] = (5, 8)
-    disk = load_file(tmp_path / "model.safetensors")
+    disk = load_file(path / "model.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in disk.items()} == expected
     fields = {"architectures": ["MedusaModel"], "model_type": "medusa", "medusa_fc_bias": True}
     fields |= {"num_heads": 2, "num_hidden_layers": layers, "original_lm_head": not private}
     fields |= {"hidden_size": 8, "vocab_size": 5, "truncated_vocab_size": truncated or 5}
-    assert json.loads((tmp_path / "config.json").read_text()) == fields
-    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
-    # A config that does not mention biases means that there are some.
-    change(tmp_path, fields={"medusa_fc_bias": None})
-    assert MedusaHeads.from_pretrained(tmp_path).bias.shape == (layers, 2, 1, 8)
+    assert json.loads((path / "config.json").read_text()) == fields
+    assert {file.name for file in path.iterdir()} == {"config.json", "model.safetensors"}
+    # In an export for vLLM the file has the shared LM head as well.
+    change(path, {} if private else {"lm_heads.0.weight": torch.ones(5, 8)})
+    loaded = MedusaHeads.from_pretrained(path, dtype)
+    assert loaded.config == heads.config and not loaded.training and loaded.bias.dtype == dtype
+    ours, theirs = heads.state_dict(), loaded.state_dict()
+    assert ours.keys() == theirs.keys() and all(map(torch.equal, ours.values(), theirs.values()))
+
+
+@properties
+@given(st.sets(st.sampled_from(MAY_MISS)), st.booleans(), st.sampled_from(("", "medusa_heads.")))
+def test_what_a_vllm_directory_leaves_out_has_the_default_of_vllm(
+    tmp_path_factory, missing, biases, prefix
+):
+    """5 heads of 1 layer, private LM heads, the whole vocabulary, and no biases, that is, zeros."""
+    path, model = tmp_path_factory.mktemp("vllm"), random_gpt(0).float()
+    heads = random_heads(model, 5, 0, private=True)
+    heads.bias.data.mul_(biases)
+    heads.save_pretrained(path)
+    tensors = {name: t for name, t in heads.tensors().items() if biases or "bias" not in name}
+    renamed = dict.fromkeys(heads.tensors()) | {prefix + name: t for name, t in tensors.items()}
+    change(path, renamed, {"medusa_fc_bias": biases} | dict.fromkeys(missing))
+    loaded = MedusaHeads.from_pretrained(path)
+    assert loaded.config == heads.config
+    assert all(map(torch.equal, loaded.state_dict().values(), heads.state_dict().values()))
 
 
 def change(directory, tensors=None, fields=None) -> None:
@@ -707,13 +753,12 @@ def change(directory, tensors=None, fields=None) -> None:
 
 TENSORS = [None, torch.ones(7, 7), torch.ones(1), torch.ones(1, 8)]  # the last would broadcast
 MAPS = [0, 1, 5], [-1, 0, 1], [0, 0, 1], [2.0, 1.0, 0.5], [0, 1], [[0, 1, 2]]
-FIELDS = "hidden_size", "vocab_size", "num_heads", "num_hidden_layers", "original_lm_head"
 BROKEN = [("blocks.0.layers.1.weight", tensor) for tensor in TENSORS]
 BROKEN += [("blocks.1.layers.0.bias", tensor) for tensor in TENSORS]
 BROKEN += [("token_map", None), *(("token_map", torch.tensor(tokens)) for tokens in MAPS)]
-BROKEN += [("model_type", None), ("model_type", "llama"), ("medusa_fc_bias", False)]
+BROKEN += [("model_type", None), ("model_type", "llama"), ("vocab_size", None)]
 BROKEN += [("truncated_vocab_size", 6), ("truncated_vocab_size", -1), ("truncated_vocab_size", 2.0)]
-BROKEN += [(field, None) for field in FIELDS]
+BROKEN += [("hidden_size", None), *((field, "2") for field in FIELDS)]
 
 
 @pytest.mark.parametrize("name, value", BROKEN)
@@ -723,17 +768,6 @@ def test_a_missing_or_wrong_tensor_or_field_is_refused_by_file_and_name(name, va
     change(tmp_path, **{"tensors" if is_tensor else "fields": {name: value}})
     file = "model.safetensors" if is_tensor else "config.json"
     with pytest.raises(ValueError, match=f"{file}.*{name}"):
-        MedusaHeads.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-@pytest.mark.parametrize("content", [None, b"", b"\x80\x04garbage \xff", b"[1, 2]"])
-def test_a_missing_or_garbage_file_is_refused_by_name(name, content, tmp_path):
-    save_small(tmp_path)
-    (tmp_path / name).unlink()
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=str(tmp_path / name)):
         MedusaHeads.from_pretrained(tmp_path)
 
 
@@ -753,19 +787,27 @@ def write_official(path, K: int, J: int, **changed) -> dict:
 
 
 @OFFICIAL
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("K, J", [(1, 1), (12, 2)])
-def test_official_heads_give_the_logits_of_their_own_formula(K, J, name, tmp_path):
-    """Residual blocks x + SiLU(linear(x)), then the head's own matrix, not the base's LM head."""
-    state = write_official(tmp_path / name, K, J)
-    heads = MedusaHeads.from_official(tmp_path / name)
-    assert heads.config == MedusaConfig(6, 5, K, J, original_lm_head=False)
+def test_official_heads_give_the_logits_of_their_own_formula(K, J, shared, name, tmp_path):
+    """Residual blocks x + SiLU(linear(x)), then the head's own matrix; the base's if it has none.
+    By file and by directory, whose config.json may name fewer heads."""
+    none = {f"{k}.{J}.weight": None for k in range(K)} if shared else {}
+    state, lm_head = write_official(tmp_path / name, K, J, **none), nn.Linear(6, 5, bias=False)
+    says = {"medusa_num_heads": 1, "medusa_num_layers": J, "base_model_name_or_path": "lmsys/x"}
+    (tmp_path / "config.json").write_text(json.dumps(says))
+    for path in (tmp_path, tmp_path / name):
+        heads = MedusaHeads.from_pretrained(path, vocab_size=5)
+        assert heads.config == MedusaConfig(6, 5, K, J, original_lm_head=shared)
+        assert medusa.calibration_path(path) == tmp_path / "calibration.json"
     x = torch.randn(6, generator=rng(99))
-    for k, logits in enumerate(heads(x, None)):
+    for k, logits in enumerate(heads(x, lm_head)):
         y = x
         for j in range(J):
             layer = f"{k}.{j}.linear"
             y = y + F.silu(F.linear(y, state[f"{layer}.weight"], state[f"{layer}.bias"]))
-        torch.testing.assert_close(logits, state[f"{k}.{J}.weight"] @ y)
+        W2 = lm_head.weight if shared else state[f"{k}.{J}.weight"]
+        torch.testing.assert_close(logits, W2 @ y)
 
 
 FAULTS = [
@@ -773,6 +815,10 @@ FAULTS = [
     ({"1.1.weight": None}, "1.1.weight is missing"),
     ({"0.0.linear.weight": None, "1.0.linear.weight": None}, "no official heads"),
     ({"0.1.weight": torch.zeros(5)}, "no official heads"),
+    ({"0.1.weight": None}, "no official heads"),
+    ({"0.1.weight": None, "1.1.weight": None}, "give its vocab_size"),
+    *(({"medusa_num_heads": n}, "medusa_num_heads, ") for n in (0, 3, "2", None)),
+    *(({"medusa_num_layers": n}, "medusa_num_layers = ") for n in (0, 2, "1", None)),
     ({"1.0.linear.weight": torch.zeros(6, 7)}, "1.0.linear.weight is (6, 7)"),
 ]
 
@@ -780,7 +826,9 @@ FAULTS = [
 @OFFICIAL
 @pytest.mark.parametrize("fault, says", FAULTS)
 def test_official_heads_that_do_not_fit_are_refused_by_tensor(fault, says, name, tmp_path):
-    write_official(tmp_path / name, 2, 1, **fault)
+    about = {field: value for field, value in fault.items() if "medusa" in field}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    write_official(tmp_path / name, 2, 1, **({} if about else fault))
     with pytest.raises(ValueError) as error:
         MedusaHeads.from_official(tmp_path / name)
     assert says in str(error.value) and name in str(error.value)

@@ -38,16 +38,16 @@ def named(sides: list[bool], stem: str) -> str:
     return next(s for s in names if [is_validation(f"{s}:{i}") for i in range(len(sides))] == sides)
 
 
-def script(work: Path, *argv) -> subprocess.CompletedProcess:
+def script(work: Path, *argv, encoding="utf-8") -> subprocess.CompletedProcess:
     """A script, run by a shell's user at the root of the repository."""
-    more = {"XDG_CACHE_HOME": str(work / "cache"), "PYTHONIOENCODING": "utf-8"}
+    more = {"XDG_CACHE_HOME": str(work / "cache"), "PYTHONIOENCODING": encoding}
     environment, command = os.environ | more | {"OMP_NUM_THREADS": "1"}, map(str, argv)
     how = {"cwd": ROOT, "env": environment, "capture_output": True, "stdin": subprocess.DEVNULL}
-    return subprocess.run([sys.executable, *command], encoding="utf-8", timeout=300, **how)
+    return subprocess.run([sys.executable, *command], encoding=encoding, timeout=300, **how)
 
 
-def succeeds(work: Path, *argv) -> str:
-    run = script(work, *argv)
+def succeeds(work: Path, *argv, encoding="utf-8") -> str:
+    run = script(work, *argv, encoding=encoding)
     assert run.returncode == 0 and "Warning" not in run.stderr, run.stderr
     return run.stdout
 
@@ -117,35 +117,39 @@ def summary(out: str) -> dict[str, str]:
     return found
 
 
+RULES = ["", "--temperature 0.9 --top-p 0.9 --seed 4", "--temperature 1 --accept typical"]
+
+
 @pytest.mark.parametrize("where", [".", "medusa2"])
-def test_sampling_with_what_was_trained_gives_the_text_of_plain_decoding(made, where):
-    work, flags = made[0], ["--prompt", "def \u20ac(", "--max-new-tokens", "30"]
-    flags += ["--base", work / where / "base", "--heads", work / where / "heads"]
-    out = succeeds(work, "sample.py", *flags, "--dtype", "float64")
-    assert out.startswith("def \u20ac(") and "\033" not in out
+@pytest.mark.parametrize("tree", ["auto", "4", "3x2x1"])
+@pytest.mark.parametrize("flags", RULES)
+def test_sampling_with_what_was_trained_gives_the_text_of_plain_decoding(
+    call, made, where, tree, flags
+):
+    work, more = made[0] / where, ["--prompt", "def \u20ac(", "--max-new-tokens", "30"]
+    more += ["--base", work / "base", "--heads", work / "heads", "--dtype", "float64"]
+    code, out, err = call("sample.py", *more, "--tree", tree, *flags.split())
+    assert (code, err) == (0, "") and out.startswith("def \u20ac(") and "\033" not in out
     lines = summary(out)
-    assert lines["text"] == "identical, token for token"
+    assert "typical" in flags or lines["text"] == "identical, token for token"
     ours, plain = re.match(r"(\d+) with Medusa, (\d+) plain", lines["tokens/s"]).groups()
     speed_up = float(lines["speed-up"].removesuffix("x"))
     assert abs(speed_up - int(ours) / int(plain)) < 0.02 * max(speed_up, 1)
 
 
-RULES = ["", "--temperature 0.9 --top-p 0.9 --seed 4", "--temperature 1 --accept typical"]
-
-
-@pytest.mark.parametrize("tree", ["auto", "4", "3x2x1"])
-@pytest.mark.parametrize("flags", RULES)
-def test_every_tree_and_rule_runs_to_its_summary(call, made, tree, flags):
-    where = ["--base", made[0] / "base", "--heads", made[0] / "heads", "--dtype", "float64"]
-    more = ["--max-new-tokens", "24", "--tree", tree, *flags.split()]
-    code, out, err = call("sample.py", *where, *more)
-    assert (code, err) == (0, "")
-    assert "typical" in flags or summary(out)["text"] == "identical, token for token"
-
-
 def test_a_fresh_clone_samples_with_what_is_shipped(tmp_path):
     out = succeeds(tmp_path, "sample.py", "--max-new-tokens", "24")
     assert out.startswith("def quote(s):\n") and "24 tokens" in summary(out)["tokens/step"]
+
+
+SHOWN = [("ascii", "\\u20ac \\xe9"), ("latin-1", "\\u20ac \xe9"), ("cp1252", "\u20ac \xe9")]
+
+
+@pytest.mark.parametrize("encoding, shown", SHOWN)
+def test_a_terminal_that_is_not_utf_8_gets_the_text_with_escapes(made, encoding, shown):
+    flags = ["--base", made[0] / "base", "--heads", made[0] / "heads", "--tree", "2x1"]
+    out = succeeds(made[0], "sample.py", *flags, "--prompt", "\u20ac \xe9", encoding=encoding)
+    assert out.startswith(shown) and "128 tokens" in summary(out)["tokens/step"]
 
 
 @pytest.mark.parametrize("mode", ["medusa1", "medusa2"])
@@ -278,8 +282,7 @@ def refused(call, tmp_path):
 SAMPLE = [("--base none/base", "none/base"), ("--heads none/heads", "none/heads")]
 SAMPLE += [("--prompt-file none.txt", "none.txt"), ("--tree none.json", "none.json")]
 SAMPLE += [("--tree 1x1x1x1", "4 deep, but there are 3 heads"), ("--tree 400x1", "guess 399")]
-SAMPLE += [("--tree 0x2", "[0, 2]"), ("--tree 1", "n_nodes = 1"), ("--tree oak", "--tree oak")]
-SAMPLE += [("--temperature nan", "temperature nan"), ("--top-k 4", "--temperature above 0")]
+SAMPLE += [("--tree oak", "--tree oak: must be"), ("--top-k 4", "--temperature above 0")]
 SAMPLE += [("--accept loosely", "loosely"), ("--max-new-tokens 0", "max_new_tokens")]
 SAMPLE += [("--device fpga", "--device fpga"), ("--dtype int8", "int8"), ("stray", "stray")]
 SAMPLE += [("--prompt " + 2000 * "x", "prompt"), ("--seed -1", "--seed -1"), ("--blue", "--blue")]
@@ -311,7 +314,7 @@ def test_sample_refuses_a_broken_file_by_name(refused, copy, name, content):
 FIELDS = [("base", "hidden_size", "16"), ("base", "hidden_size", 20), ("base", "rope_theta", None)]
 FIELDS += [("base", "num_attention_heads", 0), ("base", "model_type", "gpt2")]
 FIELDS += [("base", "eos_token_id", [2, "x"]), ("base", "vocab_size", 299)]
-FIELDS += [("heads", "num_heads", "3"), ("heads", "num_heads", 4), ("heads", "model_type", "x")]
+FIELDS += [("heads", "num_heads", 4)]
 
 
 @pytest.mark.parametrize("name, field, value", FIELDS)

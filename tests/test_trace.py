@@ -35,7 +35,7 @@ def decodings(draw):
     heads = random_heads(model, draw(st.integers(1, 3)), seed, truncated=truncated)
     tree = draw(built_trees(heads.config.num_heads, heads.config.truncated_vocab_size))
     prompt = draw(st.lists(st.integers(0, V - 1), min_size=1, max_size=context - 17))
-    samplings = Sampling(), Sampling(0.7, draw(st.integers(0, 3))), Sampling(1.0, typical=True)
+    samplings = Sampling(), Sampling(0.7, draw(st.integers(2, 6))), Sampling(1.0, typical=True)
     return model, heads, tree, prompt, draw(st.sampled_from(samplings))
 
 
