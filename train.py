@@ -40,10 +40,10 @@ from data.command import OneLineParser, add_options, check_out, option, pick_dev
 from data.corpus import documents, packed, seeded, shuffled, windows
 from data.rows import base_digest, digest_of, metadata_of, read_shards, write_shard
 from data.tokenizer import SHIPPED_BASE, copy_tokenizer, disk_dtype, load_base, train_tokenizer
-from medusa import GREEDY, MedusaConfig, MedusaHeads, Sampling, check_compatible
-from medusa import IGNORED, check_sampled, cross_entropy, distillation_loss, medusa_loss
-from medusa import at_least_float32, exponential_noise, gumbel_scores, logits_to_probs, sample
-from medusa import targets_ahead
+from medusa import GREEDY, MedusaConfig, MedusaHeads, Sampling, calibration_path, check_compatible
+from medusa import IGNORED, cross_entropy, distillation_loss, medusa_loss, targets_ahead
+from medusa import at_least_float32, check_sampled, exponential_noise, gumbel_scores, sample
+from medusa import logits_to_probs
 from model import GPT, ModelConfig, check, read_json, read_pickle, write_atomically, write_json
 from tree import calibrated_tree, expected_tokens, prefix_counts
 from tree import ranked_prefixes, read_counts, replay
@@ -190,10 +190,6 @@ class CalibrateConfig(Common):
     base: str = option(SHIPPED_BASE, "directory of the base model")
     heads: str = option("", "their directory, or the official repository's file")
     distilled: str = option("", "rows of --mode distill; default: shipped, or made in rows/")
-
-    def __post_init__(self):
-        super().__post_init__()
-        check(self.heads != "", "--heads: name the heads to calibrate")
 
 
 # ---- one process, or several that torchrun started ----
@@ -525,10 +521,10 @@ def training_data(config: MedusaTraining, tokenizer, model: GPT, K: int):
         # Answers of a file's own, each dialogue on one side of the split.
         sides = split_dialogues(config.text)
         chat = config.base, tokenizer, model.config.eos_ids, config.context
-        *data, dropped = dialogue_rows(sides["train"], *chat)
-        print(f"{len(data[0])} dialogues; {dropped} left out: their first answer ends too late")
-        tokens, mask, _ = dialogue_rows(sides["validation"], *chat)
-        return data, held_out, tokens[mask]
+        tokens, mask, dropped = dialogue_rows(sides["train"], *chat)
+        print(f"{len(tokens)} rows; {dropped} dialogues without an answer that ends in --context")
+        unseen, unseen_mask, _ = dialogue_rows(sides["validation"], *chat)
+        return (tokens, mask), held_out, unseen[unseen_mask]
     text = packed(documents(True, config.text), tokenizer)
     if config.data == "corpus":
         data = text_rows(packed(documents(False, config.text), tokenizer), config.context)
@@ -539,11 +535,11 @@ def training_data(config: MedusaTraining, tokenizer, model: GPT, K: int):
 
 def open_heads(config, model: GPT) -> MedusaHeads:
     """The heads of --heads, or new ones."""
+    D, V = model.config.hidden_size, model.config.vocab_size
     if config.heads:
-        heads = MedusaHeads.from_pretrained(config.heads)
+        heads = MedusaHeads.from_pretrained(config.heads, vocab_size=V)
         check_compatible(model, heads)
     else:
-        D, V = model.config.hidden_size, model.config.vocab_size
         shape = {name: v for name, v in asdict(config).items() if hasattr(MedusaConfig, name)}
         heads = MedusaHeads(MedusaConfig(D, V, **shape), model.lm_head)
     return heads.to(model.lm_head.weight.device, torch.float32)
@@ -706,11 +702,10 @@ def sample_rows(model: GPT, prompts: list[list[int]], length: int, sampling: Sam
     loss_mask = torch.zeros_like(tokens, dtype=torch.bool)
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (R,)
     eos_ids = torch.tensor(model.config.eos_ids, dtype=torch.long, device=device)
-    cache = model.new_cache(length, batch=len(prompts))
 
     # All rows grow together, one token a step. rows: those in the batch; new: what is fed next.
     rows, shortest = torch.arange(len(prompts), device=device), min(map(len, prompts))
-    new = tokens[:, :shortest]
+    cache, new = model.new_cache(length, batch=len(prompts)), tokens[:, :shortest]
     for position in range(shortest, length):
         logits = at_least_float32(model.lm_head(model(new, cache=cache)[:, -1]))  # (rows, V)
         sampled = sample(logits, sampling, exponential_noise(logits, generator))  # (rows,)
@@ -722,20 +717,21 @@ def sample_rows(model: GPT, prompts: list[list[int]], length: int, sampling: Sam
         tokens[rows, position] = torch.where(after_prompt, sampled, tokens[rows, position])
         new = tokens[rows, position, None]  # (rows, 1)
 
-        # A row that ended leaves; an alive one from after the first n fills its gap, which copies
-        # less than moving up all that follow. alive = [1, 0, 1, 0, 1]: n = 3, kept = [0, 4, 2].
+        # A row that ended leaves, and an alive one from after the first n fills its gap: it is best
+        # to copy few. alive = [1, 0, 1, 0, 1]: n = 3, kept = [0, 4, 2].
         alive = ~(after_prompt & torch.isin(new[:, 0], eos_ids))  # (rows,)
         n = int(alive.sum())
         if n == 0:
             break
         if n < len(rows):
-            kept, movers = torch.arange(n, device=device), n + alive[n:].nonzero()[:, 0]
-            kept[~alive[:n]] = movers
+            kept = torch.arange(n, device=device)
+            kept[~alive[:n]] = n + alive[n:].nonzero()[:, 0]
             rows, new = rows[kept], new[kept]
             cache.keep_batch(kept)
     return tokens, loss_mask
 
 
+@torch.inference_mode()
 def answer_turns(model: GPT, dialogues: list[list[list[int]]], length: int, sampling, generator):
     """Answer R dialogues, one turn after the other, each after the answers before: `sample_rows`.
 
@@ -966,8 +962,9 @@ def write_heads(model: GPT, heads: MedusaHeads, held_out: dict, out: str, base: 
 
 
 def calibrate_heads(config: CalibrateConfig) -> None:
+    check(config.heads != "", "--heads: name the heads to calibrate")
     path = calibration_path(config.heads)
-    check_out(path.parent)
+    check_out(str(path.parent))
     device = pick_device(config.device)
     _, model = load_base(config.base, pick_precision(config.precision, device), device)
     heads = open_heads(config, model)

@@ -58,15 +58,15 @@ ROOM = "[: end - length]"
 AT_EOS = f"truncate_at_eos(emitted{ROOM}, eos_ids)"
 ENDS = "if length == end or root in eos_ids:"
 KEY = "(-counts[path], len(path), path)"
-RANKED = f"return sorted(filter(None, counts), key=lambda path: {KEY})"
+RANKED = f"return sorted(paths, key=lambda path: {KEY})"
 MARGINALS = """from math import prod
 
     heads = Counter()
-    for path in filter(None, counts):
+    for path in paths:
         heads[len(path), path[-1]] += counts[path]
     share = {node: heads[node] / counts[()] for node in heads}
     worth = {path: prod(share[node] for node in enumerate(path, start=1)) for path in counts}
-    return sorted(filter(None, counts), key=lambda path: (-worth[path], len(path), path))"""
+    return sorted(paths, key=lambda path: (-worth[path], len(path), path))"""
 PREFIXES = "counts.update(tuple(ranks[:depth]) for depth in range(len(ranks) + 1))"
 GUESSES_CHECK = """    if n_nodes < 2 or len(counts) < 2:
         raise ValueError(f"n_nodes = {n_nodes}, {len(counts)} prefixes: both must be at least 2")

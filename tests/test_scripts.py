@@ -337,7 +337,9 @@ TRAIN += [("--batch -3", "batch"), ("--warmup 0", "warmup"), ("--data dreams", "
 TRAIN += [("--context 100", "--context"), ("--lora", "--lora")]
 TRAIN += [("--num-heads 0", "--num-heads"), ("--truncated-vocab-size 301", "truncated_vocab_size")]
 TRAIN += [("--base none/base", "none/base"), ("--distilled none/rows", "none/rows")]
-TRAIN += [("--out {base}", "would overwrite"), ("--keep-states --data corpus", "--keep-states")]
+TRAIN += [("--out {base}", "would overwrite"), ("--warmup 9 --steps 8", "--warmup 9")]
+TRAIN += [("--mode medusa2 --heads-steps 99", "--warmup"), ("--data chat", "line 1")]
+TRAIN += [("--heads {heads} --num-hidden-layers 3", "num_hidden_layers"), ("--heads none", "none")]
 TRAIN += [("--mode base --num-heads 3", "--num-heads"), ("--mode base --context 1", "--context 1")]
 TRAIN += [("--mode base --vocab-size 10", "ocabulary size"), ("--mode base --out {heads}", "--out")]
 TRAIN += [("--mode base --num-attention-heads 3", "heads"), ("--mode base --mtp-weight -1", "mtp")]
@@ -367,7 +369,7 @@ TEXTS = {"cannot be read": None, "UTF-8": b"caf\xe9\n", "empty": b""}
 TEXTS |= {"side of the text is empty": b"x = 1\n", "tokens, a row": b"x = 1\n" * 1366 + b"y\n"}
 
 
-@pytest.mark.parametrize("mode", train.MODES)
+@pytest.mark.parametrize("mode", ["base", "distill", "medusa1", "medusa2"])
 @pytest.mark.parametrize("says", TEXTS)
 def test_train_refuses_a_text_that_it_cannot_use(call, made, mode, says, tmp_path):
     path = tmp_path / named([False, True], "mine")
@@ -392,7 +394,7 @@ def test_medusa1_refuses_broken_rows_by_name(refused, copy, made, name):
     refused(str(rows), "train.py", *more)
 
 
-MISTAKES = [("sample.py --base none/base", "none/base")]
+MISTAKES = [("sample.py --base none/base", "none/base"), ("train.py --mode calibrate", "--heads:")]
 MISTAKES += [("train.py --mode base --text none.txt --device cpu", "none.txt cannot be read")]
 
 

@@ -453,7 +453,8 @@ def test_dialogues_are_answered_turn_by_turn_each_after_its_own_answers(case, da
 
 def test_chat_rows_answer_every_turn_equally_often(base, text, tmp_path, monkeypatch):
     turns = {"train": [[[n] * n] for n in (3, 1, 4, 2)], "validation": [[[9] * 4], [[8, 8]]]}
-    monkeypatch.setattr(train, "turn_prompts", lambda *_: turns)
+    monkeypatch.setattr(train, "split_dialogues", lambda _: turns)
+    monkeypatch.setattr(train, "given_turns", lambda dialogues, *_: dialogues)
     more = {"chat": True, "rows": 4, "shards": 2, "out": str(tmp_path / "rows")}
     found = {"train-00000": [3, 1, 4, 2], "train-00001": [3, 1, 4, 2]}
     found |= {f"validation-{t}": [4, 2, 4, 2] for t in TEMPERATURES}
