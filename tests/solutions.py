@@ -53,7 +53,6 @@ BEST = "(len(nodes), sum(scores[i] for i in nodes))"
 BONUS = "[targets[path[-1]]]"
 SCORED = "if noise is None or sampling.typical:"
 KEEP = "self.data[..., start : start + len(rows), :] = self.data.index_select(4, index)"
-PIECES = ":start, :], self.data.index_select(4, index), self.data[..., start + len(rows) :, :]"
 ROOM = "[: end - length]"
 AT_EOS = f"truncate_at_eos(emitted{ROOM}, eos_ids)"
 ENDS = "if length == end or root in eos_ids:"
@@ -168,8 +167,6 @@ WRONG = {
         "rows from the cache's start": (NOT_KEPT, "data.device) + start", "data.device)"),
         "length to the last row": ("the length is not that", "length = start + len(rows)",
                                    "length = start + max(rows, default=-1) + 1"),
-        "views not updated": ("views of the data", KEEP,
-                              f"self.data = torch.cat((self.data[..., {PIECES}), dim=4)"),
         "position by index": (NOT_PLAIN, "buffers.depths +", "torch.arange(len(tokens)) +"),
         "position one too far": (NOT_PLAIN, "(buffers.depths + past)", "(buffers.depths + length)"),
         "no mask": (NOT_PLAIN, "positions, mask, cache)[0]", "positions, None, cache)[0]"),

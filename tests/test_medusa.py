@@ -817,8 +817,7 @@ FAULTS = [
     ({"0.1.weight": torch.zeros(5)}, "no official heads"),
     ({"0.1.weight": None}, "no official heads"),
     ({"0.1.weight": None, "1.1.weight": None}, "give its vocab_size"),
-    *(({"medusa_num_heads": n}, "medusa_num_heads, ") for n in (0, 3, "2", None)),
-    *(({"medusa_num_layers": n}, "medusa_num_layers = ") for n in (0, 2, "1", None)),
+    *(({f"medusa_num_{x}": n}, x) for x in ("heads", "layers") for n in (0, 3, "2", None)),
     ({"1.0.linear.weight": torch.zeros(6, 7)}, "1.0.linear.weight is (6, 7)"),
 ]
 

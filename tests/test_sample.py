@@ -29,9 +29,6 @@ from train import sample_rows
 from tree import cartesian_tree, prefix_counts, tree_from_paths
 
 
-ROOT = Path(__file__).parent.parent
-
-
 @cache
 def tokenizer() -> Tokenizer:
     return train_tokenizer([Path(__file__).read_text("utf-8")], 400)
@@ -369,8 +366,7 @@ def test_the_prompt_comes_first_and_the_text_is_that_of_plain_decoding(main, fla
     room = 96 - len(tokenizer().opening(prompt))
     out_of_room = main(*flags, "500")
     assert f" {room} tokens, " in out_of_room and "\nstopped: the context is full\n" in out_of_room
-    one = main(*flags, "1")
-    assert "nothing to compare" in one and "nan" not in one
+    assert "nothing to compare" in main(*flags, "1")
     # Without heads, the same text; a tree needs heads.
     (tmp_path / "base" / "heads").rename(tmp_path / "elsewhere")
     assert main(*flags, "16", "--tree", "auto").partition("tokens/s, plain")[0][:-9] in out
@@ -408,10 +404,11 @@ def test_a_base_that_overflows_in_float16_ends_with_a_line_that_says_so(main, tm
 
 def test_in_bfloat16_few_texts_part_and_at_near_ties_alone():
     """50 held-out prompts, 32 tokens each. Here plain decoding has all prompts in one batch."""
-    model = GPT.from_pretrained(ROOT / "data/base", torch.bfloat16)
-    heads = MedusaHeads.from_pretrained(ROOT / "data/heads", torch.bfloat16)
-    tree, _ = pick_tree("8", model, heads, ROOT / "data/heads", Sampling(), [1])
-    rows, _ = read_shards(ROOT / "data/distilled", "validation-0.0.safetensors", 2048)
+    data = Path(sample.__file__).parent / "data"
+    model = GPT.from_pretrained(data / "base", torch.bfloat16)
+    heads = MedusaHeads.from_pretrained(data / "heads", torch.bfloat16)
+    tree, _ = pick_tree("8", model, heads, data / "heads", Sampling(), [1])
+    rows, _ = read_shards(data / "distilled", "validation-0.0.safetensors", 2048)
     prompts, gaps = rows[:50, :32].tolist(), []
     for prompt, text, new in zip(prompts, *sample_rows(model, prompts, 64, Sampling(), rng(0))):
         ours, _ = timed_run(sample.decode(model, heads, tree, prompt, 32, Sampling(), 0))
