@@ -343,7 +343,10 @@ class SharedGumbelNoise:
         self.generator, self.ahead = generator, []
 
     def at(self, depths: Sequence[int]) -> Tensor | None:
-        """Row i: the noise for the token after a node at depths[i], (N, V); None if greedy."""
+        """Row i: the noise for the token after depth depths[i], (N, V); None if greedy.
+
+        Depth 0 is the last token of the text: the root, or the end of the prompt.
+        """
         if self.greedy:
             return None
         # Made in the order of the text, whoever asks first.
@@ -418,6 +421,7 @@ def accept(
     # 1. What the base model says after each node: one sample, shared by all its children. With one
     #    sample for each child, children would be accepted too often.
     targets = sample(logits, sampling, noise)  # (N,)
+    # Both as lists, in one transfer from the device.
     guesses, targets = torch.stack((tokens, targets)).tolist()
 
     # 2. Does each node's guess pass at its parent? The root, node 0, is accepted already.
@@ -439,7 +443,8 @@ def accept(
         if passes[node] and parent in paths:
             paths[node] = paths[parent] + [node]
 
-    # 4. The longest path wins; of equally long ones (typical acceptance) the most likely.
+    # 4. The longest path wins; of equally long ones, which typical acceptance alone may find, the
+    #    most likely.
     path = max(paths.values(), key=lambda nodes: (len(nodes), sum(scores[i] for i in nodes)))
     return path, [guesses[node] for node in path[1:]] + [targets[path[-1]]]
 
@@ -453,7 +458,7 @@ class Step:
     tree: Tree  # of N nodes; plain decoding and the prompt have the root alone
     tokens: Tensor  # (N,) at the nodes
     path: list[int]  # the accepted nodes, the root first
-    hidden: Tensor  # (D,) what the heads read; if the tree is the root alone, the root's state
+    hidden: Tensor  # (D,) what the heads read; without heads, the state that `logits` are of
     logits: Tensor  # (N, V) of the base model after each node
     noise: Tensor | None  # (N, V), unless greedy
 
@@ -516,7 +521,8 @@ class TreeBuffers:
         ranks = torch.tensor(tree.ranks, device=like.device)  # (N,)
         self.index = 1 + (self.depths - 1) * self.n_guesses + ranks  # (N,)
         self.index[0] = 0
-        # Added to attention scores: 0 where a node may look, minus infinity where not.
+        # Added to attention scores: 0 where a node may look, minus infinity where not. Made for the
+        # longest past, of which any past is the end.
         seen = F.pad(tree.mask, (capacity, 0), value=True)  # (N, capacity + N)
         self.bias = torch.where(seen, 0.0, -math.inf).to(like)
 
@@ -526,14 +532,14 @@ class TreeBuffers:
         return self.bias[:, -width:].clone(memory_format=torch.contiguous_format)
 
 
-def propose(heads, lm_head, hidden: Tensor, root: int, buffers: TreeBuffers, sampling, noise):
+def propose(heads, heads_lm_head, hidden: Tensor, root: int, buffers: TreeBuffers, sampling, noise):
     """The tokens at the nodes, (N,): the root, and the heads' best guesses after it.
 
-    hidden (D,) is the state that predicted the root. lm_head: `heads.truncated(model.lm_head)`.
+    hidden (D,) is the state that predicted the root; noise: SharedGumbelNoise.
     """
-    logits = heads(hidden, lm_head)  # (K, V), or (K, v) of a truncated vocabulary
-    # Row k-1 is of head k: it guesses the token that the base samples after a node at depth k-1.
-    noise_ahead = noise.at(range(len(logits)))  # (K, V)
+    logits = heads(hidden, heads_lm_head)  # (K, V), or (K, v) of a truncated vocabulary
+    # Head k guesses the token at depth k. The base samples it with the noise after depth k-1.
+    noise_ahead = noise.at(range(len(logits)))  # (K, V): depths 0 to K-1
     scores = gumbel_scores(logits, sampling, noise_ahead, heads.token_map)  # (K, V), or (K, v)
     guesses = scores.topk(buffers.n_guesses).indices  # (K, n_guesses)
     if heads.token_map is not None:
@@ -556,8 +562,8 @@ def medusa_generate(
     if length == end:
         return
     lm_head, heads_lm_head = model.lm_head, heads.truncated(model.lm_head)
-    cache, eos_ids = model.new_cache(end + len(tree)), model.config.eos_ids
-    last = model.config.max_position_embeddings - 1
+    cache, eos_ids = model.new_cache(end + len(tree)), model.config.eos_ids  # text, then tree
+    last_position = model.config.max_position_embeddings - 1
     buffers = TreeBuffers(tree, end, like=lm_head.weight)
     noise = SharedGumbelNoise(model, sampling, generator)
 
@@ -568,20 +574,22 @@ def medusa_generate(
     emitted = sample(logits, sampling, noise_now).tolist()
     step = Step(emitted, ROOT_ONLY, tokens[-1:], [0], hidden, logits, noise_now)
     while True:
+        # The step that is done: at first the prompt's.
         check_sampled(emitted[-1], length, logits)
         yield step
         length, root = length + len(emitted), emitted[-1]
         noise.advance(len(emitted))
         if length == end or root in eos_ids:
             return
-        past = length - 1  # the cache holds all of the text but the root
+        past = length - 1  # rows in the cache: all of the text but the root
 
         # 1. Propose: the heads guess what follows the root; the tree arranges their guesses.
         tokens = propose(heads, heads_lm_head, hidden, root, buffers, sampling, noise)  # (N,)
 
-        # 2. Verify: one pass of the base model over all nodes, under tree attention. Nodes
-        #    beyond the context take its last position, and say nonsense: it is cut off below.
-        positions, mask = (buffers.depths + past).clamp(max=last), buffers.mask(past)
+        # 2. Verify: one pass of the base model over all nodes, under tree attention. Nodes beyond
+        #    the context take its last position: their words are cut off in 3, as all after `end`.
+        positions = (buffers.depths + past).clamp(max=last_position)  # (N,)
+        mask = buffers.mask(past)  # (N, past + N)
         states = model(tokens[None], positions, mask, cache)[0]  # (N, D)
         logits, noise_now = lm_head(states), noise.at(tree.depths)  # (N, V)
 

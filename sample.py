@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 
@@ -84,6 +84,7 @@ class SampleConfig:
         if self.prompt_file != "":
             return read_text(self.prompt_file)
         try:
+            # Bytes of the command line that are not UTF-8 are refused.
             return (self.chat or self.prompt).encode().decode()
         except UnicodeError as error:
             raise ValueError(f"the prompt is not UTF-8: {error}") from None
@@ -193,9 +194,13 @@ def step_costs(
             break
         for tree, seconds in times.items():
             steps = decode(endless, heads, tree, prompt, n, sampling, seed=0)
-            seconds += timed_run(islice(steps, 1 + STEPS))[1]
+            seconds += timed_run(islice(steps, 1 + STEPS))[1]  # without the prompt's
     # Noise only adds: the minimum counts. And a larger tree cannot cost less.
-    return dict(zip(map(len, times), accumulate(map(min, times.values()), max)))
+    costs, most = {}, 0.0
+    for tree, seconds in times.items():
+        most = max(most, min(seconds))
+        costs[len(tree)] = most
+    return costs
 
 
 def pick_tree(
@@ -311,9 +316,9 @@ def open_heads(config: SampleConfig, model: GPT, prompt: list[int]):
     """(heads, tree, where the tree comes from); (None, ROOT_ONLY, what to do) without heads."""
     # Heads are in data/heads for the shipped base, and in the directory of any other.
     directory = Path("data" if config.base == SHIPPED_BASE else config.base, "heads")
-    # Decode plainly without them, unless a flag is of Medusa decoding: then it fails below.
-    no_flags = (config.heads, config.tree, config.trace) == ("", "auto", "")
-    if no_flags and not directory.exists():
+    # Decode plainly without them, unless a flag asks for Medusa decoding: then it fails below.
+    is_asked = config.heads != "" or config.tree != "auto" or config.trace != ""
+    if not is_asked and not directory.exists():
         flags = f"--mode medusa1 --base {config.base} --out {directory}"
         return None, ROOT_ONLY, f"no heads; python train.py {flags} trains some"
     path, weight = Path(config.heads or directory), model.lm_head.weight

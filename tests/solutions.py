@@ -174,7 +174,7 @@ WRONG = {
         "EOS does not end": ("after EOS", ENDS, "if length == end:"),
         "steps counted for tokens": ("tokens are counted and not steps", "while True:",
                                      "for _ in range(max_new_tokens):", ENDS, ENDS[:3] + ENDS[20:]),
-        "beyond the context": (NO_POSITION, ".clamp(max=last)", ""),
+        "beyond the context": (NO_POSITION, ".clamp(max=last_position)", ""),
         "beyond the end": ("after the end is cut off", AT_EOS, AT_EOS.replace(ROOM, "")),
         "heads at every node": ("ran at several nodes", "        tokens = propose(",
             "        heads(hidden.repeat(2), lm_head)\n        tokens = propose("),
