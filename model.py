@@ -89,8 +89,8 @@ ROPE_SCALING = {
 }
 
 
-def rotary_table(config: ModelConfig) -> Tensor:
-    """cos and signed sin of every position's angles: (max_position_embeddings, 2, 1, hs)."""
+def rotary_table(config: ModelConfig, positions: int = 4096) -> Tensor:
+    """cos and signed sin of the angles of the context's first positions: (positions, 2, 1, hs)."""
     # The angle by which one position turns pair i is theta^(-2i/hs).
     half = config.head_size // 2
     inv_freq = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)  # (hs/2,)
@@ -105,8 +105,8 @@ def rotary_table(config: ModelConfig) -> Tensor:
             smooth = ((smooth - low) / (high - low)).clamp(0, 1)
         inv_freq = torch.lerp(inv_freq / scaling["factor"], inv_freq, smooth)
     # The minus of the first half of a rotation is put into the table's sin.
-    positions = torch.arange(config.max_position_embeddings, dtype=torch.float64)
-    angle = torch.outer(positions, inv_freq)  # (positions, hs/2)
+    end = min(positions, config.max_position_embeddings)
+    angle = torch.outer(torch.arange(end, dtype=torch.float64), inv_freq)  # (positions, hs/2)
     cos = torch.cat((angle.cos(), angle.cos()), dim=-1)
     sin = torch.cat((-angle.sin(), angle.sin()), dim=-1)
     return torch.stack((cos, sin), dim=1).unsqueeze(2).to(torch.get_default_dtype())
@@ -211,18 +211,22 @@ class GPT(nn.Module):
     def forward(self, tokens, positions=None, mask=None, cache: KVCache | None = None) -> Tensor:
         """tokens (B, T) long -> hidden (B, T, D).
 
-        positions  (T,) or (B, T) long; default S, S+1, ... after what the cache holds.
+        positions  (T,) or (B, T) long, below the cache's capacity; default S, S+1, ...
         mask       (T, S+T): bool, True where a token may look, or a float to add to the scores.
         cache      read, written and advanced by T.
         ValueError if the cache, or, without `positions`, the context, has no room for T tokens.
         """
-        T, context = tokens.shape[1], len(self.rotary)
-        S = 0 if cache is None else cache.length
+        T, context = tokens.shape[1], self.config.max_position_embeddings
+        S, end = 0, (T if positions is None else context)
         if cache is not None:
-            check(S + T <= cache.capacity, f"cache of {cache.capacity}: {S} + {T} do not fit")
+            S, end = cache.length, cache.capacity
+            check(S + T <= end, f"cache of {end}: {S} + {T} do not fit")
         if positions is None:
             check(S + T <= context, f"context of {context}: {S} + {T} do not fit")
             positions = torch.arange(S, S + T, device=tokens.device)
+        # The rotary table of a long context grows to where these positions may end.
+        if len(self.rotary) < min(end, context):
+            self.rotary = rotary_table(self.config, end).to(self.rotary)
         # After a cached past, token i sees all of it, and the new tokens up to i.
         if mask is None and S > 0 and T > 1:
             mask = torch.ones(T, S + T, dtype=torch.bool, device=tokens.device).tril(S)
