@@ -249,17 +249,19 @@ class GPT(nn.Module):
 
     def load_tensors(self, disk: dict[str, Tensor], where) -> None:
         """Make the tensors of a Llama directory the weights; ValueError names one that is wrong."""
-        ours = self.tensors()
-        # Some files also hold rotary tables or a tied LM head, which say nothing new.
-        extra = ("rotary_emb.inv_freq", "lm_head.weight")
-        disk = {n: t for n, t in disk.items() if n in ours or not n.endswith(extra)}
+        ours, tied = self.tensors(), self.config.tie_word_embeddings
+        # Some files also hold rotary tables, which say nothing new, or a tied LM head.
+        disk = {n: t for n, t in disk.items() if not n.endswith("rotary_emb.inv_freq")}
+        head = disk.pop("lm_head.weight", None) if tied else None
         for name in sorted(ours.keys() | disk.keys()):
             here, there = (tuple(t[name].shape) if name in t else "missing" for t in (ours, disk))
             check(here == there, f"{where}: {name} is {there} in the file, {here} in the model")
         state = {name.removeprefix("model."): t for name, t in disk.items()}
         self.load_state_dict(state, strict=False, assign=True)
-        if self.config.tie_word_embeddings:
+        if tied:
             self.lm_head.weight = self.embed_tokens.weight
+            same = head is None or torch.equal(head, self.lm_head.weight)
+            check(same, f"{where}: lm_head.weight differs: tie_word_embeddings must be false")
 
     def save_pretrained(self, directory, dtype: torch.dtype | None = None) -> None:
         """Write config.json and model.safetensors in the Hugging Face layout, each atomically."""
