@@ -280,6 +280,9 @@ class GPT(nn.Module):
         # On "meta" the weights, which are to be replaced, take no memory and no time.
         with torch.device("meta"):
             model = cls(config)
+        for name, t in disk.items():
+            is_wide = t.is_floating_point() and t.element_size() > 1
+            check(is_wide, f"{directory}: {name} is {t.dtype}: must be dequantized first")
         # What was read is a mapped file, in which tensors are not aligned: they are copied.
         disk = {name: t.to(device, dtype, copy=True) for name, t in disk.items()}
         model.load_tensors(disk, directory)
@@ -289,18 +292,19 @@ class GPT(nn.Module):
 
 # ---- the files of a Llama directory ----
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """model.safetensors, or else the shards that model.safetensors.index.json names."""
-    index = directory / "model.safetensors.index.json"
-    if (directory / "model.safetensors").exists() or not index.exists():
-        return read_safetensors(directory / "model.safetensors")
+    """Of the first file that is there, or of all the files (shards) that an index names."""
+    names = ["model.safetensors", "model.safetensors.index.json"]
+    names += ["pytorch_model.bin", "pytorch_model.bin.index.json"]
+    index = directory / next((name for name in names if (directory / name).exists()), names[0])
+    if index.suffix != ".json":
+        return read_tensors(index)
     weight_map = read_json(index).get("weight_map")
     shards: list = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
     named = all(isinstance(shard, str) and Path(shard).name == shard for shard in shards)
     check(named, f"{index}: weight_map must name a file of this directory for each tensor")
-    weights = {}
-    for shard in set(shards):
-        weights |= read_safetensors(directory / shard)
-    return weights
+    parts = {shard: read_tensors(directory / shard) for shard in set(shards)}
+    with naming_errors(index):
+        return {name: parts[shard][name] for name, shard in zip(weight_map, shards)}
 
 
 # The only values of these fields that are built here.
@@ -426,6 +430,15 @@ def read_pickle(path: Path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:
         raise ValueError(f"{path} cannot be read as tensors: missing, or damaged") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors, by name, of a safetensors file or of one that torch.save wrote."""
+    disk = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    tensors = disk.values() if isinstance(disk, dict) else [None]
+    plain = all(isinstance(t, Tensor) and t.is_cpu and t.layout is torch.strided for t in tensors)
+    check(plain and set(map(type, disk)) <= {str}, f"{path} holds no tensors by name")
+    return disk
 
 
 def write_atomically(path: Path, write) -> None:
