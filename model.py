@@ -40,7 +40,7 @@ class ModelConfig:
     eos_token_id: int | list[int] | None = 2
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
     rope_scaling: dict | None = None
-    model_type: str = "llama"  # or qwen2: queries, keys and values have biases
+    model_type: str = "llama"  # or qwen2: q, k and v have biases; or qwen3: q and k have norms
 
     def __post_init__(self):
         check_config(self)
@@ -123,14 +123,22 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, self.nkv * self.hs, bias=bias)
         self.v_proj = nn.Linear(D, self.nkv * self.hs, bias=bias)
         self.o_proj = nn.Linear(self.nh * self.hs, D, bias=False)
+        self.has_norms = config.model_type == "qwen3"
+        if self.has_norms:
+            self.q_norm = nn.RMSNorm(self.hs, config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(self.hs, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos, sin, mask, cache) -> Tensor:
         """x (B, T, D) -> (B, T, D); cos and sin ([B,] T, 1, hs); mask (T, S+T), or None if S = 0
         or T = 1; cache (2, B, nkv, S+T, hs): keys and values, the last T to be written; or None."""
         B, T, _ = x.shape
         nh, nkv, hs = self.nh, self.nkv, self.hs
-        # Rotate queries and keys at once: dimensions i and i + hs/2 of a head turn together.
         qk = torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1).view(B, T, nh + nkv, hs)
+        # Qwen3 normalises each head's query and key: the scores stay small.
+        if self.has_norms:
+            q, k = qk.split_with_sizes((nh, nkv), dim=2)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
+        # Rotate queries and keys at once: dimensions i and i + hs/2 of a head turn together.
         qk = torch.addcmul(qk * cos, qk.roll(hs // 2, dims=-1), sin).transpose(1, 2)
         q, k = qk.split_with_sizes((nh, nkv), dim=1)  # (B, nh, T, hs), (B, nkv, T, hs)
         v = self.v_proj(x).view(B, T, nkv, hs).transpose(1, 2)  # (B, nkv, T, hs)
