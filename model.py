@@ -84,6 +84,7 @@ class KVCache:
 
 # Kinds of rope_scaling, and the numbers that each needs.
 ROPE_SCALING = {
+    "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
@@ -282,7 +283,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory, dtype=torch.float32, device=None) -> "GPT":
-        """Open a directory of the family: llama, mistral, qwen2. ValueError: file and field."""
+        """Open a directory of one of FAMILY's kinds. ValueError names file and field."""
         config = read_config(Path(directory) / "config.json")
         disk = read_weights(Path(directory))
         # On "meta" the weights, which are to be replaced, take no memory and no time.
@@ -316,22 +317,24 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
 
 
 # The only values of these fields that are built here.
+FAMILY = "llama", "mistral", "qwen2", "qwen3"
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 UNUSED = {"partial_rotary_factor": 1, "quantization_config": None}
+ROPE_FIELDS = "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"
 
 
 def read_config(path: Path) -> ModelConfig:
     """config.json -> ModelConfig; ValueError, naming file and field, for what is not supported."""
-    raw = {"model_type": "llama", "tie_word_embeddings": False, "rope_theta": 10000.0}
-    raw |= {"head_dim": None} | read_json(path)
-    raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
+    raw = {"model_type": "llama", "tie_word_embeddings": False} | read_json(path)
     kind = raw["model_type"]
-    if kind == "qwen2":
+    raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
+    raw.setdefault("head_dim", 128 if kind == "qwen3" else None)
+    if kind in ("qwen2", "qwen3"):
         # It may leave these out, and does not use the window that it names unless it says so.
         raw = {"bos_token_id": None, "eos_token_id": None, "use_sliding_window": False} | raw
     with naming_errors(path):
-        check(kind in ("llama", "mistral", "qwen2"), f"model_type = {kind!r}: unsupported")
-        raw |= read_rope(raw) | {"model_type": "qwen2" if kind == "qwen2" else "llama"}
+        check(kind in FAMILY, f"model_type = {kind!r}: must be one of {', '.join(FAMILY)}")
+        raw |= read_rope(raw) | {"model_type": "llama" if kind == "mistral" else kind}
         for name, value in (FIXED | UNUSED).items():
             check(raw.get(name) in (None, value), f"{name} = {raw.get(name)!r}: unsupported")
         # In a context no longer than the sliding window, the window hides nothing.
@@ -346,16 +349,25 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def read_rope(raw: dict) -> dict:
-    """The rotary settings of a config; newer transformers write all of them to rope_parameters."""
-    name = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
-    rope = raw.get(name) or {}
-    check(isinstance(rope, dict), f"{name} = {rope!r}: must be an object")
-    # Older files call the kind `type`.
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    check(kind in ("default", *ROPE_SCALING), f"{name}.rope_type = {kind!r}: unsupported")
-    found = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
-    scaling = {"rope_type": kind} | {key: rope.get(key) for key in ROPE_SCALING.get(kind, ())}
-    return found | {"rope_scaling": None if kind == "default" else scaling}
+    """The rotary settings of a config, wherever they are; what is said twice must agree."""
+    said = {name: raw[name] for name in ROPE_FIELDS if name in raw}
+    for place in ("rope_scaling", "rope_parameters"):
+        inner = raw.get(place) or {}
+        check(isinstance(inner, dict), f"{place} = {inner!r}: must be an object")
+        said |= {f"{place}.{key}": value for key, value in inner.items()}
+    rope, names = {}, {}
+    for name, value in said.items():
+        # Older files call the kind `type`.
+        key = "rope_type" if name.endswith(".type") else name.rpartition(".")[2]
+        other, earlier = names.setdefault(key, name), rope.setdefault(key, value)
+        check(value == earlier, f"{other} = {earlier!r}: but {name} = {value!r}; keep one")
+    kind = rope.get("rope_type", "default")
+    check(kind in list(ROPE_SCALING), f"{names.get('rope_type')} = {kind!r}: unsupported")
+    known = ("rope_type", *ROPE_FIELDS, *ROPE_SCALING[kind])
+    for key, name in names.items():
+        check(key in known, f"{name} = {rope[key]!r}: unsupported with rope_type = {kind!r}")
+    scaling = {"rope_type": kind} | {key: rope.get(key) for key in ROPE_SCALING[kind]}
+    return {"rope_theta": 10000.0} | rope | {"rope_scaling": scaling if len(scaling) > 1 else None}
 
 
 def config_of(kind, raw: dict, path: Path):
