@@ -341,6 +341,9 @@ def read_config(path: Path) -> ModelConfig:
         window = raw.get("sliding_window") if raw.get("use_sliding_window", True) else None
         fits = window is None or (type(window) is int and window > 0)
         check(fits, f"sliding_window = {window!r}: must be a whole number above 0, or null")
+        layers = raw.get("layer_types") or []
+        full = isinstance(layers, list) and all(layer == "full_attention" for layer in layers)
+        check(full or window is not None, f"layer_types = {str(layers)[:40]}: unsupported")
     config: ModelConfig = config_of(ModelConfig, raw, path)
     if config.head_dim == config.hidden_size / config.num_attention_heads:
         config = replace(config, head_dim=None)
@@ -398,8 +401,8 @@ def check_config(config: ModelConfig) -> None:
     numbers = {"rms_norm_eps": config.rms_norm_eps, "rope_theta": config.rope_theta}
     numbers |= {name: rope.get(name) for name in ROPE_SCALING.get(rope.get("rope_type", ""), ())}
     for name, value in numbers.items():
-        is_number = type(value) in (int, float) and 0 < value < math.inf
-        check(is_number, f"{name} = {value!r}: must be a number above 0")
+        is_number = type(value) in (int, float) and 0 < value < 1 << 63
+        check(is_number, f"{name} = {value!r}: must be a number above 0, below 2^63")
     low, high = rope.get("low_freq_factor", 0), rope.get("high_freq_factor", math.inf)
     check(low < high, f"high_freq_factor = {high}: must be above low_freq_factor = {low}")
     for name, ids in (("bos_token_id", [config.bos_token_id]), ("eos_token_id", config.eos_ids)):
