@@ -345,10 +345,16 @@ def read_config(path: Path) -> ModelConfig:
         full = isinstance(layers, list) and all(layer == "full_attention" for layer in layers)
         check(full or window is not None, f"layer_types = {str(layers)[:40]}: unsupported")
     config: ModelConfig = config_of(ModelConfig, raw, path)
+    # Other tokens that end a text may be in generation_config.json alone.
+    other = path.with_name("generation_config.json")
+    more = read_json(other).get("eos_token_id") if other.exists() else None
+    with naming_errors(other):
+        ends = [*dict.fromkeys(config.eos_ids + replace(config, eos_token_id=more).eos_ids)]
+    eos = ends if len(ends) > 1 else (ends or [None])[0]
     if config.head_dim == config.hidden_size / config.num_attention_heads:
         config = replace(config, head_dim=None)
-    context = config.max_position_embeddings
-    return replace(config, max_position_embeddings=min(window or context, context))
+    context = min(window or math.inf, config.max_position_embeddings)
+    return replace(config, max_position_embeddings=context, eos_token_id=eos)
 
 
 def read_rope(raw: dict) -> dict:
