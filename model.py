@@ -343,7 +343,7 @@ def read_config(path: Path) -> ModelConfig:
         check(fits, f"sliding_window = {window!r}: must be a whole number above 0, or null")
         layers = raw.get("layer_types") or []
         full = isinstance(layers, list) and all(layer == "full_attention" for layer in layers)
-        check(full or window is not None, f"layer_types = {str(layers)[:40]}: unsupported")
+        check(full or window is not None, f"layer_types = {str(layers)[:40]}: no sliding_window")
     config: ModelConfig = config_of(ModelConfig, raw, path)
     # Other tokens that end a text may be in generation_config.json alone.
     other = path.with_name("generation_config.json")
