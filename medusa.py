@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import GPT, check, check_sizes, config_of, read_json, read_pickle, read_safetensors
-from model import read_weights, write_json, write_safetensors
+from model import GPT, check, check_sizes, config_of, read_json, read_tensors, read_weights
+from model import write_json, write_safetensors
 from tree import ROOT_ONLY, Tree
 
 
@@ -162,9 +162,7 @@ class MedusaHeads(nn.Module):
         tokens. Raises ValueError, naming file and tensor.
         """
         path = Path(path)
-        disk = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
-        is_table = isinstance(disk, dict) and all(isinstance(t, Tensor) for t in disk.values())
-        check(is_table, f"{path} holds no tensors by name")
+        disk = read_tensors(path)
         # The names tell how many heads there are, and how many layers each has.
         K = sum(name.endswith(".0.linear.weight") for name in disk)
         J = sum(name.startswith("0.") and name.endswith(".linear.weight") for name in disk)

@@ -40,7 +40,7 @@ class ModelConfig:
     eos_token_id: int | list[int] | None = 2
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
     rope_scaling: dict | None = None
-    model_type: str = "llama"  # or qwen2: queries, keys and values have biases
+    model_type: str = "llama"  # or qwen2: q, k and v have biases; or qwen3: q and k have norms
 
     def __post_init__(self):
         check_config(self)
@@ -84,13 +84,14 @@ class KVCache:
 
 # Kinds of rope_scaling, and the numbers that each needs.
 ROPE_SCALING = {
+    "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
 
-def rotary_table(config: ModelConfig) -> Tensor:
-    """cos and signed sin of every position's angles: (max_position_embeddings, 2, 1, hs)."""
+def rotary_table(config: ModelConfig, positions: int = 4096) -> Tensor:
+    """cos and signed sin of the angles of the context's first positions: (positions, 2, 1, hs)."""
     # The angle by which one position turns pair i is theta^(-2i/hs).
     half = config.head_size // 2
     inv_freq = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)  # (hs/2,)
@@ -105,8 +106,8 @@ def rotary_table(config: ModelConfig) -> Tensor:
             smooth = ((smooth - low) / (high - low)).clamp(0, 1)
         inv_freq = torch.lerp(inv_freq / scaling["factor"], inv_freq, smooth)
     # The minus of the first half of a rotation is put into the table's sin.
-    positions = torch.arange(config.max_position_embeddings, dtype=torch.float64)
-    angle = torch.outer(positions, inv_freq)  # (positions, hs/2)
+    end = min(positions, config.max_position_embeddings)
+    angle = torch.outer(torch.arange(end, dtype=torch.float64), inv_freq)  # (positions, hs/2)
     cos = torch.cat((angle.cos(), angle.cos()), dim=-1)
     sin = torch.cat((-angle.sin(), angle.sin()), dim=-1)
     return torch.stack((cos, sin), dim=1).unsqueeze(2).to(torch.get_default_dtype())
@@ -123,14 +124,22 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, self.nkv * self.hs, bias=bias)
         self.v_proj = nn.Linear(D, self.nkv * self.hs, bias=bias)
         self.o_proj = nn.Linear(self.nh * self.hs, D, bias=False)
+        self.has_norms = config.model_type == "qwen3"
+        if self.has_norms:
+            self.q_norm = nn.RMSNorm(self.hs, config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(self.hs, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos, sin, mask, cache) -> Tensor:
         """x (B, T, D) -> (B, T, D); cos and sin ([B,] T, 1, hs); mask (T, S+T), or None if S = 0
         or T = 1; cache (2, B, nkv, S+T, hs): keys and values, the last T to be written; or None."""
         B, T, _ = x.shape
         nh, nkv, hs = self.nh, self.nkv, self.hs
-        # Rotate queries and keys at once: dimensions i and i + hs/2 of a head turn together.
         qk = torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1).view(B, T, nh + nkv, hs)
+        # Qwen3 normalises each head's query and key: the scores stay small.
+        if self.has_norms:
+            q, k = qk.split_with_sizes((nh, nkv), dim=2)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
+        # Rotate queries and keys at once: dimensions i and i + hs/2 of a head turn together.
         qk = torch.addcmul(qk * cos, qk.roll(hs // 2, dims=-1), sin).transpose(1, 2)
         q, k = qk.split_with_sizes((nh, nkv), dim=1)  # (B, nh, T, hs), (B, nkv, T, hs)
         v = self.v_proj(x).view(B, T, nkv, hs).transpose(1, 2)  # (B, nkv, T, hs)
@@ -211,18 +220,22 @@ class GPT(nn.Module):
     def forward(self, tokens, positions=None, mask=None, cache: KVCache | None = None) -> Tensor:
         """tokens (B, T) long -> hidden (B, T, D).
 
-        positions  (T,) or (B, T) long; default S, S+1, ... after what the cache holds.
+        positions  (T,) or (B, T) long, below the cache's capacity; default S, S+1, ...
         mask       (T, S+T): bool, True where a token may look, or a float to add to the scores.
         cache      read, written and advanced by T.
         ValueError if the cache, or, without `positions`, the context, has no room for T tokens.
         """
-        T, context = tokens.shape[1], len(self.rotary)
-        S = 0 if cache is None else cache.length
+        T, context = tokens.shape[1], self.config.max_position_embeddings
+        S, end = 0, (T if positions is None else context)
         if cache is not None:
-            check(S + T <= cache.capacity, f"cache of {cache.capacity}: {S} + {T} do not fit")
+            S, end = cache.length, cache.capacity
+            check(S + T <= end, f"cache of {end}: {S} + {T} do not fit")
         if positions is None:
             check(S + T <= context, f"context of {context}: {S} + {T} do not fit")
             positions = torch.arange(S, S + T, device=tokens.device)
+        # The rotary table of a long context grows to where these positions may end.
+        if len(self.rotary) < min(end, context):
+            self.rotary = rotary_table(self.config, end).to(self.rotary)
         # After a cached past, token i sees all of it, and the new tokens up to i.
         if mask is None and S > 0 and T > 1:
             mask = torch.ones(T, S + T, dtype=torch.bool, device=tokens.device).tril(S)
@@ -245,17 +258,19 @@ class GPT(nn.Module):
 
     def load_tensors(self, disk: dict[str, Tensor], where) -> None:
         """Make the tensors of a Llama directory the weights; ValueError names one that is wrong."""
-        ours = self.tensors()
-        # Some files also hold rotary tables or a tied LM head, which say nothing new.
-        extra = ("rotary_emb.inv_freq", "lm_head.weight")
-        disk = {n: t for n, t in disk.items() if n in ours or not n.endswith(extra)}
+        ours, tied = self.tensors(), self.config.tie_word_embeddings
+        # Some files also hold rotary tables, which say nothing new, or a tied LM head.
+        disk = {n: t for n, t in disk.items() if not n.endswith("rotary_emb.inv_freq")}
+        head = disk.pop("lm_head.weight", None) if tied else None
         for name in sorted(ours.keys() | disk.keys()):
             here, there = (tuple(t[name].shape) if name in t else "missing" for t in (ours, disk))
             check(here == there, f"{where}: {name} is {there} in the file, {here} in the model")
         state = {name.removeprefix("model."): t for name, t in disk.items()}
         self.load_state_dict(state, strict=False, assign=True)
-        if self.config.tie_word_embeddings:
+        if tied:
             self.lm_head.weight = self.embed_tokens.weight
+            same = head is None or torch.equal(head, self.lm_head.weight)
+            check(same, f"{where}: lm_head.weight differs: tie_word_embeddings must be false")
 
     def save_pretrained(self, directory, dtype: torch.dtype | None = None) -> None:
         """Write config.json and model.safetensors in the Hugging Face layout, each atomically."""
@@ -268,12 +283,15 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory, dtype=torch.float32, device=None) -> "GPT":
-        """Open a directory of the family: llama, mistral, qwen2. ValueError: file and field."""
+        """Open a directory of one of FAMILY's kinds. ValueError names file and field."""
         config = read_config(Path(directory) / "config.json")
         disk = read_weights(Path(directory))
         # On "meta" the weights, which are to be replaced, take no memory and no time.
         with torch.device("meta"):
             model = cls(config)
+        for name, t in disk.items():
+            is_wide = t.is_floating_point() and t.element_size() > 1
+            check(is_wide, f"{directory}: {name} is {t.dtype}: must be dequantized first")
         # What was read is a mapped file, in which tensors are not aligned: they are copied.
         disk = {name: t.to(device, dtype, copy=True) for name, t in disk.items()}
         model.load_tensors(disk, directory)
@@ -283,61 +301,82 @@ class GPT(nn.Module):
 
 # ---- the files of a Llama directory ----
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """model.safetensors, or else the shards that model.safetensors.index.json names."""
-    index = directory / "model.safetensors.index.json"
-    if (directory / "model.safetensors").exists() or not index.exists():
-        return read_safetensors(directory / "model.safetensors")
+    """Of the first file that is there, or of all the files (shards) that an index names."""
+    names = ["model.safetensors", "model.safetensors.index.json"]
+    names += ["pytorch_model.bin", "pytorch_model.bin.index.json"]
+    index = directory / next((name for name in names if (directory / name).exists()), names[0])
+    if index.suffix != ".json":
+        return read_tensors(index)
     weight_map = read_json(index).get("weight_map")
     shards: list = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
     named = all(isinstance(shard, str) and Path(shard).name == shard for shard in shards)
     check(named, f"{index}: weight_map must name a file of this directory for each tensor")
-    weights = {}
-    for shard in set(shards):
-        weights |= read_safetensors(directory / shard)
-    return weights
+    parts = {shard: read_tensors(directory / shard) for shard in set(shards)}
+    with naming_errors(index):
+        return {name: parts[shard][name] for name, shard in zip(weight_map, shards)}
 
 
 # The only values of these fields that are built here.
+FAMILY = "llama", "mistral", "qwen2", "qwen3"
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 UNUSED = {"partial_rotary_factor": 1, "quantization_config": None}
+ROPE_FIELDS = "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"
 
 
 def read_config(path: Path) -> ModelConfig:
     """config.json -> ModelConfig; ValueError, naming file and field, for what is not supported."""
-    raw = {"model_type": "llama", "tie_word_embeddings": False, "rope_theta": 10000.0}
-    raw |= {"head_dim": None} | read_json(path)
-    raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
+    raw = {"model_type": "llama", "tie_word_embeddings": False} | read_json(path)
     kind = raw["model_type"]
-    if kind == "qwen2":
+    raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
+    raw.setdefault("head_dim", 128 if kind == "qwen3" else None)
+    if kind in ("qwen2", "qwen3"):
         # It may leave these out, and does not use the window that it names unless it says so.
         raw = {"bos_token_id": None, "eos_token_id": None, "use_sliding_window": False} | raw
     with naming_errors(path):
-        check(kind in ("llama", "mistral", "qwen2"), f"model_type = {kind!r}: unsupported")
-        raw |= read_rope(raw) | {"model_type": "qwen2" if kind == "qwen2" else "llama"}
+        check(kind in FAMILY, f"model_type = {kind!r}: must be one of {', '.join(FAMILY)}")
+        raw |= read_rope(raw) | {"model_type": "llama" if kind == "mistral" else kind}
         for name, value in (FIXED | UNUSED).items():
             check(raw.get(name) in (None, value), f"{name} = {raw.get(name)!r}: unsupported")
         # In a context no longer than the sliding window, the window hides nothing.
         window = raw.get("sliding_window") if raw.get("use_sliding_window", True) else None
         fits = window is None or (type(window) is int and window > 0)
         check(fits, f"sliding_window = {window!r}: must be a whole number above 0, or null")
+        layers = raw.get("layer_types") or []
+        full = isinstance(layers, list) and all(layer == "full_attention" for layer in layers)
+        check(full or window is not None, f"layer_types = {str(layers)[:40]}: no sliding_window")
     config: ModelConfig = config_of(ModelConfig, raw, path)
+    # Other tokens that end a text may be in generation_config.json alone.
+    other = path.with_name("generation_config.json")
+    more = read_json(other).get("eos_token_id") if other.exists() else None
+    with naming_errors(other):
+        ends = [*dict.fromkeys(config.eos_ids + replace(config, eos_token_id=more).eos_ids)]
+    eos = ends if len(ends) > 1 else (ends or [None])[0]
     if config.head_dim == config.hidden_size / config.num_attention_heads:
         config = replace(config, head_dim=None)
-    context = config.max_position_embeddings
-    return replace(config, max_position_embeddings=min(window or context, context))
+    context = min(window or math.inf, config.max_position_embeddings)
+    return replace(config, max_position_embeddings=context, eos_token_id=eos)
 
 
 def read_rope(raw: dict) -> dict:
-    """The rotary settings of a config; newer transformers write all of them to rope_parameters."""
-    name = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
-    rope = raw.get(name) or {}
-    check(isinstance(rope, dict), f"{name} = {rope!r}: must be an object")
-    # Older files call the kind `type`.
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    check(kind in ("default", *ROPE_SCALING), f"{name}.rope_type = {kind!r}: unsupported")
-    found = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
-    scaling = {"rope_type": kind} | {key: rope.get(key) for key in ROPE_SCALING.get(kind, ())}
-    return found | {"rope_scaling": None if kind == "default" else scaling}
+    """The rotary settings of a config, wherever they are; what is said twice must agree."""
+    said = {name: raw[name] for name in ROPE_FIELDS if name in raw}
+    for place in ("rope_scaling", "rope_parameters"):
+        inner = raw.get(place) or {}
+        check(isinstance(inner, dict), f"{place} = {inner!r}: must be an object")
+        said |= {f"{place}.{key}": value for key, value in inner.items()}
+    rope, names = {}, {}
+    for name, value in said.items():
+        # Older files call the kind `type`.
+        key = "rope_type" if name.endswith(".type") else name.rpartition(".")[2]
+        other, earlier = names.setdefault(key, name), rope.setdefault(key, value)
+        check(value == earlier, f"{other} = {earlier!r}: but {name} = {value!r}; keep one")
+    kind = rope.get("rope_type", "default")
+    check(kind in list(ROPE_SCALING), f"{names.get('rope_type')} = {kind!r}: unsupported")
+    known = ("rope_type", *ROPE_FIELDS, *ROPE_SCALING[kind])
+    for key, name in names.items():
+        check(key in known, f"{name} = {rope[key]!r}: unsupported with rope_type = {kind!r}")
+    scaling = {"rope_type": kind} | {key: rope.get(key) for key in ROPE_SCALING[kind]}
+    return {"rope_theta": 10000.0} | rope | {"rope_scaling": scaling if len(scaling) > 1 else None}
 
 
 def config_of(kind, raw: dict, path: Path):
@@ -368,8 +407,8 @@ def check_config(config: ModelConfig) -> None:
     numbers = {"rms_norm_eps": config.rms_norm_eps, "rope_theta": config.rope_theta}
     numbers |= {name: rope.get(name) for name in ROPE_SCALING.get(rope.get("rope_type", ""), ())}
     for name, value in numbers.items():
-        is_number = type(value) in (int, float) and 0 < value < math.inf
-        check(is_number, f"{name} = {value!r}: must be a number above 0")
+        is_number = type(value) in (int, float) and 0 < value < 1 << 63
+        check(is_number, f"{name} = {value!r}: must be a number above 0, below 2^63")
     low, high = rope.get("low_freq_factor", 0), rope.get("high_freq_factor", math.inf)
     check(low < high, f"high_freq_factor = {high}: must be above low_freq_factor = {low}")
     for name, ids in (("bos_token_id", [config.bos_token_id]), ("eos_token_id", config.eos_ids)):
@@ -420,6 +459,15 @@ def read_pickle(path: Path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:
         raise ValueError(f"{path} cannot be read as tensors: missing, or damaged") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors, by name, of a safetensors file or of one that torch.save wrote."""
+    disk = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    tensors = disk.values() if isinstance(disk, dict) else [None]
+    plain = all(isinstance(t, Tensor) and t.is_cpu and t.layout is torch.strided for t in tensors)
+    check(plain and set(map(type, disk)) <= {str}, f"{path} holds no tensors by name")
+    return disk
 
 
 def write_atomically(path: Path, write) -> None:

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from safetensors import safe_open
 
 from data.command import optional
-from model import GPT, check, read_json, write_atomically
+from model import GPT, check, read_json, read_weights, write_atomically
 
 SHIPPED_BASE = "data/base"
 META_SPACE = "\u2581"  # SentencePiece's sign for a space: the character itself goes in as bytes
@@ -166,8 +165,7 @@ def load_base(directory, dtype=torch.float32, device=None) -> tuple[AnyTokenizer
 
 def disk_dtype(directory) -> torch.dtype:
     """The dtype of a base's weights on disk."""
-    with safe_open(min(Path(directory).glob("model*.safetensors")), "pt") as file:
-        return file.get_tensor(next(iter(file.keys()))).dtype
+    return read_weights(Path(directory))["model.embed_tokens.weight"].dtype
 
 
 def copy_tokenizer(source, target) -> None:

@@ -6,11 +6,10 @@ from pathlib import Path
 import torch
 from hypothesis import strategies as st
 
+from medusa import generate
 from model import write_safetensors
 
 VOCABULARY, CONTEXT = 11, 24
-
-
 ROPES = [{"rope_type": "default"}, {"rope_type": "linear", "factor": 4.0}]
 for factor, low, high, context in ((8.0, 1.0, 4.0, 16), (2.0, 0.5, 9.0, 8)):
     rope = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
@@ -43,7 +42,7 @@ def fields(
 @st.composite
 def checkpoints(draw) -> tuple[str, dict]:
     """model_type and fields."""
-    kind = draw(st.sampled_from(("llama", "mistral", "qwen2")))
+    kind = draw(st.sampled_from(("llama", "mistral", "qwen2", "qwen3")))
     nkv, group, token = draw(st.integers(1, 3)), draw(st.integers(1, 3)), st.integers(0, 10)
     # transformers wants a width that is a multiple of the heads.
     width = draw(st.none() | st.integers(1, 9).map(lambda size: size * nkv * group))
@@ -87,6 +86,10 @@ def write_checkpoint(directory: Path, kind: str, made_with: dict, dtype=torch.fl
         state.pop("lm_head.weight", None)
     model.load_state_dict(fill(state), strict=False)
     model.to(dtype).save_pretrained(directory, max_shard_size=shard)
+
+
+def plain_text(model, prompt: list[int], n: int) -> list[int]:
+    return [token for step in generate(model, prompt, n) for token in step.emitted]
 
 
 def write_recorded(directory: Path, case: dict) -> None:

@@ -27,6 +27,8 @@ CASES = [
     ("mistral", fields(group=3, width=9, window=9)),
     ("qwen2", fields(nkv=2, group=1, tied=True, rope=ROPES[3])),
     ("qwen2", fields(half=4, eps=0.1, eos=5)),
+    ("qwen3", fields(nkv=2, width=12, tied=True, eos=[9, 4])),
+    ("qwen3", fields(half=3, eps=0.1, rope=ROPES[1])),
 ]
 TOKENS = [[1, 7, 3, 3, 10, 0, 4], [9, 2, 6, 8, 5, 1, 1]]
 

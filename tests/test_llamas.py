@@ -11,14 +11,15 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from bench import serve_vllm
 from bench.serve_vllm import write_served
 from data.chat import chat_prompt, chat_text
 from data.rows import base_digest
-from data.tokenizer import copy_tokenizer, load_tokenizer
-from llamas import write_recorded
-from medusa import MedusaHeads, Sampling, generate, medusa_generate
+from data.tokenizer import copy_tokenizer, disk_dtype, load_tokenizer
+from llamas import ROPES, plain_text, write_recorded
+from medusa import MedusaHeads, Sampling, medusa_generate
 from model import GPT, ModelConfig, read_config, read_json, write_json
 from strategies import CheatingHeads, contents, follow, greedy_text, properties
 from strategies import random_gpt, random_heads, rng, small_tokenizer
@@ -26,31 +27,32 @@ from train import sample_rows
 from tree import cartesian_tree
 
 PEERS = json.loads((Path(__file__).parent / "peers.json").read_text())
-KINDS = [case["config"]["model_type"] for case in PEERS["cases"]]
-
-
-def plain_text(model, prompt, n: int) -> list[int]:
-    return [token for step in generate(model, prompt, n) for token in step.emitted]
 
 
 # ---- the family ----
 
 
-@pytest.mark.parametrize("case", PEERS["cases"], ids=KINDS)
+@pytest.mark.parametrize("case", PEERS["cases"], ids=lambda case: case["config"]["model_type"])
 def test_recorded_checkpoints_give_the_logits_and_text_of_transformers(case, tmp_path):
     """tests/record_peers.py wrote the records; `pytest -m peers` compares many more."""
     write_recorded(tmp_path, case)
     model = GPT.from_pretrained(tmp_path, torch.float64).requires_grad_(False)
-    logits = model.lm_head(model(torch.tensor(PEERS["tokens"])))
+    tokens = torch.tensor(PEERS["tokens"])
+    hidden = model(tokens)
     expected = torch.tensor(case["logits"], dtype=torch.float64)
-    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.lm_head(hidden), expected, rtol=0, atol=1e-5)
     assert plain_text(model, PEERS["tokens"][0][:2], 7) == case["text"]
+    model.save_pretrained(tmp_path)
+    theirs = case["config"]["architectures"][0].replace("Mistral", "Llama")
+    assert read_json(tmp_path / "config.json")["architectures"] == [theirs]
+    assert torch.equal(GPT.from_pretrained(tmp_path, torch.float64)(tokens), hidden)
 
 
 CONFIG = {"model_type": "llama", "vocab_size": 5, "hidden_size": 16, "intermediate_size": 12}
 CONFIG |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 CONFIG |= {"max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 500.0}
 CONFIG |= {"bos_token_id": 1, "eos_token_id": 2}
+LLAMA3 = ROPES[2]
 
 
 def write_config(directory: Path, **changes) -> Path:
@@ -60,25 +62,36 @@ def write_config(directory: Path, **changes) -> Path:
     return directory / "config.json"
 
 
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LLAMA3["original_max_position_embeddings"] = 16
-ROPES = [("linear", {"factor": 2.5}), ("llama3", LLAMA3), ("default", {})]
-
-
-@pytest.mark.parametrize("kind, numbers", ROPES)
-def test_every_spelling_of_rope_scaling_is_the_same_config(kind, numbers, tmp_path):
-    named = {"rope_type": kind} | numbers
-    both = {"rope_theta": 500.0} | named
+@pytest.mark.parametrize("named", ROPES)
+def test_every_spelling_of_rope_scaling_is_the_same_config(named, tmp_path):
+    kind, both = named["rope_type"], {"rope_theta": 500.0} | named
+    numbers = {name: value for name, value in named.items() if name != "rope_type"}
     spellings = [
         {"rope_scaling": named},
-        {"rope_scaling": {"type": kind} | numbers, "rope_parameters": None},
+        {"rope_scaling": {"type": kind} | named, "rope_parameters": None},
         {"rope_theta": ..., "rope_parameters": both},
-        {"rope_theta": 7.0, "rope_parameters": both | {"partial_rotary_factor": 1.0}},
+        {"rope_theta": 500, "rope_parameters": both | {"partial_rotary_factor": 1.0}},
+        {"rope_scaling": {"type": kind} | numbers, "rope_parameters": both},
+        {"rope_theta": ..., "rope_scaling": named, "rope_parameters": {"rope_theta": 500}},
     ]
     configs = [read_config(write_config(tmp_path, **changes)) for changes in spellings]
-    assert configs == [configs[0]] * 4
-    assert configs[0].rope_theta == 500
-    assert configs[0].rope_scaling == (None if kind == "default" else named)
+    assert configs == [configs[0]] * len(spellings)
+    expected = 500, None if kind == "default" else named
+    assert (configs[0].rope_theta, configs[0].rope_scaling) == expected
+
+
+OPTIONAL = {"model_type": "llama", "num_key_value_heads": 4, "rope_theta": 10000.0}
+OPTIONAL |= {"head_dim": None, "tie_word_embeddings": False, "rope_scaling": None}
+OPTIONAL |= {"rope_parameters": None, "hidden_act": "silu", "mlp_bias": False}
+
+
+@pytest.mark.parametrize("field", CONFIG)
+def test_a_field_that_is_missing_is_refused_by_name_or_has_a_default(field, tmp_path):
+    if field not in OPTIONAL:
+        with pytest.raises(ValueError, match=f"^{tmp_path}/config.json: {field} is missing"):
+            read_config(write_config(tmp_path, **{field: ...}))
+    left_out = read_config(write_config(tmp_path, **dict.fromkeys(OPTIONAL, ...)))
+    assert left_out == read_config(write_config(tmp_path, **OPTIONAL))
 
 
 WINDOWS = [("mistral", 32, ..., 32), ("mistral", 100, ..., 64), ("mistral", None, ..., 64)]
@@ -91,32 +104,61 @@ def test_the_context_ends_where_a_sliding_window_would_hide(kind, window, use, c
     assert read_config(path).max_position_embeddings == context
 
 
-def test_qwen2_may_leave_its_ends_out_and_has_a_head_size_of_its_own(tmp_path):
-    changes = {"model_type": "qwen2", "bos_token_id": ..., "eos_token_id": ..., "head_dim": 6}
-    config = read_config(write_config(tmp_path, **changes))
-    assert (config.bos_token_id, config.eos_ids) == (None, ())
-    assert (config.head_size, config.model_type) == (6, "qwen2")
+@pytest.mark.parametrize("kind, left_out", [("qwen2", 4), ("qwen3", 128)])
+def test_qwen_may_leave_its_ends_out_and_has_a_head_size_of_its_own(kind, left_out, tmp_path):
+    changes = {"model_type": kind, "bos_token_id": ..., "eos_token_id": ...}
+    for head_dim, size in ((6, 6), (..., left_out)):
+        config = read_config(write_config(tmp_path, **changes, head_dim=head_dim))
+        assert (config.bos_token_id, config.eos_ids) == (None, ())
+        assert (config.head_size, config.model_type) == (size, kind)
+
+
+IDS = st.lists(st.integers(0, 3), max_size=3)
+
+
+@properties
+@given(IDS, IDS, st.booleans())
+def test_a_text_ends_where_config_or_generation_config_says(tmp_path_factory, ours, more, plain):
+    directory, both = tmp_path_factory.mktemp("base"), list(dict.fromkeys(ours + more))
+    files = [(ids or [None])[0] if plain and len(ids) < 2 else ids for ids in (ours, more)]
+    write_json(directory / "generation_config.json", {"eos_token_id": files[1]})
+    config = read_config(write_config(directory, eos_token_id=files[0]))
+    assert config.eos_token_id == (both if len(both) > 1 else (both or [None])[0])
+    GPT(config).save_pretrained(directory / "saved")
+    assert read_config(directory / "saved" / "config.json") == config
 
 
 def scaled(kind, **changes) -> dict:
-    return {"rope_scaling": {"rope_type": kind} | (LLAMA3 if kind == "llama3" else {}) | changes}
+    return {"rope_scaling": (LLAMA3 if kind == "llama3" else {}) | {"rope_type": kind} | changes}
 
 
+HALF = {"partial_rotary_factor": 0.5}
 # For each field, values that are refused.
-VALUES = {"model_type": ["gemma"], "hidden_act": ["gelu"], "quantization_config": [{"bits": 4}]}
-VALUES |= {"attention_bias": [True], "mlp_bias": [True], "partial_rotary_factor": [0.5]}
+VALUES = {"model_type": ["bloom", None, ["llama"]], "quantization_config": [{"bits": 4}]}
+VALUES |= {"layer_types": [["sliding_attention"], 3, "x"], "eos_token_id": ["x", [2, "x"]]}
+VALUES |= {"attention_bias": [True], "mlp_bias": [True], "hidden_act": ["gelu"]}
 VALUES |= {"rope_scaling": [["default"]], "rope_parameters": ["default"], "rope_theta": [0, "1"]}
 VALUES |= {"hidden_size": [0, 18, "16"], "head_dim": [7, 0, 4.0], "sliding_window": ["wide", 0]}
-VALUES |= {"eos_token_id": ["x", [2, "x"]], "bos_token_id": [[1]]}
+VALUES |= {"intermediate_size": [1 << 31, True], "bos_token_id": [[1]], "rms_norm_eps": [1 << 63]}
 # The field that is refused by its name and value, and the change that it takes.
 REFUSED = [(field, {field: value}) for field in VALUES for value in VALUES[field]]
 REFUSED += [("num_attention_heads", {"num_key_value_heads": 3})]
-REFUSED += [("partial_rotary_factor", {"rope_parameters": {"partial_rotary_factor": 0.25}})]
+REFUSED += [("partial_rotary_factor", change) for change in (HALF, {"rope_parameters": HALF})]
 REFUSED += [("rope_scaling.rope_type", scaled(kind)) for kind in ("yarn", ["linear"])]
 REFUSED += [("rope_parameters.rope_type", {"rope_parameters": {"rope_type": "dynamic"}})]
 REFUSED += [("factor", scaled("linear", factor=factor)) for factor in (None, 0, "2")]
-REFUSED += [(name, scaled("llama3", **{name: None})) for name in LLAMA3]
+REFUSED += [(name, scaled("llama3", **{name: None})) for name in LLAMA3 if name != "rope_type"]
 REFUSED += [("high_freq_factor", scaled("llama3", high_freq_factor=1.0))]
+for name in ("factor", "mrope_section", "full_attention"):
+    REFUSED.append((f"rope_scaling.{name}", scaled("default", **{name: 2})))
+# What is said twice, and not the same.
+REFUSED.append(("rope_scaling.rope_type = 'x': but rope_scaling.type", scaled("x", type="y")))
+for name in ("rope_theta", "partial_rotary_factor"):
+    both = {name: 1, "rope_parameters": {name: 2}}
+    REFUSED.append((f"{name} = 1: but rope_parameters.{name}", both))
+for name in ("rope_type", "factor"):
+    both = {"rope_scaling": {name: "yarn"}, "rope_parameters": {name: "default"}}
+    REFUSED.append((f"rope_scaling.{name} = 'yarn': but rope_parameters.{name}", both))
 
 
 @pytest.mark.parametrize("field, changes", REFUSED, ids=str)
@@ -125,6 +167,7 @@ def test_an_unsupported_config_is_refused_by_file_field_and_value(field, changes
     with pytest.raises(ValueError) as error:
         read_config(path)
     assert str(error.value).startswith(f"{path}: {field} = "), str(error.value)
+    assert field != "model_type" or str(error.value).endswith("llama, mistral, qwen2, qwen3")
     assert "\n" not in str(error.value) and len(str(error.value)) <= len(f"{path}: ") + 120
 
 
@@ -148,44 +191,68 @@ def test_a_text_ends_at_the_first_of_several_end_tokens(seed, ends, right):
 # ---- files, tokenizers, chat ----
 
 
-NAMES = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-INDEX = "model.safetensors.index.json"
+SAVED = {"model.safetensors": save_file, "pytorch_model.bin": torch.save}
+NO_TABLES = [[1], {"a": 1}, {3: torch.ones(2)}, {"a": torch.ones(2).to_sparse()}]
 
 
-@pytest.fixture
-def sharded(base):
-    """A base in one file, and the same in three shards."""
+@pytest.fixture(params=SAVED)
+def sharded(base, request):
+    """A base in one file, and the same in three shards: the directories, the names."""
     state, folder = load_file(base / "model.safetensors"), base / "sharded"
     write_json(folder / "config.json", read_json(base / "config.json"))
-    weight_map = {name: NAMES[i % 3] for i, name in enumerate(state)}
-    for shard in NAMES:
-        part = {name: state[name] for name in state if weight_map[name] == shard}
-        save_file(part, folder / shard)
-    write_json(folder / INDEX, {"metadata": {}, "weight_map": weight_map})
-    return base, folder
+    name = Path(request.param)
+    shards = [f"{name.stem}-0000{i}-of-00003{name.suffix}" for i in (1, 2, 3)]
+    weight_map = {name: shards[i % 3] for i, name in enumerate(state)}
+    for shard in shards:
+        part = {name: nn.Parameter(state[name]) for name in state if weight_map[name] == shard}
+        SAVED[request.param](part, folder / shard)
+    write_json(folder / f"{name}.index.json", {"metadata": {}, "weight_map": weight_map})
+    return base, folder, [*shards, f"{name}.index.json", request.param]
 
 
-def test_shards_are_the_model_in_one_file(sharded):
-    whole, folder = sharded
-    ours, theirs = (GPT.from_pretrained(directory).state_dict() for directory in (folder, whole))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+def test_shards_and_files_of_torch_are_the_model_in_one_file(sharded):
+    whole, folder, names = sharded
+    state = load_file(whole / "model.safetensors")
+    for _ in range(2):
+        ours, theirs = (GPT.from_pretrained(path).state_dict() for path in (folder, whole))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+        assert disk_dtype(folder) == state["model.norm.weight"].dtype
+        # Then it is in one file, and shards are passed over.
+        SAVED[names[-1]](state, folder / names[-1])
     before = base_digest(folder)
-    (folder / NAMES[1]).write_bytes((folder / NAMES[1]).read_bytes()[:-1] + b"\1")
+    (folder / names[1]).write_bytes((folder / names[1]).read_bytes()[:-1] + b"\1")
     assert base_digest(folder) != before
 
 
-BROKEN = [(NAMES[1], None), (NAMES[1], ""), (NAMES[1], "garbage")]
-WEIGHT_MAPS = None, ["a"], {"a": 3}, {"a": "../model.safetensors"}
-BROKEN += [(INDEX, json.dumps({"weight_map": weight_map})) for weight_map in WEIGHT_MAPS]
+@pytest.mark.parametrize("content", NO_TABLES)
+def test_a_file_of_torch_with_anything_but_tensors_by_name_is_refused(content, base):
+    (base / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="model.safetensors does not exist"):
+        GPT.from_pretrained(base)
+    torch.save(content, base / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model.bin .*tensors"):
+        GPT.from_pretrained(base)
+
+
+# The file, or the number of its name; its content, CUT being half of it.
+BROKEN = [(1, None), (1, ""), (1, "garbage"), (1, "CUT"), (3, "[]"), ("config.json", None)]
+BROKEN += [("config.json", content) for content in ("", "\x80\x04", "[1, 2]", "null", "CUT")]
+WEIGHT_MAPS = None, ["a"], {"a": 3}, {"a": "../model.safetensors"}, {"a": "NAME"}
+BROKEN += [(3, json.dumps({"weight_map": weight_map})) for weight_map in WEIGHT_MAPS]
+BROKEN += [("generation_config.json", ends) for ends in ("{", "[2]", '{"eos_token_id": [1.5]}')]
 
 
 @pytest.mark.parametrize("name, content", BROKEN)
-def test_a_missing_or_malformed_shard_or_index_is_refused_by_name(sharded, name, content):
-    _, folder = sharded
-    (folder / name).unlink()
-    if content is not None:
-        (folder / name).write_text(content)
-    with pytest.raises(ValueError, match=name):
+def test_a_missing_or_malformed_file_is_refused_by_name(sharded, name, content):
+    _, folder, names = sharded
+    file = folder / (name if isinstance(name, str) else names[name])
+    if content == "CUT":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    elif content is None:
+        file.unlink()
+    else:
+        file.write_text(content.replace("NAME", names[0]))
+    with pytest.raises(ValueError, match=f"^{file}"):
         GPT.from_pretrained(folder)
 
 

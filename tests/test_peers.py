@@ -16,9 +16,8 @@ from hypothesis import given, settings, strategies as st
 from data.chat import chat_prompt, chat_text
 from data.smollm2 import convert, fetch
 from data.tokenizer import load_tokenizer
-from llamas import CONTEXT, VOCABULARY, checkpoints, write_checkpoint
-from medusa import generate
-from model import GPT, ModelConfig
+from llamas import CONTEXT, VOCABULARY, checkpoints, plain_text, write_checkpoint
+from model import GPT, ModelConfig, read_json, write_json
 from strategies import properties
 
 pytestmark = pytest.mark.peers
@@ -32,10 +31,6 @@ def opened(directory, dtype):
     options = {"dtype": dtype, "attn_implementation": "eager"}
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, **options)
     return model.eval().requires_grad_(False)
-
-
-def our_text(model: GPT, prompt: list[int], n: int) -> list[int]:
-    return [token for step in generate(model, prompt, n) for token in step.emitted]
 
 
 def their_text(model, prompt: list[int], n: int) -> list[int]:
@@ -61,35 +56,28 @@ def test_logits_and_greedy_text_are_those_of_transformers(
 ):
     directory = tmp_path_factory.mktemp("checkpoint")
     write_checkpoint(directory, *checkpoint, stored, shard_size)
+    ends, path = checkpoint[1]["eos_token_id"], directory / "config.json"
+    if isinstance(ends, list):  # the others are in generation_config.json alone
+        write_json(path, read_json(path) | {"eos_token_id": ends[0]})
     context = min(checkpoint[1].get("sliding_window") or CONTEXT, CONTEXT)
     tokens = torch.randint(VOCABULARY, (2, context), generator=torch.Generator().manual_seed(seed))
-    for dtype, tolerance in ((torch.float32, 1e-3), (torch.float64, 1e-10)):
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
         theirs = opened(directory, dtype)
         ours = GPT.from_pretrained(directory, dtype).requires_grad_(False)
-        assert len(ours.rotary) == context
         assert (ours.rotary - table(theirs, context)).abs().max() < 1e-5
-        if dtype == torch.float64:
-            ours.rotary = table(theirs, context)
+        ours.rotary = table(theirs, context)
         with pytest.MonkeyPatch.context() as patch:
             # Its norms and softmax go to float32 from every dtype.
             patch.setattr(torch, "float32", dtype)
             logits = theirs(tokens).logits
         assert (ours.lm_head(ours(tokens)) - logits).abs().max() < tolerance
+        # What we write, transformers opens as the same model.
+        ours.save_pretrained(directory / "ours")
+        assert GPT.from_pretrained(directory / "ours").config == ours.config
+        again = opened(directory / "ours", dtype)(tokens).logits
+        assert (again - theirs(tokens).logits).abs().max() < 1e-5
     prompt = tokens[0, :1].tolist()
-    assert our_text(ours, prompt, context) == their_text(theirs, prompt, context - 1)
-
-
-@settings(properties, max_examples=30)
-@given(checkpoints(), st.sampled_from((torch.float32, torch.bfloat16)))
-def test_what_we_write_transformers_opens_as_the_same_model(tmp_path_factory, checkpoint, dtype):
-    first, second = tmp_path_factory.mktemp("theirs"), tmp_path_factory.mktemp("ours")
-    write_checkpoint(first, *checkpoint, dtype)
-    ours = GPT.from_pretrained(first)
-    ours.save_pretrained(second, dtype)
-    assert GPT.from_pretrained(second).config == ours.config
-    tokens = torch.arange(ours.config.max_position_embeddings)[None] % VOCABULARY
-    before, after = (opened(folder, torch.float32)(tokens).logits for folder in (first, second))
-    assert (after - before).abs().max() < 1e-5
+    assert plain_text(ours, prompt, context) == their_text(theirs, prompt, context - 1)
 
 
 ODD = "The sky is blue, 1024 times over.\n\tNa\u00efve caf\u00e9 \u2014 \u4f60\u597d \U0001f600\n"
@@ -238,5 +226,5 @@ def test_smollm2_is_the_model_that_transformers_sees_and_answers_in_english():
     prompt = chat_prompt(smollm2(), tokenizer, turns)
     tokens = torch.tensor([prompt])
     assert (ours.lm_head(ours(tokens)) - theirs(tokens).logits).abs().max() < 1e-3
-    answer = our_text(ours, prompt, 24)
+    answer = plain_text(ours, prompt, 24)
     assert answer == their_text(theirs, prompt, 24) and "Paris" in tokenizer.decode(answer)
