@@ -102,10 +102,10 @@ def rotary_table(config: ModelConfig, positions: int = 4096) -> Tensor:
         if scaling["rope_type"] == "llama3":
             wavelengths = 2 * math.pi / inv_freq
             low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-            smooth = scaling["original_max_position_embeddings"] / wavelengths
-            smooth = ((smooth - low) / (high - low)).clamp(0, 1)
+            turns = scaling["original_max_position_embeddings"] / wavelengths
+            smooth = ((turns - low) / (high - low)).clamp(0, 1)
         inv_freq = torch.lerp(inv_freq / scaling["factor"], inv_freq, smooth)
-    # The minus of the first half of a rotation is put into the table's sin.
+    # Attention rotates by x cos + (x, halves swapped) sin: the sign is in the table's sin.
     end = min(positions, config.max_position_embeddings)
     angle = torch.outer(torch.arange(end, dtype=torch.float64), inv_freq)  # (positions, hs/2)
     cos = torch.cat((angle.cos(), angle.cos()), dim=-1)
@@ -139,7 +139,8 @@ class Attention(nn.Module):
         if self.has_norms:
             q, k = qk.split_with_sizes((nh, nkv), dim=2)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
-        # Rotate queries and keys at once: dimensions i and i + hs/2 of a head turn together.
+        # Rotate queries and keys at once: dimensions i and i + hs/2 of a head turn together, so the
+        # roll swaps the halves of a head.
         qk = torch.addcmul(qk * cos, qk.roll(hs // 2, dims=-1), sin).transpose(1, 2)
         q, k = qk.split_with_sizes((nh, nkv), dim=1)  # (B, nh, T, hs), (B, nkv, T, hs)
         v = self.v_proj(x).view(B, T, nkv, hs).transpose(1, 2)  # (B, nkv, T, hs)
@@ -153,7 +154,7 @@ class Attention(nn.Module):
         # gives each the same keys and copies nothing. If there is a single token, the group's
         # queries are instead rows of one head, so that its keys are read only once.
         heads, rows = (nh // nkv, T) if T > 1 else (1, nh // nkv)
-        q = q.reshape(B * nkv, heads, rows, hs)
+        q = q.reshape(B * nkv, heads, rows, hs)  # its scores (B * nkv, heads, rows, S+T)
         k = k.reshape(B * nkv, 1, -1, hs).expand(-1, heads, -1, -1)  # (B * nkv, heads, S+T, hs)
         v = v.reshape(B * nkv, 1, -1, hs).expand(-1, heads, -1, -1)
         causal = mask is None and T > 1
@@ -263,7 +264,8 @@ class GPT(nn.Module):
         disk = {n: t for n, t in disk.items() if not n.endswith("rotary_emb.inv_freq")}
         head = disk.pop("lm_head.weight", None) if tied else None
         for name in sorted(ours.keys() | disk.keys()):
-            here, there = (tuple(t[name].shape) if name in t else "missing" for t in (ours, disk))
+            here = tuple(ours[name].shape) if name in ours else "missing"
+            there = tuple(disk[name].shape) if name in disk else "missing"
             check(here == there, f"{where}: {name} is {there} in the file, {here} in the model")
         state = {name.removeprefix("model."): t for name, t in disk.items()}
         self.load_state_dict(state, strict=False, assign=True)
@@ -307,13 +309,14 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     index = directory / next((name for name in names if (directory / name).exists()), names[0])
     if index.suffix != ".json":
         return read_tensors(index)
-    weight_map = read_json(index).get("weight_map")
-    shards: list = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
-    named = all(isinstance(shard, str) and Path(shard).name == shard for shard in shards)
-    check(named, f"{index}: weight_map must name a file of this directory for each tensor")
-    parts = {shard: read_tensors(directory / shard) for shard in set(shards)}
+    weight_map, says = read_json(index).get("weight_map"), "must name a file of this directory"
+    check(isinstance(weight_map, dict), f"{index}: weight_map {says} for each tensor")
+    for shard in weight_map.values():
+        here = isinstance(shard, str) and Path(shard).name == shard
+        check(here, f"{index}: weight_map {says} for each tensor")
+    parts = {shard: read_tensors(directory / shard) for shard in set(weight_map.values())}
     with naming_errors(index):
-        return {name: parts[shard][name] for name, shard in zip(weight_map, shards)}
+        return {name: parts[shard][name] for name, shard in weight_map.items()}
 
 
 # The only values of these fields that are built here.
@@ -351,6 +354,7 @@ def read_config(path: Path) -> ModelConfig:
     with naming_errors(other):
         ends = [*dict.fromkeys(config.eos_ids + replace(config, eos_token_id=more).eos_ids)]
     eos = ends if len(ends) > 1 else (ends or [None])[0]
+    # As in configs that leave it out.
     if config.head_dim == config.hidden_size / config.num_attention_heads:
         config = replace(config, head_dim=None)
     context = min(window or math.inf, config.max_position_embeddings)
