@@ -572,9 +572,8 @@ def medusa_generate(
     emitted = sample(logits, sampling, noise_now).tolist()
     step = Step(emitted, ROOT_ONLY, tokens[-1:], [0], hidden, logits, noise_now)
     while True:
-        # The step that is done: at first the prompt's.
         check_sampled(emitted[-1], length, logits)
-        yield step
+        yield step  # the one that is done: at first the prompt's
         length, root = length + len(emitted), emitted[-1]
         noise.advance(len(emitted))
         if length == end or root in eos_ids:
@@ -587,8 +586,7 @@ def medusa_generate(
         # 2. Verify: one pass of the base model over all nodes, under tree attention. Nodes beyond
         #    the context take its last position: their words are cut off in 3, as all after `end`.
         positions = (buffers.depths + past).clamp(max=last_position)  # (N,)
-        mask = buffers.mask(past)  # (N, past + N)
-        states = model(tokens[None], positions, mask, cache)[0]  # (N, D)
+        states = model(tokens[None], positions, buffers.mask(past), cache)[0]  # (N, D)
         logits, noise_now = lm_head(states), noise.at(tree.depths)  # (N, V)
 
         # 3. Accept: the longest path the base model agrees with, and its own next token.

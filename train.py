@@ -770,11 +770,9 @@ def distill(config: DistillConfig) -> Path:
     """Write files of training rows, and held-out rows for each of TEMPERATURES. Returns --out."""
     check_out(config.out)
     device = pick_device(config.device)
-    dtype = pick_precision(config.precision, device)
-    tokenizer, model = load_base(config.base, dtype, device)
+    tokenizer, model = load_base(config.base, pick_precision(config.precision, device), device)
     length, context = config.prompt_tokens + config.new_tokens, model.config.max_position_embeddings
-    advice = f"more than the context {context}; use --mode distill with less"
-    check(length <= context, f"--prompt-tokens + --new-tokens = {length}: {advice}")
+    check(length <= context, f"--prompt-tokens + --new-tokens = {length}: context {context}")
 
     # What the prompts are made of: user turns, or windows of the text, for each side of the split.
     if config.chat:

@@ -85,14 +85,9 @@ def chat_template(directory) -> Callable[[list, bool], str]:
     return render
 
 
-def chat_text(directory, turns: list[dict[str, str]]) -> str:
-    """The text of the turns, and of the opening of the model's answer."""
-    return chat_template(directory)(turns, True)
-
-
 def chat_prompt(directory, tokenizer: AnyTokenizer, turns: list[dict[str, str]]) -> list[int]:
-    """The tokens of chat_text; special tokens in it become their own ids."""
-    text = chat_text(directory, turns)
+    """Turns, and the opening of an answer; special tokens in the text become their own ids."""
+    text = chat_template(directory)(turns, True)
     check(isinstance(tokenizer, JsonTokenizer), f"{directory}: chat needs a tokenizer.json")
     return tokenizer.encode(text)
 

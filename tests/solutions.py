@@ -169,7 +169,7 @@ WRONG = {
                                    "length = start + max(rows, default=-1) + 1"),
         "position by index": (NOT_PLAIN, "buffers.depths +", "torch.arange(len(tokens)) +"),
         "position one too far": (NOT_PLAIN, "(buffers.depths + past)", "(buffers.depths + length)"),
-        "no mask": (NOT_PLAIN, "positions, mask, cache)[0]", "positions, None, cache)[0]"),
+        "no mask": (NOT_PLAIN, "buffers.mask(past), cache)[0]", "None, cache)[0]"),
         "EOS kept": ("EOS were kept", AT_EOS, f"emitted{ROOM}"),
         "EOS does not end": ("after EOS", ENDS, "if length == end:"),
         "steps counted for tokens": ("tokens are counted and not steps", "while True:",

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import data.turns
-from data.chat import chat_text, dialogue_rows, given_turns, read_dialogues
+from data.chat import chat_template, dialogue_rows, given_turns, read_dialogues
 from data.chat import split_dialogues, token_runs
 from data.corpus import is_validation
 from data.smollm2 import CONTROL, tokenizer_json
@@ -314,7 +314,7 @@ TURNS = turns_of(["a", "<\u00e9>"], [])
 
 @pytest.mark.parametrize("text", RENDERED)
 def test_templates_are_rendered_as_transformers_does(text):
-    assert chat_text(chat_directory(text), TURNS) == RENDERED[text]
+    assert chat_template(chat_directory(text))(TURNS, True) == RENDERED[text]
 
 
 @pytest.mark.peers
@@ -324,7 +324,7 @@ def test_transformers_renders_the_same(text):
 
     more = {"add_generation_prompt": True, "bos_token": "<s>", "eos_token": "</s>"}
     texts, _ = render_jinja_template([TURNS], chat_template=text, **more)
-    assert [chat_text(chat_directory(text), TURNS)] == texts
+    assert [chat_template(chat_directory(text))(TURNS, True)] == texts
 
 
 # ---- turns that a grammar writes ----

@@ -15,7 +15,7 @@ from torch import nn
 
 from bench import serve_vllm
 from bench.serve_vllm import write_served
-from data.chat import chat_prompt, chat_text
+from data.chat import chat_prompt, chat_template
 from data.rows import base_digest
 from data.tokenizer import copy_tokenizer, disk_dtype, load_tokenizer
 from llamas import ROPES, plain_text, write_recorded
@@ -307,15 +307,15 @@ def chat_directory(directory, template) -> Path:
 
 
 def test_turns_are_written_as_the_template_says_and_block_lines_leave_no_trace(tmp_path):
-    text = chat_text(chat_directory(tmp_path, TEMPLATE), TURNS)
+    text = chat_template(chat_directory(tmp_path, TEMPLATE))(TURNS, True)
     assert text == "<s><u>2 < 3?</s>\n<a>YES\n<u>why</s>\n<a>"
 
 
 def test_of_several_templates_the_default_is_taken_and_a_file_goes_before_them(tmp_path):
     templates = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "plain"}]
-    assert chat_text(chat_directory(tmp_path, templates), TURNS) == "plain"
+    assert chat_template(chat_directory(tmp_path, templates))(TURNS, True) == "plain"
     (tmp_path / "chat_template.jinja").write_text("file {{ eos_token }}")
-    assert chat_text(tmp_path, TURNS) == "file </s>"
+    assert chat_template(tmp_path)(TURNS, True) == "file </s>"
 
 
 FAILING = [(none, "no chat template") for none in (None, [], [{"name": "other"}], {"a": 1})]
@@ -333,7 +333,7 @@ def test_a_missing_broken_or_hostile_template_is_one_line_and_runs_nothing(
 ):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=says) as error:
-        chat_text(chat_directory(tmp_path, template), TURNS)
+        chat_template(chat_directory(tmp_path, template))(TURNS, True)
     assert str(tmp_path) in str(error.value) and not (tmp_path / "owned").exists()
 
 

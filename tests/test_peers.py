@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from data.chat import chat_prompt, chat_text
+from data.chat import chat_prompt, chat_template
 from data.smollm2 import convert, fetch
 from data.tokenizer import load_tokenizer
 from llamas import CONTEXT, VOCABULARY, checkpoints, plain_text, write_checkpoint
@@ -169,7 +169,7 @@ def test_tokens_are_those_of_transformers(kind, string):
 def test_chat_turns_read_as_the_template_of_the_checkpoint_writes_them(kind, turns):
     ours, theirs, directory = both(kind)
     text = theirs.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    assert chat_text(directory, turns) == text
+    assert chat_template(directory)(turns, True) == text
     ids = theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     assert chat_prompt(directory, ours, turns) == ids
 
@@ -216,7 +216,7 @@ def test_a_gguf_file_becomes_the_directory_that_it_was_made_of(
     for name, weight in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight)
     assert load_tokenizer(folder / "out").encode("<s>abb</s>") == [0, 4, 3, 1]
-    assert chat_text(folder / "out", [{"role": "user", "content": "ab"}]) == "ab"
+    assert chat_template(folder / "out")([{"role": "user", "content": "ab"}], True) == "ab"
 
 
 def test_smollm2_is_the_model_that_transformers_sees_and_answers_in_english():
