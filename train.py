@@ -783,7 +783,7 @@ def distill(config: DistillConfig) -> Path:
         sides = {"train": packed(documents(False, config.text), tokenizer)}
         sides["validation"] = packed(documents(True, config.text), tokenizer)
     # Each file: its name, side of the split, part of that side, number of rows, and sampling.
-    most = min(config.rows, HELD_OUT_ROWS)
+    most = min(config.rows, HELD_OUT_ROWS, 32 * len(sides["validation"]))
     files = [(f"validation-{t}", "validation", 0, most, Sampling(t)) for t in TEMPERATURES]
     sampling = Sampling(config.temperature, top_p=config.top_p)
     for part in range(config.shards):

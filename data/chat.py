@@ -217,6 +217,9 @@ def split_dialogues(paths: list[str]) -> dict[str, list[Dialogue]]:
         first = takewhile(lambda turn: turn["role"] != "assistant", turns)
         name = "".join(turn["content"] for turn in first)
         sides["validation" if is_validation(name) else "train"].append(turns)
+    # A small file may have none by chance.
+    if sides["validation"] == [] and len(sides["train"]) > 1:
+        sides["validation"].append(sides["train"].pop())
     for side, dialogues in sides.items():
         check(dialogues != [], f"the {side} side of the dialogues is empty: give more of them")
     return sides

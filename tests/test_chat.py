@@ -291,6 +291,8 @@ def test_a_turn_is_on_one_side_and_too_long_ones_are_left_out(tmp_path):
     assert [tok.decode(ids) for ids in later] == [f"user:{c}</s>assistant:" for c in "bc"]
     with pytest.raises(ValueError, match="no turn has at most 5 tokens"):
         given_turns(dialogues, directory, tok, [2], 5)
+    path.write_text('"a?"\n"b?"\n"c?"')
+    assert [len(split_dialogues([path])[side]) for side in ("train", "validation")] == [2, 1]
     path.write_text('"why?"')
     for paths, says in (([path], "the validation side of the dialogues"), ([], "must name files")):
         with pytest.raises(ValueError, match=says):
