@@ -18,9 +18,9 @@ import medusa
 from medusa import GREEDY, IGNORED, MedusaConfig, MedusaHeads, Sampling, accept, check_compatible
 from medusa import exponential_noise, generate, gumbel_scores, logits_to_probs, medusa_generate
 from medusa import medusa_loss, targets_ahead, typical_threshold
-from strategies import CheatingHeads, built_trees, chi_square, distribution, follow, greedy_text
-from strategies import markov_gpt, next_logits, properties, random_gpt, random_heads, rng
-from strategies import text_distribution, trees
+from strategies import CheatingHeads, built_trees, chi_square, distribution, follow
+from strategies import greedy_text, markov_gpt, next_logits, properties, random_gpt, random_heads
+from strategies import rng, text_distribution, text_of, trees
 from tree import cartesian_tree, tree_from_paths
 
 CHAIN = tree_from_paths([[0], [0, 0], [0, 0, 0], [0, 0, 1]])  # and a last node that is off it
@@ -31,14 +31,6 @@ def close(found, expected, says="") -> None:
 
 
 # ---- decoding ----
-
-
-def flat(steps) -> list[int]:
-    return [token for emitted in steps for token in emitted]
-
-
-def plain_text(model, prompt, n, sampling=GREEDY, generator=None) -> list[int]:
-    return flat(step.emitted for step in generate(model, prompt, n, sampling, generator))
 
 
 def decode(case, sampling=GREEDY, generator=None, text=()) -> list[list[int]]:
@@ -90,9 +82,9 @@ def test_greedy_tree_decoding_equals_plain_decoding(case):
     """Token for token, to the same end: max_new_tokens, EOS, or the end of the context."""
     model, _, tree, prompt, n = case
     text = greedy_text(model, prompt, n)
-    assert plain_text(model, prompt, n) == text
+    assert text_of(generate(model, prompt, n)) == text
     steps = decode(case, text=text)
-    same_text(flat(steps), text, model)
+    same_text(sum(steps, []), text, model)
     says = "a step emits a token, and at most the guesses of the deepest path and the next root"
     assert all(1 <= len(emitted) <= max(tree.depths) + 1 for emitted in steps), says
 
@@ -107,8 +99,8 @@ def test_lossless_tree_sampling_gives_the_text_of_plain_sampling_with_the_same_s
     case, sampling, seed
 ):
     model, _, _, prompt, n = case
-    text, before = plain_text(model, prompt, n, sampling, rng(seed)), torch.get_rng_state()
-    same_text(flat(decode(case, sampling, rng(seed), text)), text, model)
+    text, before = text_of(generate(model, prompt, n, sampling, rng(seed))), torch.get_rng_state()
+    same_text(sum(decode(case, sampling, rng(seed), text), []), text, model)
     assert torch.equal(torch.get_rng_state(), before), "the generator alone decides"
 
 
@@ -119,7 +111,7 @@ def test_typical_decoding_ends_at_the_same_places(case, temperature, seed):
     eos, before = model.config.eos_token_id, torch.get_rng_state()
     steps = decode(case, Sampling(temperature, typical=True), rng(seed), prompt * 10)
     assert torch.equal(torch.get_rng_state(), before), "the generator alone decides"
-    text, room = flat(steps), min(n, model.config.max_position_embeddings - len(prompt))
+    text, room = sum(steps, []), min(n, model.config.max_position_embeddings - len(prompt))
     assert all(steps) and eos not in text[:-1]
     assert len(text) == room or (len(text) < room and text[-1] == eos)
 
@@ -135,8 +127,8 @@ def test_a_temperature_nucleus_or_top_k_that_leaves_one_token_gives_the_greedy_t
     """In every dtype, however small: nothing may underflow into a division by zero."""
     model, _, _, prompt, n = case
     text = greedy_text(model, prompt, n)
-    assert plain_text(model, prompt, n, sampling, rng(0)) == text
-    same_text(flat(decode(case, sampling, rng(0), text)), text, model)
+    assert text_of(generate(model, prompt, n, sampling, rng(0))) == text
+    same_text(sum(decode(case, sampling, rng(0), text), []), text, model)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         logits = (9 * torch.randn(3, 6, generator=rng(n))).to(dtype)
         probs, noise = logits_to_probs(logits, sampling), exponential_noise(logits.float(), rng(0))
@@ -160,7 +152,7 @@ def test_logits_that_are_nan_or_infinite_end_the_text_with_the_step_and_the_dtyp
 
     model.lm_head.register_forward_hook(spoil)
     with pytest.raises(ValueError, match="step after 4 tokens: .*float64; try bfloat16"):
-        plain_text(model, [0], 9, sampling, rng(0))
+        text_of(generate(model, [0], 9, sampling, rng(0)))
     with pytest.raises(ValueError, match="step after [1-4] tokens: .*float64; try bfloat16"):
         list(medusa_generate(model, heads, CHAIN, [0], 9, sampling, rng(0)))
 
@@ -170,12 +162,12 @@ def test_logits_that_are_nan_or_infinite_end_the_text_with_the_step_and_the_dtyp
 def test_right_guesses_are_all_accepted(case, depth, sampling):
     """Heads that know the text emit depth + 1 tokens a step, whatever rank the chain asks for."""
     model, _, _, prompt, n = case
-    text = plain_text(model, prompt, n, sampling, rng(0))
+    text = text_of(generate(model, prompt, n, sampling, rng(0)))
     for rank in (0, 1):
         heads = CheatingHeads(model, depth, [], 0, lambda: rank)
         tree = tree_from_paths([[rank] * d for d in range(1, depth + 1)])
         steps = decode((model, heads, tree, prompt, n), sampling, rng(0), text)
-        same_text(flat(steps), text, model)
+        same_text(sum(steps, []), text, model)
         expected = ([1] + [depth + 1] * len(steps))[: max(len(steps) - 1, 0)]
         says = "right guesses are not all accepted: a step emits depth + 1 tokens"
         assert [len(emitted) for emitted in steps[:-1]] == expected, says
@@ -208,7 +200,9 @@ def count_on(prompt, n=21, context=32, eos=None) -> list[list[int]]:
 
 def test_head_k_fills_depth_k_from_the_state_before_the_root():
     steps = count_on([3])
-    assert flat(steps) == [(4 + i) % 6 for i in range(21)], "the text is not the base model's own"
+    assert sum(steps, []) == [(4 + i) % 6 for i in range(21)], (
+        "the text is not the base model's own"
+    )
     says = "head k does not fill depth k, or the heads do not see the state before the root"
     assert [len(emitted) for emitted in steps] == [1, 4, 4, 4, 4, 4], says
 
@@ -222,7 +216,7 @@ def test_eos_ends_the_text_in_the_middle_of_an_accepted_path(prompt, steps):
 def test_the_text_runs_up_to_the_context_limit_and_no_further(prompt_length):
     steps = count_on([i % 6 for i in range(prompt_length)], 99, context=12)
     says = "the text does not run up to the last position of the context"
-    assert flat(steps) == [i % 6 for i in range(prompt_length, 12)], says
+    assert sum(steps, []) == [i % 6 for i in range(prompt_length, 12)], says
     says = "near the end of the context a step emits all that still fits"
     assert len(steps) == 1 + math.ceil((12 - prompt_length - 1) / 4), says
 
@@ -371,7 +365,7 @@ def test_lossless_sampling_is_exactly_the_base_distribution(base, paths, n, samp
 
     def run(scripted):
         monkeypatch.setattr(medusa, "sample", scripted)
-        return tuple(flat(decode(case, sampling, rng(0))))
+        return tuple(sum(decode(case, sampling, rng(0)), []))
 
     assert len(expected) > 3 and all_outcomes(run) == pytest.approx(expected, abs=1e-9)
     monkeypatch.setattr(medusa, "accept", accept_redrawing)
@@ -390,7 +384,7 @@ def test_texts_sampled_through_a_tree_pass_a_chi_square_test_and_a_redraw_for_ea
     texts = [decode(case, sampling, generator) for _ in range(n)]
     assert n < sum(map(len, texts)) < 3 * n, "no guess is ever accepted, or all are"
     for steps in texts:
-        counts[tuple(flat(steps))] += 1
+        counts[tuple(sum(steps, []))] += 1
     chance = chi_square(counts, text_distribution(model, [1, 2], 3, sampling), n)
     says = "texts do not have the base model's probabilities: one sample a node, for all children"
     assert (chance < 1e-9) if faulty else (chance > 0.01), says
@@ -419,7 +413,7 @@ def test_heads_with_the_distribution_of_the_base_guess_every_token(temperature, 
     steps = decode((model, heads, CHAIN, [1], 41), Sampling(temperature), rng(0))
     says = "perfect heads must guess every sample: rank by scores with the same noise, temperature"
     assert [len(emitted) for emitted in steps] == [1] + [4] * 10, says
-    assert (len(set(flat(steps))) > 1) == (temperature > 0)
+    assert (len(set(sum(steps, []))) > 1) == (temperature > 0)
 
 
 @properties
