@@ -239,8 +239,6 @@ def chi_square(counts: dict, expected: dict, n: int) -> float:
 
 
 # ---- training ----
-
-
 def rate(step: int, lr: float, warmup: int, steps: int) -> float:
     """A ramp up to 1 over the warm-up, times half a turn of the cosine, from 1 to 0."""
     ramp = (step + 1) / warmup if step < warmup else 1.0
@@ -248,7 +246,6 @@ def rate(step: int, lr: float, warmup: int, steps: int) -> float:
 
 
 # ---- a base of a few hundred weights, with its text, on disk ----
-
 CPU = {"device": "cpu", "precision": "float32"}
 
 

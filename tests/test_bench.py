@@ -31,8 +31,6 @@ from tree import calibrated_tree, cartesian_tree
 
 
 # ---- trees from probabilities ----
-
-
 def every_path(K: int, V: int) -> list[tuple[int, ...]]:
     return [path for depth in range(1, K + 1) for path in itertools.product(range(V), repeat=depth)]
 
@@ -78,12 +76,10 @@ def test_a_product_tree_is_the_best_if_heads_were_right_independently(rows, n_no
 
 
 @settings(properties, max_examples=25)
-@given(st.integers(0, 99), st.integers(1, 3), st.integers(2, 9), st.integers(0, 16),
-       st.sampled_from([0.0, 0.8]), st.sampled_from([None, 2]), st.sampled_from([0, 3])
-)  # fmt: skip
-def test_decoding_with_a_new_tree_every_step_is_plain_decoding(
-    seed, K, n_nodes, n, temperature, eos, truncated
-):
+@given(st.integers(0, 99), st.integers(1, 3), st.integers(2, 9), st.integers(0, 16), st.data())
+def test_decoding_with_a_new_tree_every_step_is_plain_decoding(seed, K, n_nodes, n, data):
+    pairs = (0.0, 0.8), (None, 2), (0, 3)
+    temperature, eos, truncated = (data.draw(st.sampled_from(pair)) for pair in pairs)
     model = random_gpt(seed, eos=eos)
     heads = random_heads(model, K, seed, truncated=truncated)
     asked = ([seed % 5, 1], n, Sampling(temperature))
@@ -104,8 +100,6 @@ def test_a_new_tree_follows_heads_that_know_the_text():
 
 
 # ---- typical acceptance: its distance, by enumeration of all outcomes ----
-
-
 def all_texts(model: GPT, heads, prompt, n: int, sampling, monkeypatch) -> dict[tuple, tuple]:
     """{text: its probability and steps} of typical decoding, for every outcome of its samples."""
     found, seen = {}, set()
@@ -160,8 +154,6 @@ def test_the_distances_of_typical_acceptance_are_those_of_its_texts(seed, monkey
 
 
 # ---- what is predicted ----
-
-
 def test_worked_example_of_a_prediction():
     counts = Counter({(): 10, (0,): 6, (0, 0): 3, (1,): 2})
     predicted = predict.predictions(counts, plain=2.0, cost={2: 2.0, 3: 3.0, 4: 10.0})
@@ -197,8 +189,6 @@ def test_bits_per_byte_are_those_of_the_whole_text(monkeypatch):
 
 
 # ---- what is timed ----
-
-
 def timing(text, steps, seconds) -> decode.Timing:
     return decode.Timing(text, len(text) - 1, steps, seconds)
 
@@ -253,8 +243,6 @@ def test_a_training_run_is_timed_and_leaves_nothing(mode, base, text, shards, tm
 
 
 # ---- results on disk ----
-
-
 class Figure(MagicMock):
     """In place of matplotlib and its plots."""
 

@@ -31,8 +31,6 @@ def close(found, expected, says="") -> None:
 
 
 # ---- decoding ----
-
-
 def decode(case, sampling=GREEDY, generator=None, text=()) -> list[list[int]]:
     """What each step emitted. case: a model, heads, a tree, a prompt, a number of new tokens."""
     heads, prompt = case[1], case[3]
@@ -280,8 +278,6 @@ def test_check_compatible_refuses_heads_of_another_model_and_trees_beyond_the_he
 
 
 # ---- sampling ----
-
-
 @properties
 @given(
     st.lists(st.sampled_from((-60.0, -3.0, 0.0, 0.01, 0.7, 2.5)), min_size=2, max_size=6),
@@ -431,8 +427,6 @@ def test_typical_and_greedy_acceptance_rank_guesses_by_likelihood_alone(seed, no
 
 
 # ---- acceptance ----
-
-
 def entropy(probs) -> float:
     return -sum(prob * math.log(prob) for prob in probs if prob > 0)
 
@@ -526,7 +520,6 @@ def test_greedy_and_lossless_acceptance_follow_the_samples_of_the_nodes(case, te
 
 
 # ---- heads and their loss ----
-
 LAYERS = pytest.mark.parametrize("layers", [1, 3])
 KINDS = pytest.mark.parametrize("private, truncated", [(False, 0), (True, 0), (False, 3)])
 SHAPES = pytest.mark.parametrize("private, layers", [(False, 1), (False, 3), (True, 1), (True, 3)])
@@ -676,7 +669,6 @@ def test_a_truncated_vocabulary_leaves_tokens_out_and_changes_nothing_else(trunc
 
 
 # ---- heads on disk ----
-
 FIELDS = "hidden_size", "vocab_size", "num_heads", "num_hidden_layers", "original_lm_head"
 MAY_MISS = *FIELDS[2:], "truncated_vocab_size", "medusa_fc_bias"
 
@@ -691,9 +683,8 @@ def save_small(directory, layers=2, private=True, truncated=0, dtype=torch.float
 @LAYERS
 @KINDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saved_heads_are_a_vllm_medusa_speculator_and_come_back_bit_for_bit(
-    layers, private, truncated, dtype, tmp_path
-):
+def test_saved_heads_are_vllms_and_come_back(layers, private, truncated, dtype, tmp_path):
+    """A directory that vLLM opens as a speculator, and every bit of it."""
     path = tmp_path / "new" / "heads"
     heads = save_small(path, layers, private, truncated, dtype)
     expected = {"token_map": (truncated,)} if truncated else {}
@@ -720,9 +711,7 @@ def test_saved_heads_are_a_vllm_medusa_speculator_and_come_back_bit_for_bit(
 
 @properties
 @given(st.sets(st.sampled_from(MAY_MISS)), st.booleans(), st.sampled_from(("", "medusa_heads.")))
-def test_what_a_vllm_directory_leaves_out_has_the_default_of_vllm(
-    tmp_path_factory, missing, biases, prefix
-):
+def test_what_a_vllm_directory_leaves_out_is_its_default(tmp_path_factory, missing, biases, prefix):
     """5 heads of 1 layer, private LM heads, the whole vocabulary, and no biases, that is, zeros."""
     path, model = tmp_path_factory.mktemp("vllm"), random_gpt(0).float()
     heads = random_heads(model, 5, 0, private=True)

@@ -34,8 +34,6 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # ---- the command line ----
-
-
 def parse(config: type, arguments: list[str]):
     parser = OneLineParser(prog="train.py")
     add_options(parser, config)
@@ -71,8 +69,6 @@ def test_every_field_is_a_flag_at_most_20_a_mode_and_sets_that_field_alone(mode)
 
 
 # ---- the loop ----
-
-
 @dataclass(frozen=True)
 class LoopConfig(TrainConfig):
     weight_decay: float = 0.5
@@ -164,8 +160,6 @@ def test_what_is_not_finite_stops_before_it_moves_a_weight(where, value, tmp_pat
 
 
 # ---- batches ----
-
-
 @st.composite
 def rows_with_mask(draw):
     """tokens (R, T), mask, and heads, of a truncated vocabulary or not."""
@@ -257,8 +251,6 @@ def test_a_new_base_repeats_with_its_seed_and_sees_training_text_alone(tmp_path,
 
 
 # ---- text that the base writes itself ----
-
-
 @st.composite
 def dialogues_of_a_base(draw):
     """Turns of 1 to 6 tokens, EOS among them, most often one a dialogue; the length of the rows."""
@@ -344,9 +336,8 @@ def test_temperature_and_top_p_shape_training_rows_and_no_file_repeats(base, tex
 
 
 @pytest.mark.parametrize("processes, lost", [(1, {0}), (1, {1, 2, 5}), (2, range(6)), (6, {0, 4})])
-def test_files_that_are_lost_are_made_again_by_all_processes_and_the_others_are_kept(
-    processes, lost, base, text, tmp_path, monkeypatch
-):
+def test_lost_files_are_made_again(processes, lost, base, text, tmp_path, monkeypatch):
+    """By all processes, each its share; the others are kept."""
     config, waited = distilling(base, text, out=str(tmp_path / "rows")), []
     whole = contents(distill(config))
     for i in lost:
@@ -403,9 +394,7 @@ def test_chat_rows_answer_every_turn_equally_often(base, text, tmp_path, monkeyp
     assert not found
 
 
-def test_named_rows_must_be_of_the_base_and_without_any_they_are_shipped_or_made(
-    base, text, shards, tmp_path, monkeypatch
-):
+def test_rows_are_of_the_base_and_named_shipped_or_made(base, text, shards, tmp_path, monkeypatch):
     config, made = training(base, text, tmp_path / "heads", distilled=shards), []
 
     def rows_for(config, shards=12):
@@ -432,8 +421,6 @@ def test_named_rows_must_be_of_the_base_and_without_any_they_are_shipped_or_made
 
 
 # ---- ranks and calibration ----
-
-
 def ranks_by_hand(model, heads, rows, temperature=0.0, noise=None) -> list[list[list[int]]]:
     """One position at a time; noise (R, T, V): [:, t] is what token t+1 was sampled with."""
     K, V, found = heads.config.num_heads, model.config.vocab_size, []
@@ -526,20 +513,18 @@ def test_a_calibration_counts_every_prefix_where_a_step_starts(case, limit, refe
 
 
 # ---- Medusa-1 ----
-
 OPTIONS = [{}, {"precision": "bfloat16", "original_lm_head": False}]
 OPTIONS += [{"data": "corpus"}, {"truncated_vocab_size": 20}]
 
 
 @pytest.mark.parametrize("more", OPTIONS, ids=str)
-def test_training_heads_leaves_the_base_bit_for_bit_and_repeats_with_its_seed(
-    more, base, text, shards, tmp_path, monkeypatch
-):
+def test_heads_repeat_with_their_seed_on_a_base_that_stays(more, base, text, shards, tmp_path):
     before, used = contents(base), []
-    monkeypatch.setattr(train, "load_base", lambda *args: used.append(load_base(*args)) or used[-1])
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
         config = training(base, text, tmp_path / name, seed=seed, distilled=shards, **more)
-        train_medusa1(config)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "load_base", lambda *a: used.append(load_base(*a)) or used[-1])
+            train_medusa1(config)
     model = GPT.from_pretrained(base, getattr(torch, config.precision))
     for _, trained in used:
         state = trained.state_dict()
@@ -575,9 +560,8 @@ def test_heads_go_on_from_heads_and_are_calibrated_where_they_are(base, text, sh
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_kept_states_give_the_same_heads_and_no_step_runs_the_base(
-    batch, base, text, shards, tmp_path, monkeypatch
-):
+def test_kept_states_give_the_same_heads(batch, base, text, shards, tmp_path, monkeypatch):
+    """And no step runs the base."""
     order, found, loss, forward = [], [], train.medusa1_loss, GPT.forward
     monkeypatch.setattr(GPT, "forward", lambda *args: order.append("b") or forward(*args))
     monkeypatch.setattr(train, "medusa1_loss", lambda *args: order.append("s") or loss(*args))

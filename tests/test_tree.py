@@ -108,8 +108,6 @@ def test_render_draws_the_branches():
 
 
 # ---- trees from paths and from widths ----
-
-
 @properties
 @given(trees().filter(lambda tree: len(tree) > 1), st.randoms(use_true_random=False))
 def test_tree_from_paths_takes_any_order_and_round_trips(tree, shuffler):
@@ -166,8 +164,6 @@ def test_cartesian_tree_refuses_widths_below_one(widths):
 
 
 # ---- calibration ----
-
-
 def every_tree(n_nodes: int, n_ranks: int, max_depth: int) -> set[frozenset]:
     """All prefix-closed sets of n_nodes paths, the root included."""
     found = {frozenset([()])}
