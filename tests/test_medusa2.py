@@ -238,18 +238,6 @@ def test_without_the_loss_of_the_heads_it_is_plain_fine_tuning(base, text, joint
     assert one["model.safetensors"] == two["heads/model.safetensors"]
 
 
-def test_with_a_base_that_learns_at_rate_zero_it_is_medusa1(base, text, joint, tmp_path):
-    same = {"lr": 0.02, "steps": 5, "warmup": 2}
-    two = joint(tmp_path / "two", lr_ratio=1e30, lambda_0=1.0, **same)
-    train_medusa2(two)
-    one = training(base, text, tmp_path / "one", distilled=two.distilled, num_heads=4, **same)
-    train_medusa1(one)
-    for name in ("model.safetensors", "config.json"):
-        assert contents(one.out)[name] == contents(two.out)[f"heads/{name}"]
-    after = state_of(tmp_path / "two" / "base")
-    assert all(torch.equal(t, after[name]) for name, t in state_of(base).items())
-
-
 def test_in_stage_1_the_base_stays(base, joint, tmp_path, monkeypatch):
     """As the checkpoint shows that stage 1 ends with."""
     monkeypatch.setattr(train, "medusa2_loss", lambda *_: 1 / 0)

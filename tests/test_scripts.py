@@ -293,14 +293,13 @@ FILES += ["heads/config.json", "heads/model.safetensors", "heads/calibration.jso
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("content", [None, "directory", b"", b"\x80\x04garbage \xff", b"[1]"])
 def test_sample_refuses_a_broken_file_by_name(refused, copy, name, content):
-    directory, flags = copy
-    path = directory / name
+    path = copy[0] / name
     path.unlink()
     if content == "directory":
         path.mkdir()
     elif content is not None:
         path.write_bytes(content)
-    refused(str(path), "sample.py", *flags)
+    refused(str(path), "sample.py", *copy[1])
 
 
 FIELDS = [("base", "hidden_size", "16"), ("base", "hidden_size", 20), ("base", "rope_theta", None)]
@@ -311,10 +310,9 @@ FIELDS += [("heads", "num_heads", 4)]
 
 @pytest.mark.parametrize("name, field, value", FIELDS)
 def test_sample_refuses_a_field_of_config_that_does_not_fit(refused, copy, name, field, value):
-    directory, flags = copy
-    path = directory / name / "config.json"
+    path = copy[0] / name / "config.json"
     write_json(path, read_json(path) | {field: value})
-    refused(str(directory / name), "sample.py", *flags)
+    refused(str(path.parent), "sample.py", *copy[1])
 
 
 def test_sample_refuses_a_tokenizer_of_another_model(refused, copy):
