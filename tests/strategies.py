@@ -36,12 +36,10 @@ def trees(draw, max_nodes=10, max_depth=9, n_ranks=4):
     """Any parent list, with distinct ranks among siblings."""
     parents, ranks, depths, free = [-1], [-1], [0], [set(range(n_ranks))]
     for node in range(1, draw(st.integers(1, max_nodes))):
-        open_nodes = [
-            parent for parent in range(node) if depths[parent] < max_depth and free[parent]
-        ]
-        if not open_nodes:
+        may_grow = [i for i in range(node) if depths[i] < max_depth and free[i]]
+        if not may_grow:
             break
-        parent = draw(st.sampled_from(open_nodes))
+        parent = draw(st.sampled_from(may_grow))
         rank = draw(st.sampled_from(sorted(free[parent])))
         free[parent].remove(rank)
         parents.append(parent)
@@ -106,9 +104,7 @@ def markov_gpt(logits, context=32, eos=None) -> GPT:
     return model
 
 
-def random_heads(
-    model: GPT, num_heads: int, seed: int, layers=1, private=False, truncated=0
-) -> MedusaHeads:
+def random_heads(model: GPT, num_heads: int, seed: int, layers=1, private=False, truncated=0):
     D, V = model.config.hidden_size, model.config.vocab_size
     config = MedusaConfig(D, V, num_heads, layers, not private, truncated)
     heads = MedusaHeads(config, model.lm_head).to(model.lm_head.weight.dtype)
@@ -168,6 +164,10 @@ def follow(steps, heads) -> list[list[int]]:
     return taken
 
 
+def text_of(steps) -> list[int]:
+    return [token for step in steps for token in step.emitted]
+
+
 def next_logits(model: GPT, text) -> torch.Tensor:
     """The logits after the text, from one whole forward without a cache: (V,)."""
     with torch.no_grad():
@@ -201,24 +201,17 @@ def distribution(logits, temperature=1.0, top_k=0, top_p=1.0) -> list[float]:
     return [kept.get(token, 0.0) / mass for token in range(len(logits))]
 
 
-def text_distribution(
-    model: GPT, prompt, max_new_tokens: int, sampling
-) -> dict[tuple[int, ...], float]:
+def text_distribution(model: GPT, prompt, max_new_tokens: int, sampling) -> dict[tuple, float]:
     """The probability of every text of at most max_new_tokens new tokens, by the chain rule."""
-    found = {}
+    found, limits = {}, (sampling.temperature, sampling.top_k, sampling.top_p)
+    longest = min(max_new_tokens, model.config.max_position_embeddings - len(prompt))
 
     def extend(new: tuple[int, ...], prob: float) -> None:
-        ended = (
-            len(new) == max_new_tokens
-            or len(prompt) + len(new) == model.config.max_position_embeddings
-        )
-        if ended or (new and new[-1] == model.config.eos_token_id):
+        if len(new) == longest or model.config.eos_token_id in new[-1:]:
             found[new] = prob
             return
         logits = next_logits(model, [*prompt, *new])
-        for token, p in enumerate(
-            distribution(logits, sampling.temperature, sampling.top_k, sampling.top_p)
-        ):
+        for token, p in enumerate(distribution(logits, *limits)):
             if p > 0:
                 extend((*new, token), prob * p)
 
@@ -241,14 +234,11 @@ def chi_square(counts: dict, expected: dict, n: int) -> float:
             rare = [rare[0] + counts.get(text, 0), rare[1] + n * prob]
     cells += [rare] if rare[1] > 0 else []
     statistic = sum((seen - due) ** 2 / due for seen, due in cells)
-    return torch.special.gammaincc(
-        torch.tensor((len(cells) - 1) / 2), torch.tensor(statistic / 2)
-    ).item()
+    halves = torch.tensor([len(cells) - 1, statistic]) / 2
+    return torch.special.gammaincc(*halves).item()
 
 
 # ---- training ----
-
-
 def rate(step: int, lr: float, warmup: int, steps: int) -> float:
     """A ramp up to 1 over the warm-up, times half a turn of the cosine, from 1 to 0."""
     ramp = (step + 1) / warmup if step < warmup else 1.0
@@ -256,14 +246,12 @@ def rate(step: int, lr: float, warmup: int, steps: int) -> float:
 
 
 # ---- a base of a few hundred weights, with its text, on disk ----
-
 CPU = {"device": "cpu", "precision": "float32"}
 
 
 def source(first: int, n: int) -> str:
-    return "".join(
-        f"def f{i}(x):\n    return x * {i * 7 % 13} + {i}\n" for i in range(first, first + n)
-    )
+    numbers = range(first, first + n)
+    return "".join(f"def f{i}(x):\n    return x * {i * 7 % 13} + {i}\n" for i in numbers)
 
 
 @cache

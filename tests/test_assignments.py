@@ -30,8 +30,6 @@ def reference(name: str) -> str:
 
 
 # ---- what students get ----
-
-
 def blanked(name: str) -> list[str]:
     """The functions of a module that the sets blank."""
     return [function.partition(".")[2] for function in BLANKED if function.startswith(name[:-2])]
@@ -92,8 +90,6 @@ def test_the_table_of_points_names_tests_that_exist_and_adds_up(number):
 
 
 # ---- grading ----
-
-
 def patched(number: int, changes) -> dict[str, str]:
     """The files of a set, each text (its first, third, ...) replaced by the one after it."""
     files = {name: reference(name) for name in SETS[number].files}

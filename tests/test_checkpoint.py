@@ -69,9 +69,7 @@ STOPS += [("medusa2", steps, 1) for steps in (1, 2, 3, 5)]
 
 
 @pytest.mark.parametrize("what, steps, every", STOPS)
-def test_a_run_that_is_stopped_goes_on_from_its_last_checkpoint_as_if_nothing_had_been(
-    what, steps, every, run, tmp_path, monkeypatch
-):
+def test_a_stopped_run_goes_on_from_its_checkpoint(what, steps, every, run, tmp_path, monkeypatch):
     """Bit for bit, and no step before the checkpoint is taken again; --out may have moved."""
     monkeypatch.setattr(train, "SAVE_EVERY", every)
     (go, whole), (_, half) = run(what), run(what, "half")
@@ -84,8 +82,6 @@ def test_a_run_that_is_stopped_goes_on_from_its_last_checkpoint_as_if_nothing_ha
 
 
 # ---- what is refused ----
-
-
 @pytest.fixture
 def half(run, monkeypatch):
     """Medusa-2, stopped after its third step."""
@@ -201,9 +197,7 @@ def test_a_full_disk_costs_one_line_and_no_checkpoint(file, half, run, monkeypat
 
 
 @pytest.mark.parametrize("what, kills", [("medusa2", 20), ("states", 8), ("distill", 12)])
-def test_a_run_that_is_killed_again_and_again_ends_bit_for_bit_as_one_that_is_not(
-    what, kills, tmp_path
-):
+def test_a_run_killed_again_and_again_ends_bit_for_bit_as_one_that_is_not(what, kills, tmp_path):
     """Heads, base, calibration and log; no checkpoint is left."""
     helper = [sys.executable, Path(__file__).parent / "killed.py", tmp_path, what, kills, "0"]
     command, environment = [str(part) for part in helper], os.environ | {"OMP_NUM_THREADS": "1"}

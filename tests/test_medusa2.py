@@ -25,8 +25,6 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # ---- the losses ----
-
-
 def written_out(model, heads, rows, teacher):
     """The means of base and heads, target by target, and the shares that heads get right."""
     tokens, mask = rows
@@ -82,9 +80,7 @@ def batches(rows, heads, processes: int) -> list[train.Batch]:
 
 @settings(properties, max_examples=150)
 @given(steps(), st.sampled_from([None, 0.0, 0.2, 3.0]), st.integers(1, 60), st.integers(1, 3))
-def test_the_losses_equal_the_formulas_written_out_in_chunks_and_parts_too(
-    case, lambda_0, chunk, processes
-):
+def test_the_losses_in_chunks_and_parts_equal_the_formulas(case, lambda_0, chunk, processes):
     """Losses, metrics and gradients, summed over processes; lambda_0 None: Medusa-1."""
     model, heads, rows, teacher = case
     means, right = written_out(model, heads, rows, teacher)
@@ -111,9 +107,8 @@ def test_the_losses_equal_the_formulas_written_out_in_chunks_and_parts_too(
 
 @pytest.mark.parametrize("teacher", [None, random_gpt(1)])
 @pytest.mark.parametrize("truncated", [0, 3])
-def test_no_more_logits_than_a_chunk_holds_are_there_at_once_and_only_where_a_target_is(
-    teacher, truncated, monkeypatch
-):
+def test_no_more_logits_than_a_chunk_are_there_at_once(teacher, truncated, monkeypatch):
+    """And only where a target is."""
     model, found = random_gpt(0), defaultdict(list)
     heads = random_heads(model, 2, 0, truncated=truncated)
     for name in ("medusa_loss", "cross_entropy", "distillation_loss"):
@@ -141,8 +136,6 @@ def test_the_base_learns_with_heads_whose_weight_rises_along_a_sine(text, tmp_pa
 
 
 # ---- adapters ----
-
-
 def hidden_of(model, adapters=True):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Adapter, "on", adapters)
@@ -151,9 +144,7 @@ def hidden_of(model, adapters=True):
 
 @properties
 @given(st.integers(0, 999), st.integers(1, 2))
-def test_adapters_start_as_the_base_switched_off_they_are_it_and_merged_they_are_a_plain_model(
-    seed, layers
-):
+def test_adapters_start_as_the_base_are_it_when_off_and_merge_to_a_plain_model(seed, layers):
     model = random_gpt(seed, layers=layers)
     before, state = hidden_of(model), {name: t.clone() for name, t in model.state_dict().items()}
     learning = add_adapters(model, seed)
@@ -176,8 +167,6 @@ def test_adapters_start_as_the_base_switched_off_they_are_it_and_merged_they_are
 
 
 # ---- medusa2 ----
-
-
 @pytest.fixture
 def joint(base, text, shards):
     """The config of a run of a few steps."""
@@ -204,9 +193,8 @@ def test_the_teacher_is_the_base_as_it_was_and_the_corpus_needs_none(lora, joint
         assert 1e-6 < losses[-1] < 1 if data == "distilled" else losses[-1] > 1
 
 
-def test_weights_under_adapters_never_move_and_the_merged_base_is_a_plain_one(
-    base, joint, tmp_path, monkeypatch
-):
+def test_weights_under_adapters_stay_until_they_are_merged(base, joint, tmp_path, monkeypatch):
+    """And the merged base has the files of a plain one."""
     old, checked = state_of(base), []
 
     def check(model):
@@ -250,18 +238,6 @@ def test_without_the_loss_of_the_heads_it_is_plain_fine_tuning(base, text, joint
     assert one["model.safetensors"] == two["heads/model.safetensors"]
 
 
-def test_with_a_base_that_learns_at_rate_zero_it_is_medusa1(base, text, joint, tmp_path):
-    same = {"lr": 0.02, "steps": 5, "warmup": 2}
-    two = joint(tmp_path / "two", lr_ratio=1e30, lambda_0=1.0, **same)
-    train_medusa2(two)
-    one = training(base, text, tmp_path / "one", distilled=two.distilled, num_heads=4, **same)
-    train_medusa1(one)
-    for name in ("model.safetensors", "config.json"):
-        assert contents(one.out)[name] == contents(two.out)[f"heads/{name}"]
-    after = state_of(tmp_path / "two" / "base")
-    assert all(torch.equal(t, after[name]) for name, t in state_of(base).items())
-
-
 def test_in_stage_1_the_base_stays(base, joint, tmp_path, monkeypatch):
     """As the checkpoint shows that stage 1 ends with."""
     monkeypatch.setattr(train, "medusa2_loss", lambda *_: 1 / 0)
@@ -273,9 +249,8 @@ def test_in_stage_1_the_base_stays(base, joint, tmp_path, monkeypatch):
     assert all(torch.equal(found[name], t) for name, t in weights.items())
 
 
-def test_it_goes_on_from_trained_heads_and_measures_them_on_text_of_the_new_base(
-    base, text, shards, joint, tmp_path, capsys
-):
+def test_trained_heads_learn_on_and_are_measured_again(base, text, shards, joint, tmp_path, capsys):
+    """On text of the new base."""
     train_medusa1(training(base, text, tmp_path / "one", distilled=shards, num_heads=3, lr=0.02))
     train_medusa2(joint(tmp_path / "two", heads=str(tmp_path / "one"), lr=1e-5, seed=4))
     start, end = (MedusaHeads.from_pretrained(tmp_path / name) for name in ("one", "two/heads"))

@@ -35,8 +35,6 @@ def tokenizer() -> Tokenizer:
 
 
 # ---- text on the terminal ----
-
-
 def streamed(steps, eos_ids=(), terminal=False) -> list[str]:
     """What is on the screen after each of these steps, and in the end."""
     out, seen, stream = io.StringIO(), [], TextStream(tokenizer(), tokenizer().encode("x"))
@@ -105,8 +103,6 @@ def test_on_a_terminal_an_accepted_guess_has_the_colour_of_its_depth(steps):
 
 
 # ---- the tree ----
-
-
 def calibration(rows) -> dict:
     """One temperature's entry of calibration.json, as train.py writes it."""
     prefixes = {" ".join(map(str, path)): n for path, n in prefix_counts(rows).items() if path}
@@ -250,7 +246,6 @@ def test_a_choice_of_tree_that_means_nothing_is_refused(choice, tmp_path):
 
 
 # ---- the clock, the comparison, packed matrices ----
-
 timings = st.tuples(st.lists(st.integers(0, 9), min_size=1, max_size=4), st.integers(1, 50))
 samplings = st.sampled_from([Sampling(), Sampling(0.3, 0, 0.9), Sampling(1.0, 3, 0.9)])
 
@@ -333,8 +328,6 @@ def test_packed_matrices_give_the_same_logits(dtype, tolerance, kind, avx2, monk
 
 
 # ---- the command ----
-
-
 @pytest.fixture
 def main(tmp_path, monkeypatch, capsys):
     """sample.py with a tiny base that has learnt nothing, and with heads for it."""

@@ -74,8 +74,6 @@ def made(tmp_path_factory):
 
 
 # ---- what works ----
-
-
 def test_each_mode_writes_its_files_and_names_the_command_that_comes_next(made):
     work, said = made
     found = {name: set(contents(work / name)) for name in ("base", "rows", "heads", "medusa2")}
@@ -123,9 +121,7 @@ RULES = ["", "--temperature 0.9 --top-p 0.9 --seed 4", "--temperature 1 --accept
 @pytest.mark.parametrize("where", [".", "medusa2"])
 @pytest.mark.parametrize("tree", ["auto", "4", "3x2x1"])
 @pytest.mark.parametrize("flags", RULES)
-def test_sampling_with_what_was_trained_gives_the_text_of_plain_decoding(
-    call, made, where, tree, flags
-):
+def test_what_was_trained_samples_the_text_of_plain_decoding(call, made, where, tree, flags):
     work, more = made[0] / where, ["--prompt", "def \u20ac(", "--max-new-tokens", "30"]
     more += ["--base", work / "base", "--heads", work / "heads", "--dtype", "float64"]
     code, out, err = call("sample.py", *more, "--tree", tree, *flags.split())
@@ -173,8 +169,6 @@ def test_two_processes_train_what_one_trains(made, call, tmp_path, mode):
 
 
 # ---- the command line ----
-
-
 @pytest.fixture
 def call(monkeypatch, capsys, made):
     """Run a script in this process, as __main__; returns its exit code and what it wrote."""
@@ -217,7 +211,7 @@ ENDS += [(KeyboardInterrupt(), 130, "")]
 
 
 @pytest.mark.parametrize("error, code, says", ENDS)
-def test_what_the_user_can_mend_ends_in_one_line_and_faults_of_ours_are_not_hidden(
+def test_what_a_user_can_mend_is_one_line_and_our_faults_show(
     error, code, says, capsys, monkeypatch
 ):
     monkeypatch.setattr("sys.argv", ["some/a.py"])
@@ -249,8 +243,6 @@ def test_a_device_that_cannot_be_used_is_refused_by_name(name, monkeypatch):
 
 
 # ---- what is refused ----
-
-
 def one_line(name: str, says: str, code: int, out: str, err: str) -> None:
     assert (code, out) == (2, "") and says in err, err
     assert re.fullmatch(rf"{name}: error: [^\n]+\n", err), err
@@ -301,14 +293,13 @@ FILES += ["heads/config.json", "heads/model.safetensors", "heads/calibration.jso
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("content", [None, "directory", b"", b"\x80\x04garbage \xff", b"[1]"])
 def test_sample_refuses_a_broken_file_by_name(refused, copy, name, content):
-    directory, flags = copy
-    path = directory / name
+    path = copy[0] / name
     path.unlink()
     if content == "directory":
         path.mkdir()
     elif content is not None:
         path.write_bytes(content)
-    refused(str(path), "sample.py", *flags)
+    refused(str(path), "sample.py", *copy[1])
 
 
 FIELDS = [("base", "hidden_size", "16"), ("base", "hidden_size", 20), ("base", "rope_theta", None)]
@@ -319,10 +310,9 @@ FIELDS += [("heads", "num_heads", 4)]
 
 @pytest.mark.parametrize("name, field, value", FIELDS)
 def test_sample_refuses_a_field_of_config_that_does_not_fit(refused, copy, name, field, value):
-    directory, flags = copy
-    path = directory / name / "config.json"
+    path = copy[0] / name / "config.json"
     write_json(path, read_json(path) | {field: value})
-    refused(str(directory / name), "sample.py", *flags)
+    refused(str(path.parent), "sample.py", *copy[1])
 
 
 def test_sample_refuses_a_tokenizer_of_another_model(refused, copy):

@@ -89,7 +89,6 @@ def test_a_record_says_what_base_and_heads_say_at_each_node(case):
 
 
 # ---- the page ----
-
 ODD = ["</script ", "<!--", "<script>", "{{trace}}", "&lt;", "\u2028", "\u202e", "\x00", '"', "\\"]
 ODD += ["'", "\u05d0\u0628", "\U0001f469\u200d\U0001f680"]
 odd_text = st.lists(st.sampled_from(ODD) | st.text(max_size=3), max_size=6).map("".join)
@@ -168,8 +167,6 @@ def test_the_page_needs_nothing_from_anywhere():
 
 
 # ---- the command ----
-
-
 @pytest.fixture
 def main(tmp_path_factory, monkeypatch, capsys):
     base = write_base(tmp_path_factory.mktemp("models"))

@@ -70,20 +70,15 @@ def test_the_mask_hides_the_sibling_branch():
     assert mask == expected, "each node sees its ancestors and itself"
 
 
-@pytest.mark.parametrize(
-    "parents, ranks, says",
-    [
-        ((), (), "node 0 is the root"),
-        ((-1, 0), (-1,), "2 parents, but 1 ranks"),
-        ((0, 7), (-1, 5), "node 0 is the root"),
-        ((-1, 1), (-1, 0), "node 1: its parent 1 "),
-        ((-1, 2, 0), (-1, 0, 0), "node 1: its parent 2 "),
-        ((-1, 0, -1), (-1, 0, 0), "node 2: its parent -1 "),
-        ((-1, 0), (-1, -1), "path [-1]"),
-        ((-1, 0, 1), (-1, 0, -3), "path [0, -3]"),
-        ((-1, 0, 1, 1), (-1, 0, 4, 4), "path [0, 4]"),
-    ],
-)
+MALFORMED = [((), (), "node 0 is the root"), ((0, 7), (-1, 5), "node 0 is the root")]
+MALFORMED += [((-1, 0), (-1,), "2 parents, but 1 ranks")]
+MALFORMED += [((-1, 1), (-1, 0), "1: its parent 1 "), ((-1, 2, 0), (-1, 0, 0), "1: its parent 2 ")]
+MALFORMED += [((-1, 0, -1), (-1, 0, 0), "2: its parent -1 "), ((-1, 0), (-1, -1), "path [-1]")]
+MALFORMED += [((-1, 0, 1), (-1, 0, -3), "path [0, -3]")]
+MALFORMED += [((-1, 0, 1, 1), (-1, 0, 4, 4), "path [0, 4]")]
+
+
+@pytest.mark.parametrize("parents, ranks, says", MALFORMED)
 def test_a_malformed_tree_is_refused_by_name(parents, ranks, says):
     refused_in_words(lambda: Tree(parents, ranks), says, f"parents {parents}, ranks {ranks}")
 
@@ -108,8 +103,6 @@ def test_render_draws_the_branches():
 
 
 # ---- trees from paths and from widths ----
-
-
 @properties
 @given(trees().filter(lambda tree: len(tree) > 1), st.randoms(use_true_random=False))
 def test_tree_from_paths_takes_any_order_and_round_trips(tree, shuffler):
@@ -123,18 +116,12 @@ def test_tree_from_paths_takes_any_order_and_round_trips(tree, shuffler):
     assert tree_from_paths(built.paths[1:]) == built, "a tree is not what its own paths make"
 
 
-@pytest.mark.parametrize(
-    "paths, says",
-    [
-        ([], "no paths"),
-        ([[0], []], "path []"),
-        ([[0], [1, 0]], "path [1, 0]"),
-        ([[0], [0, 3, 1]], "its prefix [0, 3] is missing"),
-        ([[0], [0, 5], [0, 5]], "path [0, 5]"),
-        ([[0], [0, -2]], "path [0, -2]"),
-        ([[-1], [-1, 0]], "path [-1]"),
-    ],
-)
+PATHS = [([], "no paths"), ([[0], []], "path []"), ([[0], [1, 0]], "path [1, 0]")]
+PATHS += [([[0], [0, 3, 1]], "its prefix [0, 3] is missing"), ([[-1], [-1, 0]], "path [-1]")]
+PATHS += [([[0], [0, 5], [0, 5]], "path [0, 5]"), ([[0], [0, -2]], "path [0, -2]")]
+
+
+@pytest.mark.parametrize("paths, says", PATHS)
 def test_tree_from_paths_names_the_path_it_refuses(paths, says):
     refused_in_words(lambda: tree_from_paths(paths), says, f"paths {paths}")
 
@@ -166,8 +153,6 @@ def test_cartesian_tree_refuses_widths_below_one(widths):
 
 
 # ---- calibration ----
-
-
 def every_tree(n_nodes: int, n_ranks: int, max_depth: int) -> set[frozenset]:
     """All prefix-closed sets of n_nodes paths, the root included."""
     found = {frozenset([()])}
