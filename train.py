@@ -772,7 +772,9 @@ def distill(config: DistillConfig) -> Path:
     device = pick_device(config.device)
     tokenizer, model = load_base(config.base, pick_precision(config.precision, device), device)
     length, context = config.prompt_tokens + config.new_tokens, model.config.max_position_embeddings
-    check(length <= context, f"--prompt-tokens + --new-tokens = {length}: context {context}")
+    check(
+        length <= context, f"--prompt-tokens + --new-tokens = {length}: more than context {context}"
+    )
 
     # What the prompts are made of: user turns, or windows of the text, for each side of the split.
     if config.chat:
@@ -1017,6 +1019,8 @@ def main() -> None:
         if isinstance(config, DistillConfig):
             about = f"--base {config.base} --distilled {config.out}"
             print(f"next: python train.py --mode medusa1 {about}")
+        if dist.is_initialized():
+            dist.barrier()  # all leave together
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
