@@ -29,30 +29,22 @@ from strategies import distilling, training, write_base, write_text
 WAYS = ("at any moment", "in the middle of a file", "before a rename", "after a rename")
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def die_at(way: str, n: int) -> None:
     """Arrange the death of this process at the n-th file that it writes."""
-    write_bytes, rename, left = Path.write_bytes, os.replace, [n]
+    owner, name = (Path, "write_bytes") if way == "in the middle of a file" else (os, "replace")
+    original, left = getattr(owner, name), [n]
 
     def counted(*arguments):
         left[0] -= 1
-        if left[0] == 0 and way == "in the middle of a file":
+        if left[0] == 0 and name == "write_bytes":
             path, content = arguments
-            write_bytes(path, content[: len(content) // 2])
-            die()
-        if left[0] == 0 and way == "before a rename":
-            die()
-        (write_bytes if way == "in the middle of a file" else rename)(*arguments)
+            arguments = path, content[: len(content) // 2]
+        if left[0] > 0 or way != "before a rename":
+            original(*arguments)
         if left[0] == 0:
-            die()
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    if way == "in the middle of a file":
-        Path.write_bytes = counted
-    else:
-        os.replace = counted
+    setattr(owner, name, counted)
 
 
 def survives(work, way: str = "", n: int = 0, seconds: float = 0.0) -> bool:

@@ -30,12 +30,6 @@ INHERIT = "mask[node] |= mask[parent]"
 SIBLINGS = "mask[node, [i for i in range(node) if self.parents[i] == parent]] = True"
 DEPTHS = "tuple(len(path) for path in self.paths)"
 RANKS = "for rank in range(width)]"
-WIDTHS_CHECK = """    if len(widths) == 0 or min(widths) < 1:
-        raise ValueError(f"widths {list(widths)}: at least one, and each at least 1")
-"""
-PREFIX_CHECK = """        if path[:-1] not in index:
-            raise ValueError(f"path {list(path)}: its prefix {list(path[:-1])} is missing")
-"""
 ROOT_CHECK = 'raise ValueError("path []: the root is implied and must not be listed")'
 AHEAD = "padded[:, k + 1 : k + 1 + T] for k in range(K + 1)]"
 MASKED = "tokens = tokens.masked_fill(~mask, IGNORED)"
@@ -67,9 +61,6 @@ MARGINALS = """from math import prod
     worth = {path: prod(share[node] for node in enumerate(path, start=1)) for path in counts}
     return sorted(paths, key=lambda path: (-worth[path], len(path), path))"""
 PREFIXES = "counts.update(tuple(ranks[:depth]) for depth in range(len(ranks) + 1))"
-GUESSES_CHECK = """    if n_nodes < 2 or len(counts) < 2:
-        raise ValueError(f"n_nodes = {n_nodes}, {len(counts)} prefixes: both must be at least 2")
-"""
 
 WRONG = {
     1: {
@@ -92,13 +83,13 @@ WRONG = {
         "leaves alone": ("is missing", "paths += level", "paths = level"),
         "first width everywhere": ("widths 2 and 3", RANKS, "for rank in range(widths[0])]"),
         "depth first": ("numbered by depth", "path: (len(path), path)):", "path: path):"),
-        "prefix unchecked": (NOT_IN_WORDS, PREFIX_CHECK, "",
+        "prefix unchecked": (NOT_IN_WORDS, "path[:-1] not in index", "False",
                              "index[path[:-1]])", "index.get(path[:-1], 0))"),
         "duplicates dropped": ("no ValueError", "map(tuple, paths),", "set(map(tuple, paths)),"),
         "empty path passed over": ("no ValueError", ROOT_CHECK, "continue"),
         "last node is the parent": (NOT_MADE_OF, "index[path[:-1]])", "len(parents) - 1)"),
         "rank by position": (NOT_MADE_OF, "ranks.append(path[-1])", "ranks.append(len(ranks) - 1)"),
-        "widths unchecked": (NOT_IN_WORDS, WIDTHS_CHECK, ""),
+        "widths unchecked": (NOT_IN_WORDS, "len(widths) == 0 or min(widths) < 1", "False"),
     },
     3: {
         "bias random": (NOT_LM_HEAD, "torch.zeros(J, K, 1, D)", "torch.randn(J, K, 1, D)"),
@@ -198,7 +189,7 @@ WRONG = {
         "whole rows alone": (EACH_PREFIX, PREFIXES, "counts.update([(), ranks])"),
         "next root forgotten": (EXPECTED, "in tree.paths) / counts", "in tree.paths[1:]) / counts"),
         "divided by all prefixes": (EXPECTED, "/ counts[()]", "/ sum(counts.values())"),
-        "too few nodes unchecked": (NOT_IN_WORDS, GUESSES_CHECK, ""),
+        "too few nodes unchecked": (NOT_IN_WORDS, "n_nodes < 2 or len(counts) < 2", "False"),
     },
 }  # fmt: skip
 

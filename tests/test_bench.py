@@ -47,9 +47,7 @@ def ranked(probs):
 # Many are equal, and some 0; their logarithms in base 2 add up without rounding.
 powers = st.sampled_from([Fraction(0), *(Fraction(1, 2**n) for n in range(4))])
 sizes = st.tuples(st.integers(1, 3), st.integers(1, 3))  # K and V
-head_probabilities = sizes.flatmap(
-    lambda size: st.tuples(*[st.tuples(*[powers] * size[1])] * size[0])
-)
+head_probabilities = sizes.flatmap(lambda KV: st.tuples(*[st.tuples(*[powers] * KV[1])] * KV[0]))
 
 
 def logs(probs) -> torch.Tensor:

@@ -153,6 +153,7 @@ SMALLEST = [(300, torch.uint16), (1 << 16, torch.uint16), ((1 << 16) + 1, torch.
 
 @pytest.mark.parametrize("vocab_size, kind", SMALLEST)
 def test_packed_tokens_are_the_documents_between_their_ends_and_made_once(vocab_size, kind, cached):
+    """Of each list of texts and each tokenizer."""
     letters, bos, eos = Letters(vocab_size), vocab_size - 2, vocab_size - 1
     for _ in range(3):
         tokens = packed(["ab", "", "\u00e9\n"], letters)
@@ -165,15 +166,16 @@ def test_packed_tokens_are_the_documents_between_their_ends_and_made_once(vocab_
         cached()[0].write_bytes(content)
         assert packed(["ab", "", "\u00e9\n"], letters)[-3:].tolist() == [233, 10, eos]
         assert [path.read_bytes() for path in cached()] == [old]
-
-
-def test_other_texts_or_another_tokenizer_make_another_file(cached):
-    inputs = [(["ab", "c"], b"1"), (["a", "bc"], b"1"), (["abc"], b"1"), (["c", "ab"], b"1")]
-    inputs += [(["ab", "c", ""], b"1"), (["ab", "c"], b"2")]
-    for number, (texts, model) in enumerate(inputs, start=1):
-        tokens = packed(texts, Letters(model=model))
-        assert tokens.tolist() == [id for text in texts for id in (298, *text.encode(), 299)]
-        assert len(cached()) == number
+    others = [
+        ["ab", "\u00e9\n", ""],
+        ["a", "b", "\u00e9\n"],
+        ["ab\u00e9\n"],
+        ["ab", "", "\u00e9\n", ""],
+    ]
+    for texts, model in [*((texts, b"letters") for texts in others), (others[0], b"more")]:
+        tokens = packed(texts, Letters(vocab_size, model))
+        assert tokens.tolist() == [id for text in texts for id in (bos, *map(ord, text), eos)]
+    assert len(cached()) == 6
 
 
 @properties

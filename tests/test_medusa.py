@@ -87,12 +87,12 @@ def test_greedy_tree_decoding_equals_plain_decoding(case):
     assert all(1 <= len(emitted) <= max(tree.depths) + 1 for emitted in steps), says
 
 
+TOP_P = st.sampled_from((0.3, 0.8, 1.0))
+samplings = st.builds(Sampling, st.floats(0.2, 3), st.integers(0, 4), TOP_P)
+
+
 @settings(properties, max_examples=150)
-@given(
-    decodings(),
-    st.builds(Sampling, st.floats(0.2, 3), st.integers(0, 4), st.sampled_from((0.3, 0.8, 1.0))),
-    st.integers(0, 2**31),
-)
+@given(decodings(), samplings, st.integers(0, 2**31))
 def test_lossless_tree_sampling_gives_the_text_of_plain_sampling_with_the_same_seed(
     case, sampling, seed
 ):
@@ -278,13 +278,12 @@ def test_check_compatible_refuses_heads_of_another_model_and_trees_beyond_the_he
 
 
 # ---- sampling ----
+LOGITS = st.sampled_from((-60.0, -3.0, 0.0, 0.01, 0.7, 2.5))
+NUCLEI = st.sampled_from((0.1, 0.3, 0.55, 0.9, 0.99, 1.0))
+
+
 @properties
-@given(
-    st.lists(st.sampled_from((-60.0, -3.0, 0.0, 0.01, 0.7, 2.5)), min_size=2, max_size=6),
-    st.floats(0.05, 4),
-    st.integers(0, 7),
-    st.sampled_from((0.1, 0.3, 0.55, 0.9, 0.99, 1.0)),
-)
+@given(st.lists(LOGITS, min_size=2, max_size=6), st.floats(0.05, 4), st.integers(0, 7), NUCLEI)
 def test_logits_to_probs_equals_its_definition(logits, temperature, top_k, top_p):
     """Ties included: of equally likely tokens the lower comes first. However rows are stacked."""
     rows = torch.tensor([[logits], [logits[::-1]]], dtype=torch.float64)
@@ -384,12 +383,11 @@ def entropy(probs) -> float:
     return -sum(prob * math.log(prob) for prob in probs if prob > 0)
 
 
+weights = st.lists(st.floats(0, 1), min_size=2, max_size=8)
+
+
 @properties
-@given(
-    st.lists(st.floats(0, 1), min_size=2, max_size=8),
-    st.floats(0.001, 1),
-    st.none() | st.floats(0.01, 2),
-)
+@given(weights, st.floats(0.001, 1), st.none() | st.floats(0.01, 2))
 def test_typical_threshold_equals_the_formula(weights, epsilon, delta):
     assume(sum(weights) > 0.1)
     probs = [weight / sum(weights) for weight in weights]
@@ -435,12 +433,11 @@ def check_accepted(found, best: list[int], next_root: int, case) -> None:
     assert emitted[-1] == next_root, says
 
 
+limits = st.tuples(st.floats(0.3, 2), st.integers(0, 4), st.sampled_from((0.6, 1.0)))
+
+
 @settings(properties, max_examples=300)
-@given(
-    verifications(),
-    st.tuples(st.floats(0.3, 2), st.integers(0, 4), st.sampled_from((0.6, 1.0))),
-    st.just(1e-300) | st.floats(0.001, 0.9),
-)
+@given(verifications(), limits, st.just(1e-300) | st.floats(0.001, 0.9))
 def test_typical_acceptance_agrees_with_the_formula(case, chosen, epsilon):
     """All paths one by one: the deepest that passes, of equally deep ones the most likely."""
     tree, tokens, logits, noise = case

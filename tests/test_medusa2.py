@@ -230,8 +230,9 @@ def test_without_the_loss_of_the_heads_it_is_plain_fine_tuning(base, text, joint
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = rate(step, 0.02, 3, 6) / 4
         optimizer.step()
-    found = state_of(tmp_path / "two" / "base")
+    found, rates = state_of(tmp_path / "two" / "base"), log_of(config.out)[-1]["lr"]
     assert all(torch.equal(t, found[name]) for name, t in model.state_dict().items())
+    assert rates["heads"] == 4 * rates["base"] == pytest.approx(rate(5, 0.02, 3, 6))
     more = {"distilled": config.distilled, "steps": 4, "num_heads": 4}
     train_medusa1(training(base, text, tmp_path / "one", **more, **same))
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")

@@ -19,7 +19,7 @@ from data.command import OneLineParser, add_options
 from data.corpus import documents, packed
 from data.rows import read_shards
 from data.tokenizer import load_base
-from medusa import IGNORED, MedusaConfig, MedusaHeads, Sampling, generate
+from medusa import MedusaConfig, MedusaHeads, Sampling, generate
 from model import GPT, read_json, read_safetensors, write_json, write_safetensors
 from strategies import CPU, base_config, chi_square, contents, distilling, log_of
 from strategies import properties, random_gpt, random_heads, rate, rng
@@ -160,52 +160,6 @@ def test_what_is_not_finite_stops_before_it_moves_a_weight(where, value, tmp_pat
 
 
 # ---- batches ----
-@st.composite
-def rows_with_mask(draw):
-    """tokens (R, T), mask, and heads, of a truncated vocabulary or not."""
-    R, T, seed = draw(st.integers(1, 5)), draw(st.integers(2, 8)), draw(st.integers(0, 99))
-    row = st.one_of(st.lists(st.booleans(), min_size=T, max_size=T), st.just([False] * T))
-    mask = torch.tensor(draw(st.lists(row, min_size=R, max_size=R)))
-    tokens = torch.randint(5, (R, T), generator=rng(seed))
-    K, truncated = draw(st.integers(1, 3)), draw(st.sampled_from((0, 3)))
-    return tokens, mask, random_heads(random_gpt(0), K, seed, truncated=truncated)
-
-
-def parts_of(config, data, heads, step: int, processes: int) -> list[train.Batch]:
-    found = []
-    for rank in range(processes):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "rank_and_world_size", lambda: (rank, processes))
-            found.append(make_batch(config, data, heads, torch.device("cpu"), step))
-    return found
-
-
-@settings(properties, max_examples=150)
-@given(rows_with_mask(), st.integers(1, 7), st.integers(0, 4), st.integers(1, 3))
-def test_targets_of_a_batch_are_those_found_one_at_a_time(case, size, step, processes):
-    """Position t is asked for t+1 by the base and for t+k+1 by head k, if that token has loss."""
-    tokens, mask, heads = case
-    config, index = TrainConfig(batch=size), {token: token for token in range(5)}
-    if heads.token_map is not None:
-        index = {token: i for i, token in enumerate(heads.token_map.tolist())}
-    parts = parts_of(config, (tokens, mask), heads, step, processes)
-    rows = torch.cat([part.rows for part in parts]).tolist()
-    fed = torch.cat([part.tokens for part in parts])
-    last = max([t for row in rows for t in range(tokens.shape[1]) if mask[row, t]], default=0)
-    assert len(rows) == size and torch.equal(fed, tokens[rows, : max(last, 1)])
-    found, counts = torch.cat([part.targets for part in parts]).tolist(), Counter()
-    for b, row in enumerate(rows):
-        for t, k in product(range(fed.shape[1]), range(heads.config.num_heads + 1)):
-            target, at = IGNORED, t + k + 1
-            if at < tokens.shape[1] and mask[row, at]:
-                token = tokens[row, at].item()
-                target = token if k == 0 else index.get(token, IGNORED)
-            counts[k] += target != IGNORED
-            assert found[b][t][k] == target
-    assert all(part.counts.tolist() == [*counts.values()] for part in parts)
-    assert {part.step for part in parts} == {step}
-
-
 @properties
 @given(st.integers(1, 9), st.integers(1, 12), st.integers(0, 9))
 def test_every_row_comes_once_in_random_order_before_any_comes_again(R, size, seed):
@@ -214,8 +168,8 @@ def test_every_row_comes_once_in_random_order_before_any_comes_again(R, size, se
     data = torch.zeros(R, 3, dtype=torch.long), torch.ones(R, 3, dtype=torch.bool)
     steps = range(math.ceil(8 * R / size))
     config = TrainConfig(batch=size, seed=seed)
-    found = {step: parts_of(config, data, heads, step, 1)[0].rows.tolist() for step in steps[::-1]}
-    order = [row for step in steps for row in found[step]]
+    batches = [make_batch(config, data, heads, torch.device("cpu"), step) for step in steps[::-1]]
+    order = [row for batch in batches[::-1] for row in batch.rows.tolist()]
     epochs = [tuple(order[at : at + R]) for at in range(0, 8 * R, R)]
     assert all(sorted(epoch) == list(range(R)) for epoch in epochs)
     assert R < 3 or len(set(epochs)) > 1

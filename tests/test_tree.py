@@ -256,14 +256,6 @@ def test_a_replay_starts_each_step_after_the_tokens_of_the_step_before(texts, tr
     assert replay(texts, tree) == expected
 
 
-def test_a_replay_of_a_text_tells_what_decoding_accepts():
-    """Every other position misses; but a step that hits passes over the miss after it."""
-    tree, positions = Tree((-1, 0), (-1, 0)), [(0,), (1,)] * 50
-    assert expected_tokens(tree, prefix_counts(positions)) == 1.5
-    assert expected_tokens(tree, prefix_counts(replay([positions], tree))) == 2.0
-    assert replay([positions[1:]], tree) == [(1,)] + [(0,)] * 49
-
-
 @pytest.mark.parametrize("steps", [0, 2.0, "2", True])
 def test_counts_that_are_none_are_refused(steps):
     with pytest.raises(ValueError):
