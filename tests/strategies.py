@@ -20,11 +20,8 @@ from model import GPT, ModelConfig, write_safetensors
 from train import BaseConfig, DistillConfig, Medusa1Config, Medusa2Config
 from tree import Tree, calibrated_tree, cartesian_tree, tree_from_paths
 
-properties = settings(
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
+properties = settings(deadline=None, derandomize=True, suppress_health_check=SLOW)
 
 
 def rng(seed: int) -> torch.Generator:
@@ -61,13 +58,9 @@ def built_trees(max_depth: int, n_ranks: int):
     any_tree = trees(max_nodes=9, max_depth=max_depth, n_ranks=n_ranks)
     grown = any_tree.filter(lambda tree: len(tree) > 1)
     widths = st.lists(st.integers(1, min(n_ranks, 3)), min_size=1, max_size=max_depth)
-    calibration = st.tuples(rank_data(max_depth, n_ranks), st.integers(2, 9))
-    return st.one_of(
-        any_tree,
-        grown.flatmap(lambda tree: st.permutations(tree.paths[1:])).map(tree_from_paths),
-        widths.map(cartesian_tree),
-        calibration.map(lambda drawn: calibrated_tree(*drawn)),
-    )
+    paths = grown.flatmap(lambda tree: st.permutations(tree.paths[1:]))
+    calibrated = st.builds(calibrated_tree, rank_data(max_depth, n_ranks), st.integers(2, 9))
+    return any_tree | paths.map(tree_from_paths) | widths.map(cartesian_tree) | calibrated
 
 
 def tiny_gpt(V: int, D: int, mlp: int, layers: int, heads: int, context: int, eos) -> GPT:
@@ -162,6 +155,35 @@ def follow(steps, heads) -> list[list[int]]:
         )
         raise AssertionError(f"step {len(taken) + 1} breaks off, {error}: {asked}") from error
     return taken
+
+
+REAL = "new", "random", "private", "truncated"  # kinds of heads that do not know the text
+
+
+@st.composite
+def decodings(draw, kinds=(*REAL, "cheating", "wrong"), room=1):
+    """Model, heads, tree, prompt, number of new tokens; room: at least, for new tokens.
+
+    With few tokens, guesses are right now and then.
+    """
+    V, seed, context = draw(st.integers(2, 6)), draw(st.integers(0, 99)), draw(st.integers(1, 19))
+    context += room
+    eos = draw(st.none() | st.integers(0, V - 1))
+    model = random_gpt(seed, V, context, draw(st.integers(1, 2)), eos)
+    prompt = draw(st.lists(st.integers(0, V - 1), min_size=1, max_size=context - room))
+    K, J = draw(st.integers(1, 4)), draw(st.integers(1, 2))
+    kind = draw(st.sampled_from(kinds))
+    v = draw(st.integers(1, V - 1)) if kind == "truncated" else V
+    if kind == "new":
+        heads = MedusaHeads(MedusaConfig(8, V, K, J)).double()
+    elif kind == "wrong":
+        heads = CheatingHeads(model, K, [], 0, lambda: V - 1)
+    elif kind == "cheating":
+        ranks = draw(st.randoms(use_true_random=False))
+        heads = CheatingHeads(model, K, [], 0, lambda: ranks.choice([0, 0, ranks.randrange(V)]))
+    else:
+        heads = random_heads(model, K, draw(st.integers(0, 99)), J, kind == "private", v)
+    return model, heads, draw(built_trees(K, v)), prompt, draw(st.integers(0, 24))
 
 
 def text_of(steps) -> list[int]:

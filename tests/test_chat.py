@@ -135,10 +135,8 @@ def template(style: str) -> str:
     forms = [form.format(*words).replace("\n", "{{ '\\n' }}") for form in STYLES[style][:5]]
     first, other, opening, answer, rest = forms
     strict = STRICT + "{% endif %}" if STYLES[style][5] else ""
-    answer = (
-        f"{{% generation %}}{answer}{{% endgeneration %}}{rest}{{% else %}}{other}{{% endif %}}"
-    )
-    turn = f"{{% if m.role == 'assistant' %}}{opening}{answer}"
+    answer = f"{opening}{{% generation %}}{answer}{{% endgeneration %}}{rest}"
+    turn = f"{{% if m.role == 'assistant' %}}{answer}{{% else %}}{other}{{% endif %}}"
     return f"{first}{LOOP}{strict}{turn}{ANSWERING}{opening}{{% endif %}}"
 
 
@@ -170,10 +168,8 @@ def turns_of(texts: list[str], system: list[str]) -> list[dict]:
 
 
 def dialogues(system=1):
-    parts = st.sampled_from(
-        [*SPECIAL, "<|im_", "end|>", "\n", "\n\n", " ", "hi", "{{ x }}", "\u00e9"]
-    )
-    text = st.lists(parts | st.text(max_size=3), max_size=4).map("".join)
+    pieces = [*SPECIAL, "<|im_", "end|>", "\n", "\n\n", " ", "hi", "{{ x }}", "\u00e9"]
+    text = st.lists(st.sampled_from(pieces) | st.text(max_size=3), max_size=4).map("".join)
     texts = st.lists(text, min_size=1, max_size=5)
     return st.lists(st.builds(turns_of, texts, st.lists(text, max_size=system)), max_size=3)
 

@@ -18,9 +18,9 @@ import medusa
 from medusa import GREEDY, IGNORED, MedusaConfig, MedusaHeads, Sampling, accept, check_compatible
 from medusa import exponential_noise, generate, gumbel_scores, logits_to_probs, medusa_generate
 from medusa import medusa_loss, targets_ahead, typical_threshold
-from strategies import CheatingHeads, built_trees, chi_square, distribution, follow
-from strategies import greedy_text, markov_gpt, next_logits, properties, random_gpt, random_heads
-from strategies import rng, text_distribution, text_of, trees
+from strategies import CheatingHeads, chi_square, decodings, distribution, follow, greedy_text
+from strategies import markov_gpt, next_logits, properties, random_gpt, random_heads, rng
+from strategies import text_distribution, text_of, trees
 from tree import cartesian_tree, tree_from_paths
 
 CHAIN = tree_from_paths([[0], [0, 0], [0, 0, 0], [0, 0, 1]])  # and a last node that is off it
@@ -37,27 +37,6 @@ def decode(case, sampling=GREEDY, generator=None, text=()) -> list[list[int]]:
     if isinstance(heads, CheatingHeads):
         heads.text, heads.length = [*prompt, *text], len(prompt)
     return follow(medusa_generate(*case, sampling, generator), heads)
-
-
-@st.composite
-def decodings(draw):
-    V, context, seed = draw(st.integers(2, 6)), draw(st.integers(2, 20)), draw(st.integers(0, 99))
-    eos = draw(st.none() | st.integers(0, V - 1))
-    model = random_gpt(seed, V, context, draw(st.integers(1, 2)), eos)
-    prompt = draw(st.lists(st.integers(0, V - 1), min_size=1, max_size=context - 1))
-    K, J = draw(st.integers(1, 4)), draw(st.integers(1, 2))
-    kind = draw(st.sampled_from(("new", "random", "private", "truncated", "cheating", "wrong")))
-    v = draw(st.integers(1, V - 1)) if kind == "truncated" else V
-    if kind == "new":
-        heads = MedusaHeads(MedusaConfig(8, V, K, J)).double()
-    elif kind == "wrong":
-        heads = CheatingHeads(model, K, [], 0, lambda: V - 1)
-    elif kind == "cheating":
-        ranks = draw(st.randoms(use_true_random=False))
-        heads = CheatingHeads(model, K, [], 0, lambda: ranks.choice([0, 0, ranks.randrange(V)]))
-    else:
-        heads = random_heads(model, K, draw(st.integers(0, 99)), J, kind == "private", v)
-    return model, heads, draw(built_trees(K, v)), prompt, draw(st.integers(0, 24))
 
 
 AFTER_EOS = "tokens after EOS were kept, or steps made after EOS: the text ends with it"
@@ -93,9 +72,7 @@ samplings = st.builds(Sampling, st.floats(0.2, 3), st.integers(0, 4), TOP_P)
 
 @settings(properties, max_examples=150)
 @given(decodings(), samplings, st.integers(0, 2**31))
-def test_lossless_tree_sampling_gives_the_text_of_plain_sampling_with_the_same_seed(
-    case, sampling, seed
-):
+def test_lossless_tree_sampling_gives_the_text_of_plain_sampling(case, sampling, seed):
     model, _, _, prompt, n = case
     text, before = text_of(generate(model, prompt, n, sampling, rng(seed))), torch.get_rng_state()
     same_text(sum(decode(case, sampling, rng(seed), text), []), text, model)
@@ -198,9 +175,8 @@ def count_on(prompt, n=21, context=32, eos=None) -> list[list[int]]:
 
 def test_head_k_fills_depth_k_from_the_state_before_the_root():
     steps = count_on([3])
-    assert sum(steps, []) == [(4 + i) % 6 for i in range(21)], (
-        "the text is not the base model's own"
-    )
+    says = "the text is not the base model's own"
+    assert sum(steps, []) == [(4 + i) % 6 for i in range(21)], says
     says = "head k does not fill depth k, or the heads do not see the state before the root"
     assert [len(emitted) for emitted in steps] == [1, 4, 4, 4, 4, 4], says
 
@@ -230,9 +206,7 @@ def test_token_zero_is_never_accepted_without_being_guessed(paths):
 
 @settings(properties, max_examples=60)
 @given(st.integers(0, 99), trees(max_nodes=8), st.integers(1, 6), st.integers(0, 7))
-def test_a_tree_forward_equals_plain_forwards_and_keep_equals_feeding_one_by_one(
-    seed, tree, S, last
-):
+def test_a_tree_forward_and_keep_equal_feeding_tokens_one_by_one(seed, tree, S, last):
     model, N = random_gpt(seed, context=24, layers=2).requires_grad_(False), len(tree)
     prompt, tokens = torch.randint(5, (S + N,), generator=rng(seed)).split((S, N))
     paths = [[i for i in range(N) if tree.mask[node, i]] for node in range(N)]
@@ -321,9 +295,7 @@ def accept_redrawing(tree, tokens, logits, sampling, noise=None, generator=None)
 
 
 @pytest.mark.parametrize("faulty", [False, True])
-def test_texts_sampled_through_a_tree_pass_a_chi_square_test_and_a_redraw_for_each_child_does_not(
-    faulty, monkeypatch
-):
+def test_texts_of_a_tree_pass_a_chi_square_test_redraws_fail(faulty, monkeypatch):
     sampling, n, generator = Sampling(1.4, top_k=4, top_p=0.95), 1500, rng(0)
     model, counts = random_gpt(11, vocab_size=6, eos=5), defaultdict(int)
     case = model, random_heads(model, 2, 7), cartesian_tree((2, 2)), [1, 2], 3
@@ -743,16 +715,12 @@ def test_official_heads_give_the_logits_of_their_own_formula(K, J, shared, name,
         torch.testing.assert_close(logits, W2 @ y)
 
 
-FAULTS = [
-    ({"1.0.linear.bias": None}, "1.0.linear.bias is missing"),
-    ({"1.1.weight": None}, "1.1.weight is missing"),
-    ({"0.0.linear.weight": None, "1.0.linear.weight": None}, "no official heads"),
-    ({"0.1.weight": torch.zeros(5)}, "no official heads"),
-    ({"0.1.weight": None}, "no official heads"),
-    ({"0.1.weight": None, "1.1.weight": None}, "give its vocab_size"),
-    *(({f"medusa_num_{x}": n}, x) for x in ("heads", "layers") for n in (0, 3, "2", None)),
-    ({"1.0.linear.weight": torch.zeros(6, 7)}, "1.0.linear.weight is (6, 7)"),
-]
+FAULTS = [({name: None}, f"{name} is missing") for name in ("1.0.linear.bias", "1.1.weight")]
+FAULTS += [({"0.0.linear.weight": None, "1.0.linear.weight": None}, "no official heads")]
+FAULTS += [({"0.1.weight": wrong}, "no official heads") for wrong in (None, torch.zeros(5))]
+FAULTS += [({"0.1.weight": None, "1.1.weight": None}, "give its vocab_size")]
+FAULTS += [({f"medusa_num_{x}": n}, x) for x in ("heads", "layers") for n in (0, 3, "2", None)]
+FAULTS += [({"1.0.linear.weight": torch.zeros(6, 7)}, "1.0.linear.weight is (6, 7)")]
 
 
 @OFFICIAL

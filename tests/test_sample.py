@@ -167,44 +167,31 @@ def test_auto_takes_the_tree_of_most_expected_tokens_per_second(tmp_path_factory
     assert int(said[0]) == len(sizes) - 1 and abs(float(said[1]) - found) < 0.0051
 
 
-def costs_by(seconds_of, patience=math.inf):
-    """step_costs, and the sizes in turn, if the steps of a decoding over n nodes take so long."""
-    sizes, clock = [], SimpleNamespace(now=0)
+@properties
+@given(st.randoms(use_true_random=False), st.sampled_from((0, 20_000, 80_000, math.inf)))
+def test_a_step_cost_is_the_minimum_after_the_prompts_step_and_never_falls(chance, patience):
+    """With noise of any kind, of all sizes in turn: of two rounds, or until patience is spent."""
+    times, starts, clock = {n: [] for n in (1, *sample.SIZES)}, [], SimpleNamespace(now=0)
     clock.perf_counter = lambda: clock.now
 
     def decode(_, heads, tree, *more, **seed):
-        sizes.append(len(tree))
-        for seconds in seconds_of(len(tree)):
-            clock.now += seconds
+        starts.append((len(tree), clock.now))
+        seconds = [chance.randint(1, 999) for _ in range(9)]
+        times[len(tree)] += seconds[1 : 1 + sample.STEPS]
+        for each in seconds:
+            clock.now += each
             yield SimpleNamespace(emitted=[0])
 
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"PATIENCE": patience, "decode": decode, "time": clock}.items():
             patch.setattr(sample, name, value)
         trees = [cartesian_tree([n - 1]) for n in sample.SIZES]
-        return sample.step_costs(*small(), trees, [1], Sampling()), sizes
-
-
-@properties
-@given(st.randoms(use_true_random=False))
-def test_a_step_cost_is_the_minimum_after_the_prompts_step_and_never_falls(chance):
-    """With noise of any kind; the step after the prompt's is the first that counts."""
-    times = {n: [] for n in (1, *sample.SIZES)}
-
-    def seconds_of(n):
-        seconds = [chance.randint(1, 999) for _ in range(9)]
-        times[n] += seconds[1 : 1 + sample.STEPS]
-        return seconds
-
-    costs, _ = costs_by(seconds_of)
+        costs = sample.step_costs(*small(), trees, [1], Sampling())
     assert costs == {n: max(min(times[m]) for m in times if m <= n) for n in times}
-
-
-@pytest.mark.parametrize("seconds, rounds", [(900, 2), (100, 2), (5, 3), (1, 6)])
-def test_trees_are_timed_in_two_rounds_or_more_until_patience_is_spent(seconds, rounds):
-    """Four steps over each of eleven sizes: a round takes 44 times as long as a step."""
-    _, sizes = costs_by(lambda n: [seconds] * 4, patience=500)
-    assert sizes == [1, *sample.SIZES] * rounds
+    rounds, begun = len(starts) // len(times), [now for _, now in starts[:: len(times)]]
+    assert [n for n, _ in starts] == [*times] * rounds and rounds >= 2
+    assert all(now <= patience for now in begun[2:])
+    assert rounds == sample.ROUNDS or clock.now > patience
 
 
 @pytest.mark.parametrize("context, eos", [(64, 1), (64, 3), (12, None), (40, None)])

@@ -211,9 +211,7 @@ ENDS += [(KeyboardInterrupt(), 130, "")]
 
 
 @pytest.mark.parametrize("error, code, says", ENDS)
-def test_what_a_user_can_mend_is_one_line_and_our_faults_show(
-    error, code, says, capsys, monkeypatch
-):
+def test_what_users_can_mend_is_one_line_our_faults_show(error, code, says, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["some/a.py"])
 
     def main():

@@ -19,42 +19,28 @@ from data import trace as tracing
 from data.trace import page, text_content
 from medusa import Sampling, Step, medusa_generate
 from model import GPT
-from strategies import built_trees, contents, distribution, next_logits, properties
-from strategies import random_gpt, random_heads, rng, small_tokenizer, write_base  # isort: skip
+from strategies import REAL, contents, decodings, distribution, next_logits, properties
+from strategies import random_gpt, random_heads, rng, small_tokenizer, write_base
 from tree import Tree
 
 TOKENIZER, VOCABULARY = small_tokenizer(), small_tokenizer().vocab_size
 
 
-@st.composite
-def decodings(draw):
-    """Model, heads, tree, prompt, sampling: with few tokens, guesses are right now and then."""
-    V, context, seed = draw(st.integers(2, 6)), draw(st.integers(21, 36)), draw(st.integers(0, 99))
-    model = random_gpt(seed, V, context, eos=draw(st.none() | st.integers(0, V - 1)))
-    truncated = draw(st.sampled_from([0, V - 1]))
-    heads = random_heads(model, draw(st.integers(1, 3)), seed, truncated=truncated)
-    tree = draw(built_trees(heads.config.num_heads, heads.config.truncated_vocab_size))
-    prompt = draw(st.lists(st.integers(0, V - 1), min_size=1, max_size=context - 17))
-    samplings = Sampling(), Sampling(0.7, draw(st.integers(2, 6))), Sampling(1.0, typical=True)
-    return model, heads, tree, prompt, draw(st.sampled_from(samplings))
-
-
-def traced(model, heads, tree, prompt, sampling) -> list[dict]:
-    steps = list(medusa_generate(model, heads, tree, prompt, 14, sampling, rng(0)))
-    records = [sample.trace_record(step, model, heads, sampling) for step in steps]
-    content = text_content(records, TOKENIZER, prompt, model.config.eos_ids)
-    return json.loads(json.dumps(content))["steps"]
+SAMPLINGS = Sampling(), Sampling(0.7, 2), Sampling(0.7, 4), Sampling(1.0, typical=True)
 
 
 @settings(properties, max_examples=60)
-@given(decodings())
+@given(decodings(REAL, room=17), st.sampled_from(SAMPLINGS))
 @torch.no_grad()
-def test_a_record_says_what_base_and_heads_say_at_each_node(case):
+def test_a_record_says_what_base_and_heads_say_at_each_node(case, sampling):
     """Against whole passes over the text up to each node, without tree, mask or cache."""
-    model, heads, _, prompt, sampling = case
+    model, heads, tree, prompt, _ = case
+    steps = list(medusa_generate(model, heads, tree, prompt, 14, sampling, rng(0)))
+    records = [sample.trace_record(step, model, heads, sampling) for step in steps]
+    content = text_content(records, TOKENIZER, prompt, model.config.eos_ids)
     text, temperature = list(prompt), sampling.temperature or 1.0
     shown = TOKENIZER.decode(prompt[-1:])
-    for record in traced(*case):
+    for record in json.loads(json.dumps(content))["steps"]:
         tokens, targets, path = record["tokens"], record["targets"], record["path"]
         hidden = model(torch.tensor([text[:-1] or text]))[0, -1]
         head_logits = heads(hidden, heads.truncated(model.lm_head))

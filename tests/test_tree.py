@@ -183,9 +183,7 @@ def test_calibrated_tree_is_the_best_of_all_trees_of_its_size(rows, n_nodes):
 
 @properties
 @given(rank_data(max_depth=3, n_ranks=3), st.integers(2, 12))
-def test_calibrated_tree_takes_the_most_frequent_prefixes_and_breaks_ties_to_the_shorter_then_lower(
-    rows, n_nodes
-):
+def test_calibrated_tree_takes_the_most_frequent_prefixes(rows, n_nodes):
     frequency = Counter(row[:depth] for row in rows for depth in range(1, len(row) + 1))
     order = sorted(frequency, key=lambda prefix: (-frequency[prefix], len(prefix), prefix))
     tree = calibrated_tree(rows, n_nodes)
