@@ -30,8 +30,6 @@ PEERS = json.loads((Path(__file__).parent / "peers.json").read_text())
 
 
 # ---- the family ----
-
-
 @pytest.mark.parametrize("case", PEERS["cases"], ids=lambda case: case["config"]["model_type"])
 def test_recorded_checkpoints_give_the_logits_and_text_of_transformers(case, tmp_path):
     """tests/record_peers.py wrote the records; `pytest -m peers` compares many more."""
@@ -346,8 +344,6 @@ def test_a_directory_without_template_or_with_only_a_sentencepiece_model_cannot_
 
 
 # ---- heads as vLLM expects them ----
-
-
 @pytest.mark.parametrize("tied, private, truncated", [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 0, 4)])
 def test_served_heads_hold_the_lm_head_that_they_share_and_guess_among_all_tokens(
     tied, private, truncated, tmp_path

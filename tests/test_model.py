@@ -289,8 +289,6 @@ def test_a_new_base_has_the_shape_of_the_shipped_one():
 
 
 # ---- files ----
-
-
 @TIED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_saved_model_is_a_llama_directory_and_comes_back_bit_for_bit(tied, dtype, tmp_path):
