@@ -184,7 +184,7 @@ class MedusaHeads(nn.Module):
 
 
 def calibration_path(heads) -> Path:
-    """calibration.json in a directory of heads, or beside their file."""
+    """calibration.json in a directory of heads, or next to their file."""
     return (Path(heads).parent if Path(heads).is_file() else Path(heads)) / "calibration.json"
 
 

@@ -772,9 +772,7 @@ def distill(config: DistillConfig) -> Path:
     device = pick_device(config.device)
     tokenizer, model = load_base(config.base, pick_precision(config.precision, device), device)
     length, context = config.prompt_tokens + config.new_tokens, model.config.max_position_embeddings
-    check(
-        length <= context, f"--prompt-tokens + --new-tokens = {length}: more than context {context}"
-    )
+    check(length <= context, f"--prompt-tokens + --new-tokens = {length}: over context {context}")
 
     # What the prompts are made of: user turns, or windows of the text, for each side of the split.
     if config.chat:

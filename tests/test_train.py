@@ -324,7 +324,7 @@ def test_rows_of_another_base_text_or_settings_are_refused(change, base, text, t
 
 def test_rows_longer_than_the_context_are_refused_and_held_out_ones_are_few(base, text, tmp_path):
     config = distilling(base, text, out=str(tmp_path / "rows"), shards=0, prompt_tokens=30)
-    with pytest.raises(ValueError, match="more than context 40"):
+    with pytest.raises(ValueError, match="over context 40"):
         distill(replace(config, new_tokens=11))
     assert not (tmp_path / "rows").exists()
     with pytest.MonkeyPatch.context() as patch:
