@@ -1,6 +1,7 @@
 """The numbers in the README: measured here, written to bench/figures.json, and from there into it.
 
     python bench/figures.py                the shipped base and heads, 50 held-out prompts
+    python bench/figures.py half           how often a tree's text parts in half precision
     python bench/figures.py command tests  the README's two commands: on a clone with an empty
                                            cache, and with coverage
 
@@ -118,23 +119,37 @@ def compare(model: GPT, heads: MedusaHeads, tree, prompts: list, sampling: Sampl
     }
 
 
-def measure_decoding(directory: Path = ROOT / "data/heads", nodes: dict | None = None) -> dict:
+def measure_decoding(
+    directory: Path = ROOT / "data/heads", nodes: dict | None = None, dtype=torch.float32
+) -> dict:
     """Plain and Medusa decoding of the same prompts, without an EOS token: equally long texts.
 
-    nodes: {temperature: size of the tree}; chosen by cost unless given.
+    nodes: {temperature: size of the tree}; unless given, all of training's, chosen by cost.
     """
     tokens, _ = held_out()
-    model = GPT.from_pretrained(ROOT / "data/base")
+    model = GPT.from_pretrained(ROOT / "data/base", dtype)
     sample.pack_linears(model)
     model.config = replace(model.config, eos_token_id=None)
-    heads = MedusaHeads.from_pretrained(directory)
+    heads = MedusaHeads.from_pretrained(directory, dtype)
     prompts = windows(tokens, PROMPTS, PROMPT_TOKENS, torch.Generator().manual_seed(0)).tolist()
     results = {}
-    for temperature in map(str, train.TEMPERATURES):
+    for temperature in nodes or map(str, train.TEMPERATURES):
         sampling = Sampling(float(temperature))
         choice = "auto" if nodes is None else str(nodes[temperature])
         tree, _ = sample.pick_tree(choice, model, heads, directory, sampling, prompts[0])
         results[temperature] = compare(model, heads, tree, prompts, sampling)
+    return results
+
+
+def measure_half() -> dict:
+    """Texts that part from plain decoding in half precision, and how near the two tokens were."""
+    results = {}
+    for dtype in (torch.bfloat16, torch.float16):
+        runs = measure_decoding(nodes={"0.0": 8, "0.7": 8}, dtype=dtype)
+        for temperature, run in runs.items():
+            gaps = [difference["gap"] for difference in run["differences"]]
+            about = {"texts that part": len(gaps), "largest gap": max(gaps, default=0.0)}
+            results[f"{str(dtype).removeprefix('torch.')} {temperature}"] = about
     return results
 
 
@@ -190,7 +205,7 @@ def measure_tests() -> dict:
     return {"minutes": minutes, "result": last, "coverage in percent": percent}
 
 
-SECTIONS = {"base": measure_base, "decoding": measure_decoding}
+SECTIONS = {"base": measure_base, "decoding": measure_decoding, "half": measure_half}
 SECTIONS |= {"command": measure_command, "tests": measure_tests}
 
 
@@ -215,6 +230,16 @@ def base_line(r: dict) -> str:
     return f"- The shipped base: {size}, {bits}; {heads}."
 
 
+def half_line(r: dict) -> str:
+    parts = []
+    for run, about in r.items():
+        dtype, temperature = run.split()
+        gap = f"{about['largest gap']:.1g} apart at most"
+        parts.append(f"{dtype} at {temperature}: {about['texts that part']}, {gap}")
+    line = "- In half precision a tree rounds otherwise than a plain step, and near-ties may fall "
+    return f"{line}otherwise. Texts of {PROMPTS} that part, 8 nodes: {'; '.join(parts)}."
+
+
 def command_line(r: dict, shipped: dict) -> str:
     pairs = []
     for t, tokens in r["tokens/step"].items():
@@ -233,10 +258,10 @@ def tests_line(r: dict) -> str:
 
 def table(figures: dict) -> str:
     """figures: the sections, all of them."""
-    base, decoding, command, tests = (figures[name]["result"] for name in SECTIONS)
+    base, decoding, half, command, tests = (figures[name]["result"] for name in SECTIONS)
     rows = [decoding_row(t, run) for t, run in decoding.items()]
     lines = [HEADER, "|---|---|---|---|---|---|---|", *rows, ""]
-    lines += [base_line(base), command_line(command, decoding), tests_line(tests)]
+    lines += [base_line(base), half_line(half), command_line(command, decoding), tests_line(tests)]
     measured = {(section["machine"], section["date"]) for section in figures.values()}
     about = [f"Measured by `bench/figures.py` on {name}; {day}." for name, day in sorted(measured)]
     return "\n".join([*lines, "", *about])

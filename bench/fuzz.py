@@ -3,11 +3,13 @@
 Each case spoils one input of a small base, its heads, its rows or its text, or picks flags at
 random, and runs a script on it in a child of its own. A script may do its work, or refuse with exit
 code 2 and one line. All else is a fault: another exit code, a traceback, more than two minutes, a
-file that is half written, an input that was changed, code in an input that ran. Writes
-bench/results/fuzz.json; a fault is printed with its number, and `--only N` runs that case again.
+file that is half written, an input that was changed, code in an input that ran, a text or a figure
+out of NaN. Writes bench/results/fuzz.json; a fault is printed with its number, and `--only N` runs
+that case again.
 """
 
 import json
+import math
 import os
 import pickle
 import random
@@ -27,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch._dynamo  # noqa: F401  an optimiser asks for it: once, not in every child
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import sample
@@ -82,17 +85,52 @@ Case = tuple[Callable[[], None], list[str]]  # a script's main function, and its
 
 
 def write_chat(work: Path) -> None:
-    """The base with a byte-level tokenizer.json and a chat template, and user turns."""
+    """The base with a byte-level tokenizer.json and a chat template; user turns and dialogues."""
     chat = work / "chat"
     shutil.copytree(work / "base", chat)
     (chat / "tokenizer.model").unlink()
     alphabet = optional("tokenizers", "bench/fuzz.py").pre_tokenizers.ByteLevel.alphabet()
     pieces = ["<unk>", "<s>", "</s>", *sorted(alphabet)]
     write_json(chat / "tokenizer.json", tokenizer_json(pieces, [CONTROL] * 3 + [1] * 256, []))
-    template = "{% for turn in messages %}{{ bos_token }}{{ turn.content }}{% endfor %}"
-    special = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
-    write_json(chat / "tokenizer_config.json", special)
+    turn = "{{ turn.content }}{% if turn.role == 'assistant' %}{{ eos_token }}{% endif %}"
+    template = "{% for turn in messages %}{{ bos_token }}" + turn + "{% endfor %}"
+    opening = "{% if add_generation_prompt %}{{ bos_token }}{% endif %}"
+    write_json(chat / "tokenizer_config.json", {"chat_template": template + opening})
+    write_json(chat / "special_tokens_map.json", {"bos_token": "<s>", "eos_token": "</s>"})
+    write_json(chat / "generation_config.json", {"eos_token_id": [2, 5], "temperature": 0.6})
     (work / "turns.jsonl").write_text("".join(json.dumps(f"turn {n}") + "\n" for n in range(200)))
+    # The two forms of dialogues: ShareGPT's, a line each, and messages, in one list.
+    said = [[f"{n}?", f"{n + 1}.", "why?", "so!"] for n in range(40)]
+    sharegpt = [
+        {"conversations": [{"from": f, "value": v} for f, v in zip(["human", "gpt"] * 2, texts)]}
+        for texts in said
+    ]
+    (work / "sharegpt.jsonl").write_text("".join(json.dumps(one) + "\n" for one in sharegpt))
+    roles = ["user", "assistant"] * 2
+    messages = [
+        {"messages": [{"role": r, "content": c} for r, c in zip(roles, texts)]} for texts in said
+    ]
+    (work / "messages.json").write_text(json.dumps(messages))
+
+
+def write_other_heads(work: Path) -> None:
+    """The heads as vLLM takes them with fields left out, and as the paper's repository has them."""
+    heads = MedusaHeads.from_pretrained(work / "heads")
+    config = json.loads((work / "heads/config.json").read_text())
+    bare = ("original_lm_head", "medusa_fc_bias", "num_hidden_layers", "truncated_vocab_size")
+    J, V, D = config["num_hidden_layers"], config["vocab_size"], config["hidden_size"]
+    private = {f"lm_heads.{k}.weight": torch.randn(V, D) for k in range(3)}
+    layers = {f"blocks.{k}.layers.0.weight": torch.randn(D, D) for k in range(3)}
+    (work / "vllm").mkdir()
+    write_json(work / "vllm/config.json", {n: v for n, v in config.items() if n not in bare})
+    save_file(private | layers, work / "vllm/model.safetensors")
+    official = {name: t.clone() for name, t in heads.tensors("{k}.{j}.linear").items()}
+    own = official | {f"{k}.{J}.weight": t for k, t in enumerate(private.values())}
+    for name, tensors in (("shared", official), ("own", own)):
+        (work / name).mkdir()
+        torch.save(tensors, work / name / "medusa_lm_head.pt")
+    save_file(own, work / "own.safetensors")
+    write_json(work / "own/config.json", {"medusa_num_heads": 2, "medusa_num_layers": J})
 
 
 def make_inputs(work: Path) -> int:
@@ -109,6 +147,7 @@ def make_inputs(work: Path) -> int:
         sys.argv = ["train.py", "--mode", mode, *common, *more, "--out", f"{work}/{out}"]
         train.main()
     write_chat(work)
+    write_other_heads(work)
     return 0
 
 
@@ -121,14 +160,16 @@ def sampling(work: Path, *more: str) -> Case:
 
 
 def training(work: Path, mode: str, *more: str) -> Case:
-    flags = [*FIT, "--distilled", f"{work}/rows"]
-    if mode == "base":
-        flags = SMALL
-    if mode == "distill":
-        flags = "--shards 1 --rows 2 --prompt-tokens 6 --new-tokens 8".split()
-    base = [] if mode == "base" else ["--base", f"{work}/base"]
-    argv = ["train.py", "--mode", mode, "--text", f"{work}/text.txt", "--device", "cpu"]
-    return train.main, [*argv, "--out", f"{work}/out", *base, *flags, *more]
+    distill = "--shards 1 --rows 2 --prompt-tokens 6 --new-tokens 8".split()
+    argv = {"base": SMALL, "distill": distill, "calibrate": []}.get(mode, FIT)
+    argv = ["train.py", "--mode", mode, "--text", f"{work}/text.txt", "--device", "cpu", *argv]
+    if mode != "base":
+        argv += ["--base", f"{work}/base"]
+    if mode not in ("base", "distill"):
+        argv += ["--distilled", f"{work}/rows"]
+    if mode != "calibrate":
+        argv += ["--out", f"{work}/out"]
+    return train.main, [*argv, *more]
 
 
 def whoever_opens(work: Path, chance: random.Random) -> Case:
@@ -261,7 +302,8 @@ def spoil_pickle(work: Path, chance: random.Random) -> Case:
 
 def spoil_chat(work: Path, chance: random.Random) -> Case:
     """A chat model's tokenizer, settings or template, or the turns that it is distilled on."""
-    files = ["tokenizer.json", "tokenizer.json", "tokenizer_config.json"]
+    files = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+    files.append("generation_config.json")
     what = chance.choice([*files, "chat_template.jinja", "turns.jsonl"])
     if what == "chat_template.jinja":
         (work / "chat" / what).write_text(chance.choice(TEMPLATES), errors="surrogateescape")
@@ -274,6 +316,64 @@ def spoil_chat(work: Path, chance: random.Random) -> Case:
     more = ["--text", f"{work}/turns.jsonl", "--prompt-tokens", "40"]
     distill = training(work, "distill", *chat, *more)
     return chance.choice((sampling(work, *chat, "why?"), distill))
+
+
+def spoil_dialogues(work: Path, chance: random.Random) -> Case:
+    """Conversations, to learn from or to answer."""
+    name = chance.choice(("sharegpt.jsonl", "messages.json"))
+    path, way = work / name, chance.choice(("json", "json", "bytes", "text"))
+    if way == "bytes":
+        spoil_bytes(path, chance)
+    elif way == "text":
+        path.write_bytes(texts(chance))
+    else:
+        # A turn of a dialogue, a dialogue of the file, or the key under which its turns are.
+        items = [json.loads(line) for line in path.read_text().splitlines()]
+        items = items[0] if name == "messages.json" else items
+        n = chance.randrange(len(items))
+        turns = next(iter(items[n].values()))
+        turn = chance.choice(turns)
+        junk, at = chance.choice([*JUNK, "\ud83d", "</s>", "<s>" * 90]), chance.randrange(5)
+        if at == 0:
+            items[n] = chance.choice((junk, {"messages": junk}, {"conversations": [junk]}))
+        elif at == 1:
+            turns.pop(chance.randrange(4))
+        elif at == 2:
+            chance.shuffle(turns)
+        else:
+            turn[chance.choice(list(turn))] = junk
+        lines = "".join(json.dumps(item) + "\n" for item in items)
+        path.write_text(json.dumps(items) if name == "messages.json" else lines)
+    flags = ["--base", f"{work}/chat", "--text", str(path)]
+    if chance.random() < 0.4:
+        return training(work, "distill", "--chat", *flags, "--prompt-tokens", "40")
+    mode, context = chance.choice(("medusa1", "medusa2")), chance.choice(("16", "40", "64"))
+    return training(work, mode, "--data", "chat", "--context", context, "--distilled", "", *flags)
+
+
+def spoil_heads(work: Path, chance: random.Random) -> Case:
+    """Heads of other makes, as they are or spoilt, for whoever opens heads."""
+    name = chance.choice(("vllm", "shared", "own", "own.safetensors", "own/medusa_lm_head.pt"))
+    path = work / name
+    if chance.random() < 0.8:
+        if path.is_dir():
+            path = chance.choice(sorted(path.iterdir()))
+        spoil = {".json": spoil_json, ".safetensors": spoil_tensors}.get(path.suffix, spoil_bytes)
+        spoil(path, chance)
+    heads, mode = ["--heads", f"{work}/{name}"], chance.choice(("calibrate", "medusa1", "medusa2"))
+    if chance.random() < 0.4:
+        return sampling(work, *heads, "--tree", chance.choice(("2x1", "mc_sim_7b_63", "auto")))
+    return training(work, mode, *heads)
+
+
+def spoil_values(work: Path, chance: random.Random) -> Case:
+    """A weight that is not finite: in the base, or in its heads."""
+    path = work / chance.choice(("base", "base", "heads")) / "model.safetensors"
+    tensors = load_file(path)
+    values = tensors[chance.choice(sorted(tensors))].view(-1)
+    values[chance.randrange(len(values))] = chance.choice((math.nan, math.inf, -math.inf))
+    save_file(tensors, path)
+    return whoever_opens(work, chance)
 
 
 def spoil_tree(work: Path, chance: random.Random) -> Case:
@@ -306,6 +406,7 @@ def spoil_tokenizer(work: Path, chance: random.Random) -> Case:
 KINDS = [spoil_flags, spoil_config, spoil_weights] * 2  # these have more to be spoilt
 KINDS += [spoil_calibration, spoil_tokenizer, spoil_chat, spoil_text]
 KINDS += [spoil_rows, spoil_checkpoint, spoil_pickle, spoil_tree]
+KINDS += [spoil_dialogues, spoil_heads] * 2 + [spoil_values]
 
 
 # ---- the run of a case, and what is at fault ----
@@ -316,7 +417,8 @@ def run_case(case: Case, work: Path) -> int:
     os.chdir(work)
     os.environ["XDG_CACHE_HOME"] = str(work / "cache")
     main, sys.argv = case
-    run(main)
+    with open(work / ".printed", "w", encoding="utf-8", errors="replace") as sys.stdout:
+        run(main)
     return 0
 
 
@@ -336,10 +438,17 @@ def left_over(work: Path) -> list[str]:
 
 
 def contents(work: Path) -> dict[str, str]:
-    paths = [work / "text.txt", work / "turns.jsonl"]
-    for name in ("base", "heads", "rows", "chat"):
+    files = ("text.txt", "turns.jsonl", "sharegpt.jsonl", "messages.json", "own.safetensors")
+    paths = [work / name for name in files]
+    for name in ("base", "heads", "rows", "chat", "vllm", "shared", "own"):
         paths += [path for path in (work / name).rglob("*") if path.is_file()]
     return {str(path): digest_of(path.read_bytes()) for path in paths}
+
+
+def is_broken(base: Path) -> bool:
+    """Whether a NaN is in a weight that every text meets."""
+    used = (t for n, t in load_file(base / "model.safetensors").items() if "embed" not in n)
+    return any(t.isnan().any() for t in used)
 
 
 def fault_of(code: int | None, errors: str, before: dict, work: Path) -> str:
@@ -355,6 +464,11 @@ def fault_of(code: int | None, errors: str, before: dict, work: Path) -> str:
         return f"{len(lines)} lines: {errors[-600:]}"
     if (work / "ran").exists():
         return "code in an input ran"
+    printed = work / ".printed"
+    if code == 0 and printed.exists():
+        figures = re.search(r"(?<![\w'])(nan|inf)x?(?!\w)", printed.read_text(encoding="utf-8"))
+        if figures or is_broken(work / "base"):
+            return f"out of NaN: {printed.read_text(encoding='utf-8')[-600:]}"
     if len(left) > 0:
         return f"half written: {left}"
     return "an input was changed" if code == 2 and contents(work) != before else ""
