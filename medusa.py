@@ -29,12 +29,15 @@ from tree import ROOT_ONLY, Tree
 
 
 # ---- heads ----
+IGNORED = -100  # in place of a target: no loss here. F.cross_entropy's own default
+
+
 @dataclass(frozen=True)
 class MedusaConfig:
     """The fields of a heads directory's config.json.
 
-    original_lm_head: W2 is the base's own LM head; if not, each head has a copy to train.
-    truncated_vocab_size: the heads guess among so many tokens only; 0 means vocab_size.
+    original_lm_head: W2 of every head is the base's LM head; if not, each head trains a copy.
+    truncated_vocab_size: the heads guess among so many tokens only; 0 turns into vocab_size.
     """
 
     hidden_size: int
@@ -106,7 +109,7 @@ class MedusaHeads(nn.Module):
         return index[tokens]
 
     def tensors(self, layer="blocks.{k}.layers.{j}", lm_head="lm_heads.{k}") -> dict[str, Tensor]:
-        """Views of all weights under their names on disk: of head k, and of its layer j."""
+        """Views of all weights, by names on disk: layer and lm_head say how these are spelled."""
         tensors = {} if self.token_map is None else {"token_map": self.token_map}
         for k in range(self.config.num_heads):
             for j in range(self.config.num_hidden_layers):
@@ -127,9 +130,9 @@ class MedusaHeads(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device=None, vocab_size=0) -> Self:
-        """Open such a directory, or what `from_official` opens: that file, or its directory.
+        """Open what `save_pretrained` wrote, or the file of `from_official`, or its directory.
 
-        vocab_size: the base's, see there. ValueError, naming file and field, for what is no heads.
+        vocab_size: the base's, for `from_official` alone. ValueError names the file and the field.
         """
         path = Path(path)
         for file in (path, path / "medusa_lm_head.safetensors", path / "medusa_lm_head.pt"):
@@ -138,8 +141,8 @@ class MedusaHeads(nn.Module):
         config, weights = path / "config.json", path / "model.safetensors"
         raw = read_json(config)
         check(raw.get("model_type") == "medusa", f"{config}: model_type: no Medusa heads")
-        # What is left out is vLLM's default (vllm/transformers_utils/configs/medusa.py and
-        # vllm/model_executor/models/medusa.py); but biases that are there count.
+        # Fields left out have vLLM's defaults (vllm/transformers_utils/configs/medusa.py and
+        # vllm/model_executor/models/medusa.py). Biases in the file are read in any case.
         defaults = {"num_heads": 5, "num_hidden_layers": 1, "original_lm_head": False}
         raw = defaults | raw | {"truncated_vocab_size": raw.get("truncated_vocab_size") or 0}
         disk = {name.removeprefix("medusa_heads."): t for name, t in read_weights(path).items()}
@@ -167,10 +170,10 @@ class MedusaHeads(nn.Module):
         K = sum(name.endswith(".0.linear.weight") for name in disk)
         J = sum(name.startswith("0.") and name.endswith(".linear.weight") for name in disk)
         shared = all(".linear." in name for name in disk)
-        last = disk.get("0.0.linear.weight" if shared else f"0.{J}.weight")
-        if K == 0 or last is None or last.dim() != 2:
+        weight = disk.get("0.0.linear.weight" if shared else f"0.{J}.weight")  # tells V and D
+        if K == 0 or weight is None or weight.dim() != 2:
             raise ValueError(f"{path}: no 0.0.linear.weight and 0.{J}.weight: no official heads")
-        V, D = (vocab_size, last.shape[1]) if shared else last.shape
+        V, D = (vocab_size, weight.shape[1]) if shared else weight.shape
         check(V > 0, f"{path} shares the base's LM head: give its vocab_size")
         # Of the heads, a published config.json may name only some (2 of 5).
         config = path.with_name("config.json")
@@ -196,6 +199,7 @@ def fill(tensors: dict[str, Tensor], disk: dict[str, Tensor], path: Path) -> Non
         fits = shape == tensor.shape and found.is_floating_point() == tensor.is_floating_point()
         ours = f"{tuple(tensor.shape)} of {tensor.dtype}"
         check(fits, f"{path}: tensor {name} is {shape} of {found.dtype}, not {ours}")
+        check(bool(found.isfinite().all()), f"{path}: tensor {name} has values that are not finite")
         tensor.copy_(found)
 
 
@@ -212,9 +216,6 @@ def check_compatible(model: GPT, heads: MedusaHeads, tree: Tree = ROOT_ONLY) -> 
 
 
 # ---- losses ----
-IGNORED = -100  # in place of a target: no loss here. F.cross_entropy's own default
-
-
 def at_least_float32(x: Tensor) -> Tensor:
     """Probabilities and losses need more digits than half precision has."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -291,7 +292,7 @@ class Sampling:
         check(self.top_k >= 0, f"top_k {self.top_k}: must be 0 (off) or more")
         for name, value in (("top_p", self.top_p), ("epsilon", self.epsilon)):
             check(0 < value <= 1, f"{name} {value}: must be above 0 and at most 1")
-        # The limit of all three is the most likely token. Nearer to it, float32 would divide by 0.
+        # All three are greedy in the limit. Nearer to it than this, float32 would divide by 0.
         if self.top_k == 1 or min(self.temperature, self.top_p) < 1e-30:
             object.__setattr__(self, "temperature", 0.0)
 
@@ -347,7 +348,7 @@ class SharedGumbelNoise:
         """
         if self.greedy:
             return None
-        # Made in the order of the text, whoever asks first.
+        # Made in the order of the text, so that looking ahead changes no token.
         while len(self.ahead) <= max(depths):
             self.ahead.append(exponential_noise(self.like, self.generator))
         return torch.stack([self.ahead[depth] for depth in depths])
@@ -362,7 +363,7 @@ def sample(logits: Tensor, sampling: Sampling, noise: Tensor | None = None) -> T
 
     Gumbel-max: argmax(log probs - log noise) is a sample of probs. As an exponential race,
     argmax(probs / noise), it takes no logarithm of 0. Greedy decoding needs no noise.
-    No token, -1, where logits are NaN or infinite: see `check_sampled`. Some may be -inf.
+    -1, no token, where a logit is NaN or inf, or all are -inf: see `check_sampled`.
     """
     if sampling.temperature == 0:
         best, tokens = logits.max(-1)
@@ -372,9 +373,9 @@ def sample(logits: Tensor, sampling: Sampling, noise: Tensor | None = None) -> T
     return tokens.where(best.isfinite(), -1)
 
 
-def check_sampled(token: int, length: int, logits: Tensor) -> None:
+def check_sampled(token: int, length: int, dtype: torch.dtype) -> None:
     """Raises ValueError if `sample` found no token after a text of this length."""
-    says = f"the step after {length} tokens: its logits are NaN or infinite in {logits.dtype}"
+    says = f"the step after {length} tokens: its logits are NaN or infinite in {dtype}"
     check(token >= 0, f"{says}; try bfloat16 or float32")
 
 
@@ -441,8 +442,7 @@ def accept(
         if passes[node] and parent in paths:
             paths[node] = paths[parent] + [node]
 
-    # 4. The longest path wins; of equally long ones, which typical acceptance alone may find, the
-    #    most likely.
+    # 4. The longest path wins. If several are (in typical acceptance only), the most likely does.
     path = max(paths.values(), key=lambda nodes: (len(nodes), sum(scores[i] for i in nodes)))
     return path, [guesses[node] for node in path[1:]] + [targets[path[-1]]]
 
@@ -456,7 +456,7 @@ class Step:
     tree: Tree  # of N nodes; plain decoding and the prompt have the root alone
     tokens: Tensor  # (N,) at the nodes
     path: list[int]  # the accepted nodes, the root first
-    hidden: Tensor  # (D,) what the heads read; without heads, the state that `logits` are of
+    hidden: Tensor  # (D,) what the heads guessed from; if the root is alone, that of `logits`
     logits: Tensor  # (N, V) of the base model after each node
     noise: Tensor | None  # (N, V), unless greedy
 
@@ -493,11 +493,11 @@ def generate(
     for length in range(len(prompt), end):
         hidden = model(tokens[None], cache=cache)[0, -1:]  # (1, D)
         logits, noise_now = model.lm_head(hidden), noise.at([0])  # (1, V)
-        before, tokens = tokens[-1:], sample(logits, sampling, noise_now)  # (1,)
+        root, tokens = tokens[-1:], sample(logits, sampling, noise_now)  # (1,)
         token = int(tokens.item())
-        check_sampled(token, length, logits)
+        check_sampled(token, length, logits.dtype)
         noise.advance(1)
-        yield Step([token], ROOT_ONLY, before, [0], hidden[0], logits, noise_now)
+        yield Step([token], ROOT_ONLY, root, [0], hidden[0], logits, noise_now)
         if token in model.config.eos_ids:
             return
 
@@ -505,14 +505,14 @@ def generate(
 class TreeBuffers:
     """What a tree needs in every step, made once (the official code: medusa_buffers).
 
-    capacity: most tokens in the cache before a step. depths (N,): position minus the root's.
+    max_past: most tokens in the cache before a step. depths (N,): position minus the root's.
     index (N,): where each node's token is in [root, guesses of head 1, guesses of head 2, ...].
     cartesian_tree([2, 1]), with n_guesses = 2 for each head:
 
         node 0 root   1 (0,)   2 (1,)   3 (0, 0)   4 (1, 0)        index = [0, 1, 2, 3, 3]
     """
 
-    def __init__(self, tree: Tree, capacity: int, like: Tensor):
+    def __init__(self, tree: Tree, max_past: int, like: Tensor):
         # The first n_guesses of each head are laid out after the root, head by head.
         self.n_guesses = max(tree.ranks) + 1
         self.depths = torch.tensor(tree.depths, device=like.device)  # (N,)
@@ -520,8 +520,8 @@ class TreeBuffers:
         self.index = 1 + (self.depths - 1) * self.n_guesses + ranks  # (N,)
         self.index[0] = 0
         # Added to attention scores: 0 where a node may look, minus infinity where not. Made for the
-        # longest past, of which any past is the end.
-        seen = F.pad(tree.mask, (capacity, 0), value=True)  # (N, capacity + N)
+        # longest past; for a shorter one `mask` takes the last columns.
+        seen = F.pad(tree.mask, (max_past, 0), value=True)  # (N, max_past + N)
         self.bias = torch.where(seen, 0.0, -math.inf).to(like)
 
     def mask(self, past: int) -> Tensor:
@@ -542,8 +542,7 @@ def propose(heads, heads_lm_head, hidden: Tensor, root: int, buffers: TreeBuffer
     guesses = scores.topk(buffers.n_guesses).indices  # (K, n_guesses)
     if heads.token_map is not None:
         guesses = heads.token_map[guesses]  # from here on, token ids
-    root_token = torch.tensor([root], device=hidden.device)
-    return torch.cat((root_token, guesses.flatten()))[buffers.index]  # (N,)
+    return torch.cat((guesses.new_tensor([root]), guesses.flatten()))[buffers.index]  # (N,)
 
 
 @torch.inference_mode()
@@ -572,8 +571,8 @@ def medusa_generate(
     emitted = sample(logits, sampling, noise_now).tolist()
     step = Step(emitted, ROOT_ONLY, tokens[-1:], [0], hidden, logits, noise_now)
     while True:
-        check_sampled(emitted[-1], length, logits)
-        yield step  # the one that is done: at first the prompt's
+        check_sampled(emitted[-1], length, logits.dtype)
+        yield step  # the prompt's, then that of the last turn of this loop
         length, root = length + len(emitted), emitted[-1]
         noise.advance(len(emitted))
         if length == end or root in eos_ids:
@@ -584,7 +583,7 @@ def medusa_generate(
         tokens = propose(heads, heads_lm_head, hidden, root, buffers, sampling, noise)  # (N,)
 
         # 2. Verify: one pass of the base model over all nodes, under tree attention. Nodes beyond
-        #    the context take its last position: their words are cut off in 3, as all after `end`.
+        #    the context take its last position: step 3 drops their tokens, as all after `end`.
         positions = (buffers.depths + past).clamp(max=last_position)  # (N,)
         states = model(tokens[None], positions, buffers.mask(past), cache)[0]  # (N, D)
         logits, noise_now = lm_head(states), noise.at(tree.depths)  # (N, V)

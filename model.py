@@ -234,7 +234,7 @@ class GPT(nn.Module):
         if positions is None:
             check(S + T <= context, f"context of {context}: {S} + {T} do not fit")
             positions = torch.arange(S, S + T, device=tokens.device)
-        # The rotary table of a long context grows to where these positions may end.
+        # The rotary table of a long context grows to `end`: all positions are below it.
         if len(self.rotary) < min(end, context):
             self.rotary = rotary_table(self.config, end).to(self.rotary)
         # After a cached past, token i sees all of it, and the new tokens up to i.
@@ -301,28 +301,27 @@ class GPT(nn.Module):
         return model.eval()
 
 
-# ---- the files of a Llama directory ----
+# ---- the files of a Llama directory: no Medusa here, to be skipped at a first reading ----
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """Of the first file that is there, or of all the files (shards) that an index names."""
+    """The tensors of the first of these files that exists; an index names several (shards)."""
     names = ["model.safetensors", "model.safetensors.index.json"]
     names += ["pytorch_model.bin", "pytorch_model.bin.index.json"]
-    index = directory / next((name for name in names if (directory / name).exists()), names[0])
-    if index.suffix != ".json":
-        return read_tensors(index)
-    weight_map, says = read_json(index).get("weight_map"), "must name a file of this directory"
-    check(isinstance(weight_map, dict), f"{index}: weight_map {says} for each tensor")
-    for shard in weight_map.values():
-        here = isinstance(shard, str) and Path(shard).name == shard
-        check(here, f"{index}: weight_map {says} for each tensor")
-    parts = {shard: read_tensors(directory / shard) for shard in set(weight_map.values())}
-    with naming_errors(index):
+    path = directory / next((name for name in names if (directory / name).exists()), names[0])
+    if path.suffix != ".json":
+        return read_tensors(path)
+    weight_map = read_json(path).get("weight_map")
+    shards = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+    here = all(isinstance(shard, str) and Path(shard).name == shard for shard in shards)
+    check(here, f"{path}: weight_map must name a file of this directory for each tensor")
+    parts = {shard: read_tensors(directory / str(shard)) for shard in set(shards)}
+    with naming_errors(path):
         return {name: parts[shard][name] for name, shard in weight_map.items()}
 
 
-# The only values of these fields that are built here.
 FAMILY = "llama", "mistral", "qwen2", "qwen3"
+# Fields that must be absent or have these values. FIXED ones are written to config.json as well.
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-UNUSED = {"partial_rotary_factor": 1, "quantization_config": None}
+MUST_BE = {"partial_rotary_factor": 1, "quantization_config": None}
 ROPE_FIELDS = "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"
 
 
@@ -333,15 +332,16 @@ def read_config(path: Path) -> ModelConfig:
     raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
     raw.setdefault("head_dim", 128 if kind == "qwen3" else None)
     if kind in ("qwen2", "qwen3"):
-        # It may leave these out, and does not use the window that it names unless it says so.
+        # A Qwen config may leave these out; it names a window even if it does not use it.
         raw = {"bos_token_id": None, "eos_token_id": None, "use_sliding_window": False} | raw
     with naming_errors(path):
         check(kind in FAMILY, f"model_type = {kind!r}: must be one of {', '.join(FAMILY)}")
         raw |= read_rope(raw) | {"model_type": "llama" if kind == "mistral" else kind}
-        for name, value in (FIXED | UNUSED).items():
+        for name, value in (FIXED | MUST_BE).items():
             check(raw.get(name) in (None, value), f"{name} = {raw.get(name)!r}: unsupported")
-        # In a context no longer than the sliding window, the window hides nothing.
-        window = raw.get("sliding_window") if raw.get("use_sliding_window", True) else None
+        # The context is cut to the sliding window below, so that the window hides nothing.
+        has_window = kind == "mistral" or (kind != "llama" and raw["use_sliding_window"])
+        window = raw.get("sliding_window", 4096) if has_window else None
         fits = window is None or (type(window) is int and window > 0)
         check(fits, f"sliding_window = {window!r}: must be a whole number above 0, or null")
         layers = raw.get("layer_types") or []
@@ -354,7 +354,7 @@ def read_config(path: Path) -> ModelConfig:
     with naming_errors(other):
         ends = [*dict.fromkeys(config.eos_ids + replace(config, eos_token_id=more).eos_ids)]
     eos = ends if len(ends) > 1 else (ends or [None])[0]
-    # As in configs that leave it out.
+    # A head_dim that says nothing new is dropped: equal models have equal configs.
     if config.head_dim == config.hidden_size / config.num_attention_heads:
         config = replace(config, head_dim=None)
     context = min(window or math.inf, config.max_position_embeddings)

@@ -33,7 +33,7 @@ from data.corpus import read_text
 from data.tokenizer import SHIPPED_BASE, load_base
 from data.trace import TextStream, check_page, text_content, write_page
 from medusa import MedusaHeads, Sampling, Step, calibration_path, logits_to_probs
-from model import GPT, check_sizes, read_json
+from model import GPT, check, check_sizes, read_json
 from tree import ROOT_ONLY, Tree, calibrated_tree, cartesian_tree, choose_size
 from tree import expected_tokens, read_counts, tree_from_paths
 
@@ -52,9 +52,7 @@ class SampleConfig:
     top_p: float = option(Sampling.top_p, "sample among the fewest tokens of this probability")
     accept: str = option("lossless", "acceptance rule", choices=("lossless", "typical"))
     epsilon: float = option(Sampling.epsilon, "of typical acceptance")
-    tree: str = option(
-        "auto", "auto, number of nodes, widths 4x2x1, mc_sim_7b_63, or JSON file of paths"
-    )
+    tree: str = option("auto", "auto, nodes, widths 4x2x1, mc_sim_7b_63, or JSON file of paths")
     seed: int = option(0, "of sampling")
     device: str = option("auto", "auto, cpu, cuda or mps")
     dtype: str = option("float32", "weights", choices=("float32", "float64", "bfloat16", "float16"))
@@ -64,23 +62,20 @@ class SampleConfig:
 
     def __post_init__(self):
         check_sizes(self, ["max_new_tokens"])
-        if not 0 <= self.seed < 1 << 63:
-            raise ValueError(f"--seed {self.seed}: must be a whole number from 0 to 2^63 - 1")
+        check(0 <= self.seed < 1 << 63, f"--seed {self.seed}: must be 0 to 2^63 - 1")
 
     def sampling(self) -> Sampling:
         # A flag that would have no effect is a mistake.
         greedy, typical = self.temperature == 0, self.accept == "typical"
         if greedy and (typical or (self.top_k, self.top_p) != (Sampling.top_k, Sampling.top_p)):
             raise ValueError("--accept typical, --top-k, --top-p: need --temperature above 0")
-        if self.epsilon != Sampling.epsilon and not typical:
-            raise ValueError("--epsilon: belongs to --accept typical")
+        check(typical or self.epsilon == Sampling.epsilon, "--epsilon: belongs to --accept typical")
         return Sampling(self.temperature, self.top_k, self.top_p, typical, self.epsilon)
 
     def text(self) -> str:
         """The text of --prompt, --chat or --prompt-file."""
         given = [self.prompt != PROMPT, self.chat != "", self.prompt_file != ""]
-        if given.count(True) > 1:
-            raise ValueError("--prompt, --chat, --prompt-file: give only one of them")
+        check(given.count(True) < 2, "--prompt, --chat, --prompt-file: give only one of them")
         if self.prompt_file != "":
             return read_text(self.prompt_file)
         try:
@@ -122,10 +117,10 @@ def pack_linears(model: GPT) -> None:
 
 
 # ---- one decoding, timed and streamed ----
-Run = tuple[list[int], list[float]]  # tokens, and seconds of each step after the prompt's own
+Timed = tuple[list[int], list[float]]  # tokens, and seconds of each step after the prompt's own
 
 
-def timed_run(steps: Iterable[Step], show: Callable[[Step], None] = lambda _: None) -> Run:
+def timed_run(steps: Iterable[Step], show: Callable[[Step], None] = lambda _: None) -> Timed:
     """Decode to the end. The clock is stopped while `show` prints."""
     tokens, times, start = [], [], time.perf_counter()
     for step in steps:
@@ -160,7 +155,7 @@ def print_step(emitted: list[int], eos_ids: tuple[int, ...], stream: TextStream)
 # ---- the choice of the tree ----
 SIZES = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # numbers of nodes that are timed
 ROUNDS, STEPS = 6, 5  # of timing, and timed steps of each size in each round
-PATIENCE = 3.0  # seconds, after which no round begins, except for the second
+PATIENCE = 3.0  # seconds after which no round begins; but there are two rounds at least
 # The 63 paths of the paper's repository, medusa/model/medusa_choices.py: for Vicuna 7B.
 OFFICIAL_TREE = Path(__file__).parent / "data/mc_sim_7b_63.json"
 
@@ -194,7 +189,7 @@ def step_costs(
             break
         for tree, seconds in times.items():
             steps = decode(endless, heads, tree, prompt, n, sampling, seed=0)
-            seconds += timed_run(islice(steps, 1 + STEPS))[1]  # without the prompt's
+            seconds.extend(timed_run(islice(steps, 1 + STEPS))[1])  # without the prompt's
     # Noise only adds: the minimum counts. And a larger tree cannot cost less.
     costs, most = {}, 0.0
     for tree, seconds in times.items():
@@ -219,8 +214,7 @@ def pick_tree(
         known = "auto, a number of nodes, widths such as 4x2x1, mc_sim_7b_63, or a .json file"
         raise ValueError(f"must be {known}") from None
     if len(numbers) > 1:
-        if math.prod(numbers) > 1024:
-            raise ValueError(f"{math.prod(numbers)} leaves; must be at most 1024")
+        check(math.prod(numbers) <= 1024, f"{math.prod(numbers)} leaves; must be at most 1024")
         return cartesian_tree(numbers), f"Cartesian, widths {choice}"
 
     # 2. The nodes that were right most often in calibration: as many as asked for.
@@ -257,7 +251,7 @@ def first_difference(
 
 
 def summary(
-    ours: Run, plain: Run, parted: tuple[int, float] | None, typical: bool, tree: Tree, why: str
+    ours: Timed, plain: Timed, parted: tuple[int, float] | None, typical: bool, tree: Tree, why: str
 ) -> dict[str, str]:
     """What each of the two ways took. parted: the `first_difference` of their texts."""
     tokens, times = ours
@@ -312,7 +306,7 @@ def trace_record(step: Step, model: GPT, heads, sampling: Sampling) -> dict:
 
 
 # ---- the command ----
-def open_heads(config: SampleConfig, model: GPT, prompt: list[int]):
+def heads_and_tree(config: SampleConfig, model: GPT, prompt: list[int]):
     """(heads, tree, where the tree comes from); (None, ROOT_ONLY, what to do) without heads."""
     # Heads are in data/heads for the shipped base, and in the directory of any other.
     directory = Path("data" if config.base == SHIPPED_BASE else config.base, "heads")
@@ -322,8 +316,7 @@ def open_heads(config: SampleConfig, model: GPT, prompt: list[int]):
         flags = f"--mode medusa1 --base {config.base} --out {directory}"
         return None, ROOT_ONLY, f"no heads; python train.py {flags} trains some"
     path, weight = Path(config.heads or directory), model.lm_head.weight
-    V = model.config.vocab_size
-    heads = MedusaHeads.from_pretrained(path, weight.dtype, weight.device, V)
+    heads = MedusaHeads.from_pretrained(path, weight.dtype, weight.device, model.config.vocab_size)
     medusa.check_compatible(model, heads)
     calibration = calibration_path(path)
     if not calibration.exists() and (config.tree == "auto" or config.tree.isdecimal()):
@@ -356,7 +349,7 @@ def main() -> None:
     prompt = chat_prompt(config.base, tokenizer, turn) if config.chat else tokenizer.opening(text)
     # Refuses a prompt that leaves no room in the context, before anything is printed.
     room = medusa.max_length(model, prompt, config.max_new_tokens) - len(prompt)
-    heads, tree, why = open_heads(config, model, prompt)
+    heads, tree, why = heads_and_tree(config, model, prompt)
 
     # 2. Decode, showing the text as it comes.
     stream, records = TextStream(tokenizer, prompt), []

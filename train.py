@@ -35,7 +35,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data.chat import dialogue_rows, given_turns, split_dialogues
+from data.chat import dialogue_rows, given_turns, read_template, split_dialogues
 from data.command import OneLineParser, add_options, check_out, option, pick_device, run
 from data.corpus import documents, packed, seeded, shuffled, windows
 from data.rows import base_digest, digest_of, metadata_of, read_shards, write_shard
@@ -51,14 +51,11 @@ from tree import ranked_prefixes, read_counts, replay
 SHIPPED_ROWS = "data/distilled"
 SAVE_EVERY = 200  # steps between checkpoints
 MAX_NORM = 1.0  # gradients are clipped to it, those of heads and base apart
-# Heads are calibrated at these temperatures, on at most so many rows of each, ...
-TEMPERATURES = 0.0, 0.7, 1.0
-HELD_OUT_ROWS = 256
-# ... by a replay with a tree of so many nodes. The file keeps the most frequent prefixes.
-CALIBRATION_NODES = 16
-CALIBRATION_PREFIXES = 256
-PERPLEXITY_TOKENS = 1 << 15
-# Settings of which 0 means none.
+TEMPERATURES = 0.0, 0.7, 1.0  # at which heads are calibrated
+HELD_OUT_ROWS = 256  # of each temperature, at most
+CALIBRATION_NODES = 16  # of the tree with which decoding is replayed: see `replay`
+CALIBRATION_PREFIXES = 256  # the most frequent ones are written
+PERPLEXITY_TOKENS = 1 << 15  # of a held-out text, at most
 MAY_BE_0 = ("seed", "shards", "temperature", "truncated_vocab_size", "weight_decay")
 MAY_BE_0 += ("mtp_weight", "lambda_0", "heads_steps")
 
@@ -145,8 +142,8 @@ class MedusaTraining(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         written = [Path(self.out).resolve(), Path(self.out, "base").resolve()]
-        if Path(self.base).resolve() in written:
-            raise ValueError(f"--out {self.out} would overwrite --base: name another directory")
+        is_other = Path(self.base).resolve() not in written
+        check(is_other, f"--out {self.out} would overwrite --base: name another directory")
         # Distilled rows have a length of their own.
         is_default = self.context == TrainConfig.context
         check(self.data != "distilled" or is_default, "--context: needs --data corpus or chat")
@@ -217,7 +214,7 @@ class Batch:
 
 
 def make_batch(config: TrainConfig, data: tuple, heads: MedusaHeads, device, step: int) -> Batch:
-    """The batch of a step. data: all rows, tokens (R, T), and their loss mask (R, T) bool."""
+    """The batch of a step. data: all rows, tokens (R, T+1), and their loss mask (R, T+1) bool."""
     # Every row once, in random order, before any comes again. The order depends on the step's
     # number alone, so that a resumed run sees the same batches.
     rows = []
@@ -225,7 +222,7 @@ def make_batch(config: TrainConfig, data: tuple, heads: MedusaHeads, device, ste
         epoch, i = divmod(number, len(data[0]))
         rows.append(shuffled(len(data[0]), config.seed, epoch)[i])  # each epoch's order is cached
     rows = torch.stack(rows)
-    tokens, mask = data[0][rows].long(), data[1][rows]  # (B, T)
+    tokens, mask = data[0][rows].long(), data[1][rows]  # (B, T+1)
 
     # What follows the last target need not be fed; but at least one token is.
     has_target = mask.any(0).nonzero()
@@ -234,12 +231,12 @@ def make_batch(config: TrainConfig, data: tuple, heads: MedusaHeads, device, ste
 
     # The base's target is a token; those of the heads are indices into the heads' vocabulary, where
     # a token outside of it is no target.
-    of_base = targets_ahead(tokens, mask, 0)  # (1, B, T)
-    of_heads = targets_ahead(heads.index_of(tokens), mask, heads.config.num_heads)[1:]  # (K, B, T)
-    targets = torch.cat((of_base, of_heads))
+    of_base = targets_ahead(tokens, mask, 0)  # (1, B, T+1)
+    of_heads = targets_ahead(heads.index_of(tokens), mask, heads.config.num_heads)[1:]
+    targets = torch.cat((of_base, of_heads))  # (K+1, B, T+1)
     counts = (targets != IGNORED).flatten(1).sum(1)  # (K+1,) before rows are dealt to processes
 
-    # To (B, T, K+1): a (B, T) mask then picks positions. The last has no target.
+    # To (B, T, K+1): a (B, T) mask then picks positions. The last token has no target.
     parts = rows, tokens[:, :-1], targets.permute(1, 2, 0)[:, :-1]
     rank, world_size = rank_and_world_size()
     rows, tokens, targets = (part.tensor_split(world_size)[rank].to(device) for part in parts)
@@ -387,14 +384,14 @@ class Run:
             raise ValueError(f"--resume: {self.path} cannot be used: {error}") from None
 
     def finish(self) -> None:
-        """The results are written: the checkpoint goes, and what a kill left half written."""
+        """Results are written: delete the checkpoint, and what a kill left half written."""
         for name in ("checkpoint.pt", "states.npy"):
             for path in (self.path.with_name(name), *self.path.parent.glob(f".{name}.*")):
                 path.unlink(missing_ok=True)
 
 
 def start(config: TrainConfig, writes_heads: bool) -> tuple[torch.device, torch.dtype]:
-    """Refuse before the work what would fail after it. The device, and the dtype of products."""
+    """Refuse before the work what would fail after it. Returns device and dtype of products."""
     check_out(config.out)
     path, about = Path(config.out) / "checkpoint.pt", Path(config.out) / "config.json"
     if config.resume and not path.exists():
@@ -426,7 +423,6 @@ def train_loop(
     """
     config, parts, is_main = run.config, run.parts, rank_and_world_size()[0] == 0
     dtype = pick_precision(config.precision, run.device)
-    mixed = {"dtype": dtype, "enabled": dtype != torch.float32}
     # A run that is resumed after this stage has no steps left in it.
     steps = range(max(run.step, first), until)
     bar = tqdm(steps, "training", until, initial=run.step, disable=not is_main)
@@ -438,7 +434,7 @@ def train_loop(
 
         # 1. Loss and gradient of this process's rows; the sum over processes is the batch's.
         batch = batch_of(step)
-        with torch.autocast(run.device.type, **mixed):
+        with torch.autocast(run.device.type, dtype, dtype != torch.float32):
             loss, metrics = loss_of(batch)
         loss.backward()
         sum_over_processes(metrics, parts)
@@ -471,8 +467,7 @@ def train_loop(
 # ---- the modes that train ----
 def train_base(config: BaseConfig) -> None:
     device, _ = start(config, writes_heads=False)
-    names = {f.name for f in fields(ModelConfig)} & set(asdict(config))
-    shape = {name: getattr(config, name) for name in names}
+    shape = {name: v for name, v in asdict(config).items() if hasattr(ModelConfig, name)}
     model_config = ModelConfig(**shape, max_position_embeddings=config.context)
     texts = documents(False, config.text)
     tokenizer = train_tokenizer(texts, config.vocab_size)
@@ -513,8 +508,8 @@ def text_rows(tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 
 def training_data(config: MedusaTraining, tokenizer, model: GPT, K: int):
-    """Rows (R, T) and their loss mask; the held-out rows of `head_ranks`; held-out text (n,)."""
-    V, shards = model.config.vocab_size, 0 if config.data != "distilled" else DistillConfig.shards
+    """Rows (R, T) and their loss mask; `held_out_rows`; a held-out text (n,) for `perplexity`."""
+    V, shards = model.config.vocab_size, DistillConfig.shards if config.data == "distilled" else 0
     directory = distilled_rows(config, f"{config.out}/rows", shards)
     held_out = held_out_rows(directory, V, K)
     if config.data == "chat":
@@ -524,7 +519,14 @@ def training_data(config: MedusaTraining, tokenizer, model: GPT, K: int):
         tokens, mask, dropped = dialogue_rows(sides["train"], *chat)
         print(f"{len(tokens)} rows; {dropped} dialogues without an answer that ends in --context")
         unseen, unseen_mask, _ = dialogue_rows(sides["validation"], *chat)
-        return (tokens, mask), held_out, unseen[unseen_mask]
+        advice = (
+            f"has an answer that ends in --context {config.context}: give more, or a larger one"
+        )
+        check(min(len(tokens), len(unseen)) > 0, f"of one side of the split no dialogue {advice}")
+        # A row ends with its last answer.
+        ends = [int(mask.nonzero().max()) + 1 for mask in unseen_mask]
+        text = torch.cat([row[:end] for row, end in zip(unseen, ends)])
+        return (tokens, mask), held_out, text
     text = packed(documents(True, config.text), tokenizer)
     if config.data == "corpus":
         data = text_rows(packed(documents(False, config.text), tokenizer), config.context)
@@ -611,8 +613,8 @@ def train_medusa2(config: Medusa2Config) -> None:
     data, held_out, text = training_data(config, tokenizer, model, heads.config.num_heads)
     before = perplexity(model, text)
 
-    # The teacher is the base as it is now, with LoRA the same model without its adapters. Of text
-    # that the base did not write, the text's own tokens are the targets.
+    # The teacher is the base as it is now; with LoRA the same model without its adapters. For text
+    # that the base did not write there is none: the text's own tokens are the targets.
     teacher = None
     if config.data == "distilled":
         teacher = model if config.lora else copy.deepcopy(model)
@@ -623,15 +625,11 @@ def train_medusa2(config: Medusa2Config) -> None:
     batch_of, end_1 = partial(make_batch, config, data, heads, device), config.heads_steps
 
     # Stage 1: the heads alone, on the frozen base, as in Medusa-1.
-    for p in base.values():
-        p.requires_grad_(False)
     loss_of_heads = partial(frozen_loss, model, heads, None)
     train_loop(run, 0, end_1, batch_of, loss_of_heads, {"heads": 1.0, "base": 0.0})
 
     # Stage 2: heads and base together, the base at a lower rate.
-    def loss_of_both(batch: Batch):
-        return medusa2_loss(model, heads, batch, config.lambda_0, teacher)
-
+    loss_of_both = partial(medusa2_loss, model, heads, lambda_0=config.lambda_0, teacher=teacher)
     for p in base.values():
         p.requires_grad_(True)
     lr_factors = {"heads": 1.0, "base": 1 / config.lr_ratio}
@@ -671,7 +669,7 @@ class Adapter(nn.Module):
 
 
 def add_adapters(model: GPT, seed: int) -> dict[str, nn.Parameter]:
-    """Adapt every linear layer of the blocks; what learns, by name. Their own weights do not."""
+    """Adapt every linear layer of the blocks. Returns what learns, by name: the adapters alone."""
     learning, generator = {}, seeded(seed)
     for name, module in list(model.layers.named_modules()):
         if isinstance(module, nn.Linear):
@@ -709,7 +707,7 @@ def sample_rows(model: GPT, prompts: list[list[int]], length: int, sampling: Sam
     for position in range(shortest, length):
         logits = at_least_float32(model.lm_head(model(new, cache=cache)[:, -1]))  # (rows, V)
         sampled = sample(logits, sampling, exponential_noise(logits, generator))  # (rows,)
-        check_sampled(int(sampled.min()), position, model.lm_head.weight)
+        check_sampled(int(sampled.min()), position, model.lm_head.weight.dtype)
 
         # Where a prompt is longer, its own token stays.
         after_prompt = prompt_lengths[rows] <= position  # (rows,)
@@ -766,24 +764,31 @@ def regenerate(model: GPT, tokens: Tensor, loss_mask: Tensor, sampling: Sampling
     return sample_rows(model.eval(), prompts, tokens.shape[1], sampling, generator)
 
 
+def prompt_sources(config: DistillConfig, tokenizer, eos_ids) -> tuple[dict, str]:
+    """What prompts are made of, for each side of the split: user turns, or a text; its digest."""
+    if config.chat:
+        sides = split_dialogues(config.text)
+        # Of the dialogues, and not of their tokens: a template may write the date.
+        digest = digest_of(sides, read_template(config.base))
+        chat = config.base, tokenizer, eos_ids, config.prompt_tokens
+        return {side: given_turns(dialogues, *chat) for side, dialogues in sides.items()}, digest
+    sides = {"train": packed(documents(False, config.text), tokenizer)}
+    sides["validation"] = packed(documents(True, config.text), tokenizer)
+    return sides, digest_of(*sides.values())
+
+
 def distill(config: DistillConfig) -> Path:
     """Write files of training rows, and held-out rows for each of TEMPERATURES. Returns --out."""
     check_out(config.out)
     device = pick_device(config.device)
     tokenizer, model = load_base(config.base, pick_precision(config.precision, device), device)
     length, context = config.prompt_tokens + config.new_tokens, model.config.max_position_embeddings
-    check(length <= context, f"--prompt-tokens + --new-tokens = {length}: over context {context}")
+    says = f"--prompt-tokens + --new-tokens = {length}: over context {context}"
+    check(length <= context, f"{says}; use --mode distill with less, and name it by --distilled")
 
-    # What the prompts are made of: user turns, or windows of the text, for each side of the split.
-    if config.chat:
-        chat = config.base, tokenizer, model.config.eos_ids, config.prompt_tokens
-        sides: dict = split_dialogues(config.text)
-        sides = {side: given_turns(dialogues, *chat) for side, dialogues in sides.items()}
-    else:
-        sides = {"train": packed(documents(False, config.text), tokenizer)}
-        sides["validation"] = packed(documents(True, config.text), tokenizer)
-    # Each file: its name, side of the split, part of that side, number of rows, and sampling.
-    most = min(config.rows, HELD_OUT_ROWS, 32 * len(sides["validation"]))
+    sides, source_digest = prompt_sources(config, tokenizer, model.config.eos_ids)
+    # Each file: name, side of the split, part of it (which decides the prompts), rows, sampling.
+    most = min(config.rows, HELD_OUT_ROWS, 32 * len(sides["validation"]))  # 32 of a dialogue
     files = [(f"validation-{t}", "validation", 0, most, Sampling(t)) for t in TEMPERATURES]
     sampling = Sampling(config.temperature, top_p=config.top_p)
     for part in range(config.shards):
@@ -791,10 +796,9 @@ def distill(config: DistillConfig) -> Path:
 
     # A file is marked by digests of its base and of its settings: a stopped run goes on with its
     # own files only. More shards may be added.
-    settings = asdict(config)
-    for name in ("base", "out", "text", "device", "precision", "shards"):
-        del settings[name]
-    mark = f"{base_digest(config.base)} {digest_of(settings, sides['train'], sides['validation'])}"
+    free = "base", "out", "text", "device", "precision", "shards"
+    settings = {name: value for name, value in asdict(config).items() if name not in free}
+    mark = f"{base_digest(config.base)} {digest_of(settings, source_digest)}"
 
     # The files are dealt out to the processes.
     rank, world_size = rank_and_world_size()
@@ -802,7 +806,7 @@ def distill(config: DistillConfig) -> Path:
     for number, (name, side, part, rows, sampling) in tqdm(mine, "distilling", disable=rank > 0):
         path, source = Path(config.out) / f"{name}.safetensors", sides[side]
         if path.exists():
-            advice = "is of another base, text or settings; name another --out"
+            advice = "is of another base, text or settings: delete it, or name another directory"
             check(metadata_of(path).get("base") == mark, f"{path} {advice}")
             continue
         generator = seeded(config.seed, number, device=device)
@@ -819,7 +823,10 @@ def distill(config: DistillConfig) -> Path:
 
 
 def distilled_rows(config, out: str, shards: int) -> Path:
-    """The directory of the rows to train and calibrate on; made in `out` if there is none."""
+    """The directory of the rows to train and calibrate on; made in `out` if there is none.
+
+    shards: of 0, the held-out rows alone, which calibration needs.
+    """
     # A mark begins with the digest of the base; a file without one counts as the base's own.
     base, directory = base_digest(config.base), Path(config.distilled or SHIPPED_ROWS)
     marks = {path: metadata_of(path).get("base", base) for path in directory.glob("*.safetensors")}
@@ -930,8 +937,8 @@ def calibrate(model: GPT, heads: MedusaHeads, rows_of: dict[str, tuple[Tensor, T
         starts = replay(texts, tree)
         counts, found = prefix_counts(starts), {}
         for n in (1, 5):
-            shares = (torch.cat(ranks) < n).double().mean(0).tolist()  # (K,)
-            found[f"top{n}"] = [round(share, 4) for share in shares]
+            shares = (torch.cat(ranks) < n).double().mean(0)  # (K,)
+            found[f"top{n}"] = shares.round(decimals=4).tolist()
         kept = ranked_prefixes(counts)[:CALIBRATION_PREFIXES]
         prefixes = {" ".join(map(str, path)): counts[path] for path in kept}
         content[temperature] = found | {"steps": len(starts), "prefixes": prefixes}
@@ -940,7 +947,6 @@ def calibrate(model: GPT, heads: MedusaHeads, rows_of: dict[str, tuple[Tensor, T
 
 def write_calibration(model: GPT, heads: MedusaHeads, held_out: dict, path: Path) -> None:
     """Write calibration.json, and report accuracies and expected tokens/step."""
-    print("calibrating on held-out rows")
     calibration = calibrate(model, heads.float().eval(), held_out)
     write_json(path, calibration)
     for temperature, found in calibration.items():
@@ -1013,16 +1019,13 @@ def main() -> None:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(days=1))
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")
-    try:
-        mode(config)
-        if isinstance(config, DistillConfig):
-            about = f"--base {config.base} --distilled {config.out}"
-            print(f"next: python train.py --mode medusa1 {about}")
-        if dist.is_initialized():
-            dist.barrier()  # all leave together
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    mode(config)
+    if isinstance(config, DistillConfig):
+        print(f"next: python train.py --mode medusa1 --base {config.base} --distilled {config.out}")
+    if dist.is_initialized():
+        # Gloo's threads may hold tensors, and abort a Python that is torn down (pytorch#179291).
+        sys.stdout.flush()
+        os._exit(0)
 
 
 MODES: dict[str, tuple[type, Callable]] = {

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-Ranks = tuple[int, ...]  # a rank path: the ranks from the root down to a node; () is the root
+RankPath = tuple[int, ...]  # the ranks from the root down to a node; () is the root
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Tree:
         return tuple(len(path) for path in self.paths)
 
     @cached_property
-    def paths(self) -> tuple[Ranks, ...]:
+    def paths(self) -> tuple[RankPath, ...]:
         """paths[i]: the ranks from the root to node i."""
-        paths: list[Ranks] = [()]
+        paths: list[RankPath] = [()]
         for parent, rank in zip(self.parents[1:], self.ranks[1:]):
             paths.append(paths[parent] + (rank,))
         return tuple(paths)
@@ -93,7 +93,7 @@ def tree_from_paths(paths: Iterable[Sequence[int]]) -> Tree:
     >>> tree_from_paths([[0], [1], [0, 0]]).parents
     (-1, 0, 0, 1)
     """
-    index: dict[Ranks, int] = {(): 0}
+    index: dict[RankPath, int] = {(): 0}
     parents, ranks = [-1], [-1]
     # Sorted by depth, every path comes after its own prefix.
     for path in sorted(map(tuple, paths), key=lambda path: (len(path), path)):
@@ -154,21 +154,21 @@ def prefix_counts(rank_paths: Iterable[Sequence[int]]) -> Counter:
     return counts
 
 
-def ranked_prefixes(counts: Counter) -> list[Ranks]:
+def ranked_prefixes(counts: Counter) -> list[RankPath]:
     """All prefixes but (), most frequent first; each comes before its continuations."""
     paths = [path for path in counts if path != ()]
     return sorted(paths, key=lambda path: (-counts[path], len(path), path))
 
 
 def expected_tokens(tree: Tree, counts: Counter) -> float:
-    """Expected tokens per step (acceleration rate): 1, plus each node's chance to be accepted."""
+    """Expected tokens per step (acceleration rate): the nodes' chances, the root's being 1."""
     return sum(counts[path] for path in tree.paths) / counts[()]
 
 
-def replay(texts: Iterable[Sequence[Sequence[int]]], tree: Tree) -> list[Ranks]:
+def replay(rows: Iterable[Sequence[Sequence[int]]], tree: Tree) -> list[RankPath]:
     """The rank paths of the positions at which steps would start, were these texts decoded.
 
-    texts: for each text the ranks (r_1 .. r_K) of its positions, in order. Ours, not the paper's:
+    rows: for each text the ranks (r_1 .. r_K) of its positions, in order. Ours, not the paper's:
     most steps start right after a miss, where guesses are worse than on average, so counts over all
     positions would overestimate what decoding accepts.
 
@@ -176,7 +176,7 @@ def replay(texts: Iterable[Sequence[Sequence[int]]], tree: Tree) -> list[Ranks]:
     [(0, 0), (4, 4)]
     """
     nodes, starts = set(tree.paths), []
-    for positions in texts:
+    for positions in rows:
         position = 0
         while position < len(positions):
             ranks = tuple(positions[position])

@@ -12,7 +12,7 @@ from torch import Tensor
 from medusa import GREEDY, MedusaHeads, SharedGumbelNoise, Step, TreeBuffers, accept
 from medusa import check_compatible, gumbel_scores, max_length, sample, truncate_at_eos
 from model import GPT
-from tree import ROOT_ONLY, Ranks, Tree, tree_from_paths
+from tree import ROOT_ONLY, RankPath, Tree, tree_from_paths
 
 
 def best_first_tree(log_probs: Tensor, n_nodes: int) -> Tree:
@@ -27,7 +27,7 @@ def best_first_tree(log_probs: Tensor, n_nodes: int) -> Tree:
         raise ValueError(f"n_nodes = {n_nodes}: must be at least 2")
     ranked = log_probs.topk(min(n_nodes - 1, log_probs.shape[-1])).values.tolist()
     # (cost, depth, path, cost of its parent), where cost is minus the log-probability
-    heap: list[tuple[float, int, Ranks, float]] = [(-ranked[0][0], 1, (0,), 0.0)]
+    heap: list[tuple[float, int, RankPath, float]] = [(-ranked[0][0], 1, (0,), 0.0)]
     paths = []
     while heap and len(paths) < n_nodes - 1:
         cost, depth, path, parent_cost = heapq.heappop(heap)

@@ -337,7 +337,15 @@ def spoil_dialogues(work: Path, chance: random.Random) -> Case:
         if at == 0:
             items[n] = chance.choice((junk, {"messages": junk}, {"conversations": [junk]}))
         elif at == 1:
-            turns.pop(chance.randrange(4))
+            # Of all dialogues at random: no answers, one answer alone, long ones, other roles.
+            first, last, times = chance.randrange(4), chance.randrange(5), chance.choice((1, 40))
+            role, key = ("from", "value") if "from" in turns[0] else ("role", "content")
+            for item in items:
+                kept = next(iter(item.values()))[first : last + 1]
+                for one in kept:
+                    one[key] *= times
+                    one[role] = chance.choice((one[role], one[role], "system"))
+                item[next(iter(item))] = kept
         elif at == 2:
             chance.shuffle(turns)
         else:
@@ -373,7 +381,9 @@ def spoil_values(work: Path, chance: random.Random) -> Case:
     values = tensors[chance.choice(sorted(tensors))].view(-1)
     values[chance.randrange(len(values))] = chance.choice((math.nan, math.inf, -math.inf))
     save_file(tensors, path)
-    return whoever_opens(work, chance)
+    heads = ["--heads", f"{work}/heads"]
+    calibrating = training(work, "calibrate", *heads, "--distilled", "")
+    return chance.choice((whoever_opens(work, chance), calibrating))
 
 
 def spoil_tree(work: Path, chance: random.Random) -> Case:
@@ -438,10 +448,12 @@ def left_over(work: Path) -> list[str]:
 
 
 def contents(work: Path) -> dict[str, str]:
+    """Digests of what no script may change: all inputs but what calibration writes."""
     files = ("text.txt", "turns.jsonl", "sharegpt.jsonl", "messages.json", "own.safetensors")
     paths = [work / name for name in files]
     for name in ("base", "heads", "rows", "chat", "vllm", "shared", "own"):
         paths += [path for path in (work / name).rglob("*") if path.is_file()]
+    paths = [path for path in paths if path.name != "calibration.json"]
     return {str(path): digest_of(path.read_bytes()) for path in paths}
 
 
@@ -471,7 +483,9 @@ def fault_of(code: int | None, errors: str, before: dict, work: Path) -> str:
             return f"out of NaN: {printed.read_text(encoding='utf-8')[-600:]}"
     if len(left) > 0:
         return f"half written: {left}"
-    return "an input was changed" if code == 2 and contents(work) != before else ""
+    after = contents(work)
+    changed = [path for path in before if after.get(path) != before[path]]
+    return f"inputs were changed: {changed}" if changed else ""
 
 
 def try_case(config: FuzzConfig, number: int, work: Path) -> tuple[str, str, str]:

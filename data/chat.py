@@ -22,6 +22,9 @@ from model import check, naming_errors
 
 # ShareGPT has {"from": "human", "value": ...} for {"role": "user", "content": ...}.
 ROLES = {"human": "user", "gpt": "assistant"}
+# Of a turn or a dialogue: what would change its rows, and is not read here.
+UNREAD = "tools", "tool_calls", "reasoning_content", "thinking", "weight"
+NOW = datetime.now()  # for a template that writes the date: the same in all rows of a run
 
 
 # ---- the template ----
@@ -62,7 +65,7 @@ def compiled(template: str, sandbox, ext, nodes):
     )
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals["strftime_now"] = NOW.strftime
     return environment.from_string(template)
 
 
@@ -106,9 +109,13 @@ def turns_of(item) -> list[dict[str, str]]:
     given = item.get("messages", item.get("conversations")) if isinstance(item, dict) else None
     if not isinstance(given, list) or given == []:
         raise ValueError("must be a string, or have turns, as messages or conversations")
+    if item.get("system"):
+        given = [{"role": "system", "content": item["system"]}, *given]
     turns = []
     for turn in given:
         check(isinstance(turn, dict), "a turn must have a role and its content")
+        unread = [n for n in UNREAD if (item | turn).get(n) not in (None, "", [], {}, 1)]
+        check(unread == [], f"{', '.join(unread)}: cannot be read, and would change the text")
         name, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         role = ROLES.get(str(name), name)
         is_known = role in ("system", "user", "assistant")
@@ -171,15 +178,24 @@ def token_runs(directory, tokenizer, turns: list, eos_ids) -> list[list[tuple[li
             if not before.startswith(text):
                 runs, text, last = [*runs, []], "", ""
             for piece, is_answer in ((before[len(text) :], False), (after[len(before) :], True)):
-                # Some tokenizers treat the start of a text in another way than its middle.
-                first, both = tokenizer.encode(last), tokenizer.encode(last + piece)
-                n = len(first)
-                ids = both[n:] if both[:n] == first else tokenizer.encode(piece)
+                ids = continued(tokenizer, last, piece)
                 if not is_answer or piece:
                     runs[-1].append((ids, is_answer))
-                last = piece
+                last = piece or last
             text = after
     return runs
+
+
+def continued(tokenizer: JsonTokenizer, before: str, text: str) -> list[int]:
+    """The tokens of a text that follows another: some tokenizers put a space before a first word.
+
+    If the two share a token, the text follows a line end instead, or a letter.
+    """
+    for start in (before, "\n", "a"):
+        first, both = tokenizer.encode(start), tokenizer.encode(start + text)
+        if both[: len(first)] == first:
+            return both[len(first) :]
+    return tokenizer.encode(text)
 
 
 def dialogue_rows(dialogues, directory, tokenizer, eos_ids, length) -> tuple[Tensor, Tensor, int]:
@@ -233,17 +249,17 @@ def given_turns(dialogues, directory, tokenizer, eos_ids, most: int) -> list[lis
     """
     found = []
     for turns in dialogues:
-        # The file's own answers do not count: "-" is in place of each.
+        # The file's own answers do not count: "-" is in place of each between two user's turns.
         asked = Dialogue()
         asked.where = turns.where
         for turn in turns:
+            if asked and (turn["role"], asked[-1]["role"]) == ("user", "user"):
+                asked.append({"role": "assistant", "content": "-"})
             if turn["role"] != "assistant":
                 asked.append(turn)
-            if turn["role"] == "user":
-                asked.append({"role": "assistant", "content": "-"})
-        run = token_runs(directory, tokenizer, asked, eos_ids)[0]
+        run = token_runs(directory, tokenizer, asked, eos_ids)[0] if asked else []
         given = [ids for ids, is_answer in run if not is_answer]
-        if len(given[0]) <= most:
+        if given and 0 < len(given[0]) <= most:
             found.append(given)
     check(found != [], f"no turn has at most {most} tokens: give more, or a larger --prompt-tokens")
     return found

@@ -84,8 +84,9 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"--device {name} cannot be used here: {reason}") from None
 
 
-def check_out(directory: str) -> None:
+def check_out(directory: str, flag="--out") -> None:
     """Raises ValueError if the directory cannot be written: before the work, not after it."""
     nearest = next(path for path in Path(directory, "_").absolute().parents if path.exists())
     if not directory or not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ValueError(f"--out {directory or 'is empty'}: name a directory that can be written")
+        says = f"{flag} {directory or 'is empty'}"
+        raise ValueError(f"{says}: name a directory that can be written")

@@ -70,7 +70,7 @@ def documents(validation: bool, text: list[str] | None = None) -> list[str]:
 
 def packed(texts: list[str], tokenizer: AnyTokenizer) -> Tensor:
     """All documents, each as <s> ... </s>, in one row of tokens (n,); made once, then cached."""
-    digest = hashlib.sha256(tokenizer.model)
+    digest = hashlib.sha256(tokenizer.model + f"{tokenizer.bos} {tokenizer.eos}".encode())
     for text in texts:
         digest.update(len(text).to_bytes(8, "big") + text.encode())
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -25,7 +25,7 @@ def digest_of(*parts) -> str:
 def base_digest(directory) -> str:
     """Names a base by its configuration and weights."""
     digest, folder = hashlib.sha256(), Path(directory)
-    weights = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     for path in (folder / "config.json", *folder.glob("generation_config.json"), *weights):
         with path.open("rb") as file:
             hashlib.file_digest(file, lambda: digest)

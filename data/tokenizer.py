@@ -70,29 +70,31 @@ class JsonTokenizer:
 
     def __init__(self, directory):
         path = Path(directory) / "tokenizer.json"
-        library = optional("tokenizers", path)
+        library, special = optional("tokenizers", path), special_tokens(directory)
         self.model = path.read_bytes()
         try:
             self.tokenizer = library.Tokenizer.from_buffer(self.model)
+            # The lengths of the batches of its training are none of ours.
+            self.tokenizer.no_truncation()
+            self.tokenizer.no_padding()
+            self.own_size = max(self.tokenizer.get_vocab(False).values(), default=-1) + 1
+            # A special token may be named in another file alone.
+            self.tokenizer.add_special_tokens([*special.values()])
+            probe = self.tokenizer.encode("a")
         except Exception as error:  # the library raises nothing more precise
             raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from None
-        # The lengths of the batches of its training are none of ours.
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        self.vocab_size = self.tokenizer.get_vocab_size()
-        self.own_size = self.tokenizer.get_vocab_size(with_added_tokens=False)
+        self.vocab_size = max(self.tokenizer.get_vocab().values(), default=-1) + 1
 
         # Without a beginning of its own, a document opens with the end of another, as in GPT-2.
         config = read_if_there(directory, "generation_config.json")
         config |= read_if_there(directory, "config.json")
-        self.eos = self._id_of("eos", special_tokens(directory), config)
-        self.bos = self._id_of("bos", special_tokens(directory), config)
+        self.eos = self._id_of("eos", special, config)
+        self.bos = self._id_of("bos", special, config)
         self.bos = self.eos if self.bos < 0 else self.bos
         self.model_size = config.get("vocab_size", self.vocab_size)
 
         # What the checkpoint puts before a text: ids that come from no sequence. What it puts
         # after one is for training.
-        probe = self.tokenizer.encode("a")
         n = next((i for i, sequence in enumerate(probe.sequence_ids) if sequence is not None), 0)
         self.before = probe.ids[:n]
 
@@ -105,7 +107,10 @@ class JsonTokenizer:
         return first if id is None else id
 
     def encode(self, text: str) -> list[int]:
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # a word that it does not know, and no token for such words
+            raise ValueError(f"tokenizer.json cannot encode the text: {error}") from None
         # What was added to the tokenizer alone, often <pad>, cannot be fed.
         largest = max(ids, default=0)
         lacks = f"the text holds {self.piece(largest)}, a token that the model lacks: leave it out"
@@ -135,13 +140,17 @@ def read_if_there(directory, name: str) -> dict:
 
 
 def special_tokens(directory) -> dict[str, str]:
-    """{"bos_token": its text, ...}; tokenizer_config.json goes before special_tokens_map.json."""
-    found = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        for name, token in read_if_there(directory, file).items():
-            text = token.get("content") if isinstance(token, dict) else token
-            if name.endswith("_token") and isinstance(text, str):
-                found[name] = text
+    """{"bos_token": its text, ...}, and "2": the text of an added token, as transformers has them.
+
+    special_tokens_map.json goes before a tokenizer_config.json without added_tokens_decoder.
+    """
+    config, found = read_if_there(directory, "tokenizer_config.json"), {}
+    added = config.get("added_tokens_decoder")
+    said = added if isinstance(added, dict) else read_if_there(directory, "special_tokens_map.json")
+    for name, token in (config | said).items():
+        text = token.get("content") if isinstance(token, dict) else token
+        if (name.endswith("_token") or name.isdecimal()) and isinstance(text, str) and text:
+            found[name] = text
     return found
 
 

@@ -4,11 +4,11 @@ The page is data/trace.html, with the records that sample.py makes of each decod
 """
 
 import json
-import tempfile
 from pathlib import Path
 
+from data.command import check_out
 from data.tokenizer import AnyTokenizer
-from model import write_atomically
+from model import check, write_atomically
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 
@@ -55,12 +55,8 @@ def text_content(records: list[dict], tokenizer: AnyTokenizer, prompt: list[int]
 
 def check_page(path: Path) -> None:
     """Raises ValueError if the page cannot be written: before the work, not after it."""
-    try:
-        if path.exists() and not path.is_file():
-            raise ValueError(f"--trace {path}: is no file; name an HTML file")
-        tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.").close()
-    except OSError as error:
-        raise ValueError(f"--trace {path}: cannot be written: {error.strerror}") from None
+    check(path.is_file() or not path.exists(), f"--trace {path}: is no file; name an HTML file")
+    check_out(str(path.parent), "--trace")
 
 
 def page(content: dict) -> str:

@@ -75,7 +75,7 @@ WRONG = {
         "depth from one": ("the root is at depth 0", DEPTHS, DEPTHS.replace("path)", "path) + 1")),
         "path upwards": (FROM_THE_ROOT, "paths[parent] + (rank,)", "(rank,) + paths[parent]"),
         "path of indices": (FROM_THE_ROOT, "[parent] + (rank,)", "[parent] + (len(paths),)"),
-        "root's rank in the path": ("its path is empty", "list[Ranks] = [()]", "list = [(-1,)]"),
+        "root's rank in the path": ("its path is empty", "list[RankPath] = [()]", "list = [(-1,)]"),
     },
     2: {
         "one guess too many": (NOT_BELOW, RANKS, "for rank in range(width + 1)]"),

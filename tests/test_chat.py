@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import data.turns
-from data.chat import chat_template, dialogue_rows, given_turns, read_dialogues
+from data.chat import Dialogue, chat_template, dialogue_rows, given_turns, read_dialogues
 from data.chat import split_dialogues, token_runs
 from data.corpus import is_validation
 from data.smollm2 import CONTROL, tokenizer_json
@@ -65,9 +65,12 @@ def test_a_prompt_is_its_text_after_what_the_checkpoint_puts_there_once(before, 
     ({"config": {"bos_token_id": 1, "eos_token_id": [4, 2]}}, 1, 4),
     ({"config": {"bos_token_id": None}, "generation_config": {"eos_token_id": 4}}, 4, 4),
     ({"tokenizer_config": {"bos_token": None, "eos_token": "<|im_end|>"},
-      "special_tokens_map": {"bos_token": "<s>", "eos_token": "</s>"}}, 1, 4),
+      "special_tokens_map": {"bos_token": "<s>", "eos_token": "</s>"}}, 1, 2),
+    ({"tokenizer_config": {"eos_token": "<|im_end|>", "added_tokens_decoder": {}},
+      "special_tokens_map": {"bos_token": "<s>", "eos_token": "</s>"}}, 4, 4),
     ({"special_tokens_map": {"eos_token": "</s>"}, "config": {"eos_token_id": 5}}, 2, 2),
-    ({"tokenizer_config": {"eos_token": "<other>"}, "config": {"eos_token_id": 999}}, -1, -1),
+    ({"tokenizer_config": {"eos_token": "<other>"}, "config": {"eos_token_id": 2}}, 264, 264),
+    ({"tokenizer_config": {"eos_token": ""}, "config": {"eos_token_id": 999}}, -1, -1),
 ])  # fmt: skip
 def test_the_tokens_around_a_document_are_found_wherever_they_are_named(files, bos, eos, tmp_path):
     tok = JsonTokenizer(json_tokenizer(tmp_path, **files))
@@ -87,6 +90,43 @@ def test_a_token_that_the_tokenizer_has_alone_is_never_fed(added, tmp_path):
     write_json(tmp_path / "special_tokens_map.json", {"eos_token": added[0]})
     with pytest.raises(ValueError, match="no piece, known to the model, that begins or ends"):
         load_base(tmp_path)
+
+
+def change_json(directory: Path, change) -> None:
+    path = directory / "tokenizer.json"
+    content = json.loads(path.read_text("utf-8"))
+    change(content)
+    write_json(path, content)
+
+
+@pytest.mark.parametrize("about", [
+    {"eos_token": "<|im_end|>"}, {"added_tokens_decoder": {"4": {"content": "<|im_end|>"}}},
+    {"eos_token": {"content": "<|im_end|>"}, "added_tokens_decoder": {}},
+])  # fmt: skip
+def test_a_special_token_that_another_file_names_is_one_token(about, tmp_path):
+    """And ids may have gaps: the size of a vocabulary is one more than its largest."""
+
+    def change(content):
+        content["added_tokens"] = [t for t in content["added_tokens"] if t["id"] != 4]
+        content["model"]["vocab"]["\u0120\u0120"] = 300
+
+    change_json(json_tokenizer(tmp_path), change)
+    assert len(JsonTokenizer(tmp_path).encode("a<|im_end|>")) == 11
+    write_json(tmp_path / "tokenizer_config.json", about)
+    tok = JsonTokenizer(tmp_path)
+    assert tok.encode("a<|im_end|>") == [*tok.encode("a"), 4]
+    assert (tok.own_size, tok.vocab_size, tok.piece(300)) == (301, 301, "\u0120\u0120")
+
+
+@pytest.mark.parametrize("kind", ["WordLevel", "BPE"])
+def test_a_tokenizer_that_cannot_encode_is_refused(kind, tmp_path):
+    def change(content):
+        lacking = {"type": kind, "vocab": {"b": 0}, "unk_token": "[UNK]"}
+        content["model"] = lacking | ({"merges": []} if kind == "BPE" else {})
+
+    change_json(json_tokenizer(tmp_path), change)
+    with pytest.raises(ValueError, match="tokenizer.json cannot be read as a tokenizer: .*UNK"):
+        JsonTokenizer(tmp_path)
 
 
 # ---- which tokens carry loss ----
@@ -112,7 +152,8 @@ class Letters(JsonTokenizer):
 def tokenizer(kind: str) -> JsonTokenizer:
     if kind == "byte level":
         return JsonTokenizer(json_tokenizer(Path(mkdtemp())))
-    return Letters([*SPECIAL, "\n\n"], []) if kind == "merges" else Letters(SPECIAL, [50])
+    merged = [] if kind == "starts" else ["\n\n", " hi"]
+    return Letters([*SPECIAL, *merged], [] if kind == "merges" else [50])
 
 
 # What opens a dialogue; a turn of role {0} and content {1}, or {2} without spaces around it; the
@@ -174,7 +215,7 @@ def dialogues(system=1):
     return st.lists(st.builds(turns_of, texts, st.lists(text, max_size=system)), max_size=3)
 
 
-@pytest.mark.parametrize("kind", ["starts", "merges", "byte level"])
+@pytest.mark.parametrize("kind", ["starts", "merges", "starts and merges", "byte level"])
 @settings(properties, max_examples=200)
 @given(st.data(), st.sampled_from(list(STYLES)), st.integers(1, 120))
 def test_loss_is_on_each_answer_and_its_end_and_on_nothing_else(kind, data, style, length):
@@ -211,6 +252,15 @@ def test_where_a_template_drops_what_was_thought_each_answer_is_a_row_of_its_own
     tokens, mask, dropped = dialogue_rows([turns], directory, tok, [2], 80)
     answers = [tok.decode(row[where].tolist()) for row, where in zip(tokens, mask)]
     assert answers == ["<think>x/think>A</s>", "<think>y/think>B</s>"] and dropped == 0
+
+
+def test_an_answer_right_after_another_is_no_start_of_a_text():
+    text = LOOP + "{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+    turns = [{"role": role, "content": role[0]} for role in ("user", "assistant", "assistant")]
+    tok = tokenizer("starts")
+    (run,) = token_runs(chat_directory(text), tok, turns, [2])
+    assert [tok.decode(ids) for ids, _ in run] == ["u", "a</s>", "", "a</s>"]
+    assert run[1][0] == run[3][0] == [100 + ord("a"), 2]
 
 
 FORCED = LOOP + "{{ m.content }}</s>" + ANSWERING + "<think>{% endif %}"
@@ -262,6 +312,10 @@ def test_dialogues_are_the_same_in_every_form_of_a_file(tmp_path_factory, found,
     ('{"messages": [{"role": ["user"], "content": "a"}]}', "role .*: must be system"),
     ('{"messages": [{"content": "a"}]}', "line 1: role None: must be system"),
     ('{"conversations": [{"from": "gpt", "value": null}]}', "the content of gpt must be text"),
+    ('{"messages": [{"role": "user", "content": "a", "weight": 0}]}', "line 1: weight: cannot"),
+    ('{"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}', "1: tool_calls"),
+    ('{"messages": [{"content": "a"}], "tools": [1]}', "line 1: tools: cannot be read, and"),
+    ('{"system": 3, "messages": [{"role": "user", "content": "a"}]}', "content of system must be"),
 ])  # fmt: skip
 def test_a_file_that_holds_other_things_is_refused_by_its_line(content, says, tmp_path):
     path = tmp_path / "other.jsonl"
@@ -270,6 +324,23 @@ def test_a_file_that_holds_other_things_is_refused_by_its_line(content, says, tm
     with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*{says}") as error:
         read_dialogues([path])
     assert "\n" not in str(error.value)
+
+
+def test_what_changes_nothing_may_be_there_and_a_system_prompt_may_stand_apart(tmp_path):
+    turn = {"from": "human", "value": "hi", "weight": 1, "tool_calls": [], "id": 3}
+    item = {"system": "Be brief.", "conversations": [turn], "tools": None}
+    (tmp_path / "a.json").write_text(json.dumps([item]))
+    assert read_dialogues([tmp_path / "a.json"]) == [turns_of(["hi"], ["Be brief."])]
+
+
+def test_a_base_is_asked_even_where_the_opening_of_an_answer_is_none_of_the_answer():
+    tok, directory = tokenizer("merges"), chat_directory(FORCED)
+    one, alone = turns_of(["a"], []), [{"role": "assistant", "content": "a"}]
+    found = given_turns(map(Dialogue, (alone, one)), directory, tok, [2], 99)
+    assert [[tok.decode(ids) for ids in given] for given in found] == [["a</s><think>"]]
+    blind = chat_directory(LOOP + "{{ '' if m.role == 'system' else m.content }}{% endfor %}")
+    system = turns_of([], ["s"])
+    assert len(given_turns(map(Dialogue, (system, one)), blind, tok, [2], 99)) == 1
 
 
 def test_a_turn_is_on_one_side_and_too_long_ones_are_left_out(tmp_path):

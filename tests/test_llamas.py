@@ -92,13 +92,17 @@ def test_a_field_that_is_missing_is_refused_by_name_or_has_a_default(field, tmp_
     assert left_out == read_config(write_config(tmp_path, **OPTIONAL))
 
 
-WINDOWS = [("mistral", 32, ..., 32), ("mistral", 100, ..., 64), ("mistral", None, ..., 64)]
-WINDOWS += [("qwen2", 32, ..., 64), ("qwen2", 32, False, 64), ("qwen2", 32, True, 32)]
+# As transformers reads them: left out, a window is 4,096; Llama has none, Qwen only on demand.
+WINDOWS = [("mistral", 32, ..., 32), ("mistral", 9000, ..., 8192), ("mistral", None, ..., 8192)]
+WINDOWS += [("mistral", ..., ..., 4096), ("mistral", 32, False, 32), ("llama", 32, True, 8192)]
+WINDOWS += [("qwen2", 32, ..., 8192), ("qwen2", 32, False, 8192), ("qwen3", 32, True, 32)]
+WINDOWS += [("qwen2", ..., True, 4096), ("qwen3", ..., ..., 8192)]
 
 
 @pytest.mark.parametrize("kind, window, use, context", WINDOWS)
 def test_the_context_ends_where_a_sliding_window_would_hide(kind, window, use, context, tmp_path):
-    path = write_config(tmp_path, model_type=kind, sliding_window=window, use_sliding_window=use)
+    more = {"model_type": kind, "max_position_embeddings": 8192}
+    path = write_config(tmp_path, sliding_window=window, use_sliding_window=use, **more)
     assert read_config(path).max_position_embeddings == context
 
 
@@ -136,7 +140,7 @@ VALUES = {"model_type": ["bloom", None, ["llama"]], "quantization_config": [{"bi
 VALUES |= {"layer_types": [["sliding_attention"], 3, "x"], "eos_token_id": ["x", [2, "x"]]}
 VALUES |= {"attention_bias": [True], "mlp_bias": [True], "hidden_act": ["gelu"]}
 VALUES |= {"rope_scaling": [["default"]], "rope_parameters": ["default"], "rope_theta": [0, "1"]}
-VALUES |= {"hidden_size": [0, 18, "16"], "head_dim": [7, 0, 4.0], "sliding_window": ["wide", 0]}
+VALUES |= {"hidden_size": [0, 18, "16"], "head_dim": [7, 0, 4.0]}
 VALUES |= {"intermediate_size": [1 << 31, True], "bos_token_id": [[1]], "rms_norm_eps": [1 << 63]}
 # The field that is refused by its name and value, and the change that it takes.
 REFUSED = [(field, {field: value}) for field in VALUES for value in VALUES[field]]
@@ -149,6 +153,8 @@ REFUSED += [(name, scaled("llama3", **{name: None})) for name in LLAMA3 if name 
 REFUSED += [("high_freq_factor", scaled("llama3", high_freq_factor=1.0))]
 for name in ("factor", "mrope_section", "full_attention"):
     REFUSED.append((f"rope_scaling.{name}", scaled("default", **{name: 2})))
+for window in ("wide", 0):
+    REFUSED.append(("sliding_window", {"model_type": "mistral", "sliding_window": window}))
 # What is said twice, and not the same.
 REFUSED.append(("rope_scaling.rope_type = 'x': but rope_scaling.type", scaled("x", type="y")))
 for name in ("rope_theta", "partial_rotary_factor"):

@@ -657,9 +657,11 @@ def change(directory, tensors=None, fields=None) -> None:
 
 
 TENSORS = [None, torch.ones(7, 7), torch.ones(1), torch.ones(1, 8)]  # the last would broadcast
+NAN = torch.full((8, 8), math.nan)
 MAPS = [0, 1, 5], [-1, 0, 1], [0, 0, 1], [2.0, 1.0, 0.5], [0, 1], [[0, 1, 2]]
 BROKEN = [("blocks.0.layers.1.weight", tensor) for tensor in TENSORS]
-BROKEN += [("blocks.1.layers.0.bias", tensor) for tensor in TENSORS]
+BROKEN += [("blocks.1.layers.0.bias", tensor) for tensor in (*TENSORS, NAN[0], 1 / torch.zeros(8))]
+BROKEN += [("blocks.0.layers.0.weight", NAN)]
 BROKEN += [("token_map", None), *(("token_map", torch.tensor(tokens)) for tokens in MAPS)]
 BROKEN += [("model_type", None), ("model_type", "llama"), ("vocab_size", None)]
 BROKEN += [("truncated_vocab_size", 6), ("truncated_vocab_size", -1), ("truncated_vocab_size", 2.0)]

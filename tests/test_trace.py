@@ -183,7 +183,7 @@ def test_the_command_writes_the_generation_that_it_printed(main, flags, tmp_path
     assert list(contents(tmp_path)) == ["a.html"]
 
 
-@pytest.mark.parametrize("name", ["no/folder/a.html", ".", "file/a.html", "n" * 300, "pipe"])
+@pytest.mark.parametrize("name", [".", "file/a.html", "n" * 300, "pipe"])
 def test_a_page_that_cannot_be_written_is_refused_before_any_work(main, name, tmp_path, capsys):
     (tmp_path / "file").write_text("kept")
     os.mkfifo(tmp_path / "pipe")
@@ -192,5 +192,5 @@ def test_a_page_that_cannot_be_written_is_refused_before_any_work(main, name, tm
         main(tmp_path / name)
     out, error = capsys.readouterr()
     assert (stop.value.code, out) == (2, "") and error.count("\n") == 1
-    assert error.startswith("sample.py: error: --trace ")
+    assert error.startswith("sample.py: error: ") and str(tmp_path / name)[:99] in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "pipe"]

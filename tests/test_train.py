@@ -28,6 +28,7 @@ from train import MODES, TEMPERATURES, CalibrateConfig, DistillConfig, Medusa1Co
 from train import TrainConfig, answer_turns, calibrate, calibrate_heads, distill, distilled_rows
 from train import head_ranks, make_batch, noise_given_tokens
 from train import perplexity, sample_rows, text_rows, train_base, train_loop, train_medusa1
+from train import training_data
 from tree import calibrated_tree, read_counts, replay
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -317,7 +318,7 @@ def test_rows_of_another_base_text_or_settings_are_refused(change, base, text, t
     elif change == "text":
         first.write_text(2 * first.read_text("utf-8"), "utf-8")
     config, before = replace(config, seed=int(change == "settings")), contents(config.out)
-    with pytest.raises(ValueError, match=r"safetensors.* of another base, text or settings; "):
+    with pytest.raises(ValueError, match=r"safetensors.* of another base, text or settings: "):
         distill(config)
     assert contents(tmp_path / "rows") == before
 
@@ -337,6 +338,7 @@ def test_chat_rows_answer_every_turn_equally_often(base, text, tmp_path, monkeyp
     turns = {"train": [[[n] * n] for n in (3, 1, 4, 2)], "validation": [[[9] * 4], [[8, 8]]]}
     monkeypatch.setattr(train, "split_dialogues", lambda _: turns)
     monkeypatch.setattr(train, "given_turns", lambda dialogues, *_: dialogues)
+    monkeypatch.setattr(train, "read_template", lambda _: "")
     more = {"chat": True, "rows": 4, "shards": 2, "out": str(tmp_path / "rows")}
     found = {"train-00000": [3, 1, 4, 2], "train-00001": [3, 1, 4, 2]}
     found |= {f"validation-{t}": [4, 2, 4, 2] for t in TEMPERATURES}
@@ -346,6 +348,28 @@ def test_chat_rows_answer_every_turn_equally_often(base, text, tmp_path, monkeyp
         assert lengths == found.pop(name.removesuffix(".safetensors"))
         assert all([prompt] in turns[name.partition("-")[0]] for prompt in prompts)
     assert not found
+
+
+@pytest.mark.parametrize("empty", [(), ("train",), ("validation",)])
+def test_dialogues_train_up_to_their_last_answer_on_both_sides(empty, base, tmp_path, monkeypatch):
+    def rows(side, *_):
+        mask = torch.tensor([[False, True, False, False], [False, True, False, True]])
+        n = 0 if side in empty else 2
+        return torch.tensor([[5, 6, 0, 0], [7, 8, 9, 1]])[:n], mask[:n], 0
+
+    monkeypatch.setattr(train, "dialogue_rows", rows)
+    for name in ("distilled_rows", "held_out_rows"):
+        monkeypatch.setattr(train, name, lambda *_: None)
+    sides = {"train": "train", "validation": "validation"}
+    monkeypatch.setattr(train, "split_dialogues", lambda _: sides)
+    config = Medusa1Config(base=str(base), out=str(tmp_path / "out"), data="chat", context=4)
+    tokenizer, model = load_base(base)
+    if empty:
+        with pytest.raises(ValueError, match="no dialogue has an answer that ends in --context 4"):
+            training_data(config, tokenizer, model, 2)
+    else:
+        (tokens, _), _, text = training_data(config, tokenizer, model, 2)
+        assert len(tokens) == 2 and text.tolist() == [5, 6, 7, 8, 9, 1]
 
 
 def test_rows_are_of_the_base_and_named_shipped_or_made(base, text, shards, tmp_path, monkeypatch):
