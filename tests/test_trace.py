@@ -192,5 +192,5 @@ def test_a_page_that_cannot_be_written_is_refused_before_any_work(main, name, tm
         main(tmp_path / name)
     out, error = capsys.readouterr()
     assert (stop.value.code, out) == (2, "") and error.count("\n") == 1
-    assert error.startswith("sample.py: error: ") and str(tmp_path / name)[:99] in error
+    assert error.startswith("sample.py: error: ") and str(tmp_path) in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "pipe"]
