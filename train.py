@@ -788,8 +788,11 @@ def distill(config: DistillConfig) -> Path:
 
     sides, source_digest = prompt_sources(config, tokenizer, model.config.eos_ids)
     # Each file: name, side of the split, part of it (which decides the prompts), rows, sampling.
-    most = min(config.rows, HELD_OUT_ROWS, 32 * len(sides["validation"]))  # 32 of a dialogue
-    files = [(f"validation-{t}", "validation", 0, most, Sampling(t)) for t in TEMPERATURES]
+    files = []
+    for t in TEMPERATURES:
+        # A few dialogues are answered up to 32 times, but greedily once: to the same answers.
+        most = min(config.rows, HELD_OUT_ROWS, len(sides["validation"]) * (32 if t > 0 else 1))
+        files.append((f"validation-{t}", "validation", 0, most, Sampling(t)))
     sampling = Sampling(config.temperature, top_p=config.top_p)
     for part in range(config.shards):
         files.append((f"train-{part:05d}", "train", part, config.rows, sampling))
