@@ -38,6 +38,7 @@ class MedusaConfig:
 
     original_lm_head: W2 of every head is the base's LM head; if not, each head trains a copy.
     truncated_vocab_size: the heads guess among so many tokens only; 0 turns into vocab_size.
+    sequential: a head also sees the tokens between the hidden state and its guess.
     """
 
     hidden_size: int
@@ -46,13 +47,16 @@ class MedusaConfig:
     num_hidden_layers: int = 2
     original_lm_head: bool = True
     truncated_vocab_size: int = 0
+    sequential: bool = False
 
     def __post_init__(self):
         V, shared = self.vocab_size, self.original_lm_head
         v = self.truncated_vocab_size or V
         object.__setattr__(self, "truncated_vocab_size", v)
         check_sizes(self, [f.name for f in fields(self) if f.type is int])
-        check(type(shared) is bool, f"original_lm_head = {shared!r}: must be true or false")
+        for name in ("original_lm_head", "sequential"):
+            value = getattr(self, name)
+            check(type(value) is bool, f"{name} = {value!r}: must be true or false")
         least = 1 if shared else V  # private LM heads are as long as the vocabulary
         check(least <= v <= V, f"truncated_vocab_size = {v}: must be {least} to {V}")
 
@@ -63,6 +67,10 @@ class MedusaHeads(nn.Module):
     with J such residual layers. W1 and b1 start at zero, so a new head is exactly the LM head. All
     K heads are stacked: one batched product serves them all. A shared LM head is an argument of
     `forward`, never a parameter of the heads: it learns only if the base does.
+
+    Sequential heads ("Hydra", Ankner et al., 2024; not the paper's) know which tokens are between h
+    and their guess. To the first layer of head k, inside SiLU, each adds R_kj e(token t+j), j from
+    1 to k; e is the base's embedding, scaled to unit RMS. R starts at zero as well.
     """
 
     token_map: Tensor | None
@@ -75,6 +83,10 @@ class MedusaHeads(nn.Module):
         D, V, v = config.hidden_size, config.vocab_size, config.truncated_vocab_size
         self.weight = nn.Parameter(torch.zeros(J, K, D, D))  # W1, each (out, in)
         self.bias = nn.Parameter(torch.zeros(J, K, 1, D))  # b1
+        self.embeddings = None  # R, of head k (D, k * D): R_k1 .. R_kk side by side
+        if config.sequential:
+            shapes = [(D, k * D) for k in range(1, K + 1)]
+            self.embeddings = nn.ParameterList(torch.zeros(shape) for shape in shapes)
         self.lm_heads = None  # W2, if private
         if not config.original_lm_head:
             start = torch.zeros(V, D) if lm_head is None else lm_head.weight.detach()
@@ -82,16 +94,33 @@ class MedusaHeads(nn.Module):
         # The tokens of a truncated vocabulary: the first v, until training chooses.
         self.register_buffer("token_map", torch.arange(v) if v < V else None)
 
-    def forward(self, hidden: Tensor, lm_head: Callable[[Tensor], Tensor]) -> Tensor:
-        """hidden (..., D) -> logits (K, ..., V); (K, ..., v) if lm_head is `truncated`."""
-        K, D = self.config.num_heads, self.config.hidden_size
-        x = hidden.reshape(1, -1, D).expand(K, -1, -1)  # (K, n, D)
+    def forward(self, hidden, lm_head, between: Tensor | None = None, heads=slice(None)) -> Tensor:
+        """hidden (..., D) -> logits (K, ..., V); (K, ..., v) if lm_head is `truncated`.
+
+        between: (..., K, D), the `embed` of tokens t+1 to t+K, if the heads are sequential.
+        heads: those that guess, if not all K; the last of them bounds the tokens that are needed.
+        """
+        D, weights, biases = self.config.hidden_size, self.weight[:, heads], self.bias[:, heads]
+        x = hidden.reshape(1, -1, D).expand(weights.shape[1], -1, -1)  # (K, n, D)
         # Layer by layer, the same layer of all heads at once.
-        for weight, bias in zip(self.weight, self.bias):
-            x = x + F.silu(torch.baddbmm(bias, x, weight.mT))  # (K, n, D)
+        for j, (weight, bias) in enumerate(zip(weights, biases)):
+            y = torch.baddbmm(bias, x, weight.mT)  # (K, n, D)
+            if j == 0 and self.embeddings is not None:
+                # Head k sees tokens t+1 to t+k: the first k * D numbers.
+                seen = between.reshape(x.shape[1], -1)  # (n, K * D)
+                R = list(self.embeddings)[heads]
+                y = y + torch.stack([F.linear(seen[:, : r.shape[1]], r) for r in R])
+            x = x + F.silu(y)
         # (K, n, V), by the shared LM head or by one for each head.
-        logits = lm_head(x) if self.lm_heads is None else torch.bmm(x, self.lm_heads.mT)
-        return logits.view(K, *hidden.shape[:-1], logits.shape[-1])
+        logits = lm_head(x) if self.lm_heads is None else torch.bmm(x, self.lm_heads[heads].mT)
+        return logits.view(len(x), *hidden.shape[:-1], logits.shape[-1])
+
+    def embed(self, embed_tokens: nn.Embedding, tokens: Tensor) -> Tensor | None:
+        """What `forward` takes as `between`: tokens (..., K) -> (..., K, D) of unit RMS."""
+        if self.embeddings is None:
+            return None
+        x = embed_tokens(tokens).detach()  # the base does not learn from it
+        return F.rms_norm(at_least_float32(x), x.shape[-1:], eps=1e-12).to(x)
 
     def truncated(self, lm_head: nn.Linear) -> Callable[[Tensor], Tensor]:
         """The LM head that `forward` takes: only the rows in token_map, if there is one."""
@@ -116,6 +145,9 @@ class MedusaHeads(nn.Module):
                 name = layer.format(k=k, j=j)
                 tensors[f"{name}.weight"] = self.weight.detach()[j, k]
                 tensors[f"{name}.bias"] = self.bias.detach()[j, k, 0]
+            if self.embeddings is not None:
+                for j, R in enumerate(self.embeddings[k].detach().chunk(k + 1, dim=1)):
+                    tensors[f"blocks.{k}.embeddings.{j}.weight"] = R
             if self.lm_heads is not None:
                 tensors[f"{lm_head.format(k=k)}.weight"] = self.lm_heads.detach()[k]
         return tensors
@@ -338,15 +370,14 @@ class SharedGumbelNoise:
 
     def __init__(self, model: GPT, sampling: Sampling, generator: torch.Generator | None):
         self.like = at_least_float32(model.lm_head.weight[:, 0])  # (V,); its values do not count
-        self.greedy = sampling.temperature == 0
-        self.generator, self.ahead = generator, []
+        self.sampling, self.generator, self.ahead = sampling, generator, []
 
     def at(self, depths: Sequence[int]) -> Tensor | None:
         """Row i: the noise for the token after depth depths[i], (N, V); None if greedy.
 
         Depth 0 is the last token of the text: the root, or the end of the prompt.
         """
-        if self.greedy:
+        if self.sampling.temperature == 0:
             return None
         # Made in the order of the text, so that looking ahead changes no token.
         while len(self.ahead) <= max(depths):
@@ -519,10 +550,25 @@ class TreeBuffers:
         ranks = torch.tensor(tree.ranks, device=like.device)  # (N,)
         self.index = 1 + (self.depths - 1) * self.n_guesses + ranks  # (N,)
         self.index[0] = 0
+        self.levels = [self.level(tree, depth) for depth in range(1, max(tree.depths) + 1)]
         # Added to attention scores: 0 where a node may look, minus infinity where not. Made for the
         # longest past; for a shorter one `mask` takes the last columns.
         seen = F.pad(tree.mask, (max_past, 0), value=True)  # (N, max_past + N)
         self.bias = torch.where(seen, 0.0, -math.inf).to(like)
+
+    def level(self, tree: Tree, depth: int) -> tuple[Tensor, ...]:
+        """For sequential heads, of the n nodes at this depth and their P parents:
+
+        the nodes (n,); the path of nodes from the root to each parent, (P, depth); index (n,): where
+        each node's token is in the guesses after parent 0, after parent 1, ...
+        """
+        nodes = [node for node in range(len(tree)) if tree.depths[node] == depth]
+        parents = sorted({tree.parents[node] for node in nodes})
+        # A node sees itself and its ancestors, which come before it.
+        paths = tree.mask[parents].nonzero()[:, 1].view(len(parents), depth)
+        index = [parents.index(tree.parents[n]) * self.n_guesses + tree.ranks[n] for n in nodes]
+        found = torch.tensor(nodes), paths, torch.tensor(index)
+        return tuple(t.to(self.depths.device) for t in found)
 
     def mask(self, past: int) -> Tensor:
         """(N, past + N): the past, then the ancestors. A copy: CUDA needs an aligned address."""
@@ -530,19 +576,33 @@ class TreeBuffers:
         return self.bias[:, -width:].clone(memory_format=torch.contiguous_format)
 
 
-def propose(heads, heads_lm_head, hidden: Tensor, root: int, buffers: TreeBuffers, sampling, noise):
+def propose(heads, heads_lm_head, embed_tokens, hidden: Tensor, root: int, buffers, noise):
     """The tokens at the nodes, (N,): the root, and the heads' best guesses after it.
 
-    hidden (D,) is the state that predicted the root; noise: SharedGumbelNoise.
+    hidden (D,): the state that predicted the root; buffers: TreeBuffers; noise: SharedGumbelNoise.
     """
-    logits = heads(hidden, heads_lm_head)  # (K, V), or (K, v) of a truncated vocabulary
+
+    def best(logits: Tensor, depths: Sequence[int]) -> Tensor:
+        """logits (n, v) of guesses after nodes at these depths -> tokens (n, n_guesses)."""
+        scores = gumbel_scores(logits, noise.sampling, noise.at(depths), heads.token_map)
+        guesses = scores.topk(buffers.n_guesses).indices
+        return guesses if heads.token_map is None else heads.token_map[guesses]
+
     # Head k guesses the token at depth k. The base samples it with the noise after depth k-1.
-    noise_ahead = noise.at(range(len(logits)))  # (K, V): depths 0 to K-1
-    scores = gumbel_scores(logits, sampling, noise_ahead, heads.token_map)  # (K, V), or (K, v)
-    guesses = scores.topk(buffers.n_guesses).indices  # (K, n_guesses)
-    if heads.token_map is not None:
-        guesses = heads.token_map[guesses]  # from here on, token ids
-    return torch.cat((guesses.new_tensor([root]), guesses.flatten()))[buffers.index]  # (N,)
+    if not heads.config.sequential:
+        logits = heads(hidden, heads_lm_head)  # (K, V), or (K, v) of a truncated vocabulary
+        guesses = best(logits, range(len(logits)))  # (K, n_guesses)
+        return torch.cat((guesses.new_tensor([root]), guesses.flatten()))[buffers.index]  # (N,)
+
+    # Sequential heads go down the tree: head k guesses after each of the P nodes at depth k-1 that
+    # have children, given the tokens from the root to it.
+    tokens = torch.full_like(buffers.index, root)  # (N,), to be filled in
+    for k, (nodes, paths, index) in enumerate(buffers.levels, start=1):
+        between = heads.embed(embed_tokens, tokens[paths])  # (P, k, D)
+        states = hidden.expand(len(paths), -1)  # (P, D)
+        logits = heads(states, heads_lm_head, between, slice(k - 1, k))[0]  # (P, v)
+        tokens[nodes] = best(logits, [k - 1]).flatten()[index]
+    return tokens
 
 
 @torch.inference_mode()
@@ -580,7 +640,7 @@ def medusa_generate(
         past = length - 1  # rows in the cache: all of the text but the root
 
         # 1. Propose: the heads guess what follows the root; the tree arranges their guesses.
-        tokens = propose(heads, heads_lm_head, hidden, root, buffers, sampling, noise)  # (N,)
+        tokens = propose(heads, heads_lm_head, model.embed_tokens, hidden, root, buffers, noise)
 
         # 2. Verify: one pass of the base model over all nodes, under tree attention. Nodes beyond
         #    the context take its last position: step 3 drops their tokens, as all after `end`.

@@ -285,13 +285,18 @@ def trace_record(step: Step, model: GPT, heads, sampling: Sampling) -> dict:
     # Greedy decoding takes the most likely token of the distribution at temperature 1.
     shown = Sampling(1.0) if sampling.temperature == 0 else sampling
     base_probs = logits_to_probs(step.logits, shown)  # (N, V)
-    head_logits = heads(step.hidden, heads.truncated(model.lm_head))  # (K, v)
-    head_probs = logits_to_probs(head_logits, Sampling(shown.temperature))  # (K, v)
-
     # The probability of each guess: by its own head (head k is row k - 1), and after its parent.
     tree, guesses = step.tree, step.tokens[1:]
     parents, rows = list(tree.parents[1:]), [depth - 1 for depth in tree.depths[1:]]
-    by_head = head_probs[rows, heads.index_of(guesses)]  # (N-1,)
+    n = range(len(guesses))
+    # Sequential heads see the tokens from the root to the parent; what comes after is not read.
+    paths = [tree.mask[parent].nonzero()[:, 0].tolist() for parent in parents]
+    paths = [(path + [0] * heads.config.num_heads)[: heads.config.num_heads] for path in paths]
+    between = heads.embed(model.embed_tokens, step.tokens[torch.tensor(paths, dtype=torch.long)])
+    hidden = step.hidden.expand(len(guesses), -1)  # (N-1, D)
+    head_logits = heads(hidden, heads.truncated(model.lm_head), between)  # (K, N-1, v)
+    head_probs = logits_to_probs(head_logits, Sampling(shown.temperature))
+    by_head = head_probs[rows, n, heads.index_of(guesses)]  # (N-1,)
     by_base = base_probs[parents, guesses]  # (N-1,)
     return {
         "tree": {"parents": tree.parents, "ranks": tree.ranks},

@@ -136,6 +136,7 @@ class DistillConfig(Common):
 class MedusaTraining(TrainConfig):
     base: str = option(SHIPPED_BASE, "directory of the base model")
     heads: str = option("", "heads to start from, of any kind; default: new ones")
+    sequential: bool = option(False, "heads that see the tokens before their guess: Hydra")
     data: str = option("distilled", "what to train on", choices=("distilled", "corpus", "chat"))
     distilled: str = option("", "rows of --mode distill; default: shipped, or made in OUT/rows")
 
@@ -147,6 +148,9 @@ class MedusaTraining(TrainConfig):
         # Distilled rows have a length of their own.
         is_default = self.context == TrainConfig.context
         check(self.data != "distilled" or is_default, "--context: needs --data corpus or chat")
+        shape = {f.name: f.default for f in fields(MedusaConfig)[2:]}
+        own = [name for name, value in shape.items() if getattr(self, name, value) != value]
+        check(self.heads == "" or own == [], f"--heads have their own {own}: leave these flags out")
 
 
 @dataclass(frozen=True)
@@ -159,11 +163,6 @@ class Medusa1Config(MedusaTraining):
     original_lm_head: bool = option(True, "share the base's LM head; if not, each head has its own")
     truncated_vocab_size: int = option(0, "guess among the most frequent tokens alone; 0: all")
     keep_states: bool = option(False, "run the base once over all rows; keep its states on disk")
-
-    def __post_init__(self):
-        super().__post_init__()
-        own = [f.name for f in fields(MedusaConfig)[2:] if getattr(self, f.name) != f.default]
-        check(self.heads == "" or own == [], f"--heads have their own {own}: leave these flags out")
 
 
 @dataclass(frozen=True)
@@ -288,7 +287,15 @@ def base_loss(lm_head: nn.Linear, hidden: Tensor, batch: Batch, teacher=None) ->
     return in_chunks(divergence_of, 2 * V, hidden[used], teacher_hidden[used])[0]
 
 
-def medusa1_loss(heads: MedusaHeads, lm_head: nn.Linear, hidden: Tensor, batch: Batch):
+def tokens_between(tokens: Tensor, K: int) -> Tensor:
+    """What sequential heads see after each position: tokens (B, T) -> t+1 to t+K, (B, T, K).
+
+    Beyond the end it is token 0, where no head has a target.
+    """
+    return F.pad(tokens, (0, K))[:, 1:].unfold(1, K, 1)
+
+
+def medusa1_loss(heads: MedusaHeads, model: GPT, hidden: Tensor, batch: Batch):
     """L = sum_k 0.8^k CE(head_probs_k at t, token t+k+1)  (paper, "Medusa-1"); hidden (B, T, D).
 
     Returns it, and metrics, in one tensor (1 + 2K,) that processes can sum: [loss of the base (here
@@ -297,10 +304,11 @@ def medusa1_loss(heads: MedusaHeads, lm_head: nn.Linear, hidden: Tensor, batch: 
     # Positions without any target of a head are left out.
     used = (batch.targets[..., 1:] != IGNORED).any(-1)  # (B, T): n positions
     K, counts = heads.config.num_heads, batch.counts[1:]
-    heads_lm_head = heads.truncated(lm_head)
+    heads_lm_head = heads.truncated(model.lm_head)
 
-    def loss_of(hidden, targets):  # (n, D), (n, K)
-        logits, targets = heads(hidden, heads_lm_head), targets.mT  # (K, n, v), (K, n)
+    def loss_of(hidden, targets, seen):  # (n, D), (n, K), (n, K)
+        between, targets = heads.embed(model.embed_tokens, seen), targets.mT
+        logits = heads(hidden, heads_lm_head, between)  # (K, n, v)
         loss, losses = medusa_loss(logits, targets, counts=counts)
         # A head is correct where its target has the largest logit; amax is faster than argmax. In
         # place of IGNORED token 0 is looked up, and left out.
@@ -309,7 +317,8 @@ def medusa1_loss(heads: MedusaHeads, lm_head: nn.Linear, hidden: Tensor, batch: 
         return [loss, losses.detach(), correct]
 
     size = K * heads.config.truncated_vocab_size
-    loss, losses, correct = in_chunks(loss_of, size, hidden[used], batch.targets[used][:, 1:])
+    inputs = hidden, batch.targets[..., 1:], tokens_between(batch.tokens, K)
+    loss, losses, correct = in_chunks(loss_of, size, *(t[used] for t in inputs))
     return loss, torch.cat((losses.new_zeros(1), losses, correct / counts.clamp(min=1)))
 
 
@@ -320,7 +329,7 @@ def medusa2_loss(model: GPT, heads: MedusaHeads, batch: Batch, lambda_0: float, 
     loss, metrics = loss_of_base, loss_of_base.new_zeros(1 + 2 * heads.config.num_heads)
     # With lambda_0 = 0 the heads get no gradient at all, so that AdamW leaves them alone.
     if lambda_0 > 0:
-        loss_of_heads, metrics = medusa1_loss(heads, model.lm_head, hidden, batch)
+        loss_of_heads, metrics = medusa1_loss(heads, model, hidden, batch)
         loss = loss_of_base + lambda_0 * loss_of_heads
     metrics[0] = loss_of_base.detach()
     return loss, metrics
@@ -582,7 +591,7 @@ def frozen_loss(model: GPT, heads: MedusaHeads, states: np.ndarray | None, batch
     else:
         kept = states[batch.rows.cpu().numpy(), : batch.tokens.shape[1]]
         hidden = torch.from_numpy(kept).to(model.lm_head.weight)
-    return medusa1_loss(heads, model.lm_head, hidden, batch)
+    return medusa1_loss(heads, model, hidden, batch)
 
 
 def kept_states(config: Medusa1Config, model: GPT, tokens: Tensor) -> np.ndarray:
@@ -911,7 +920,9 @@ def head_ranks(model: GPT, heads: MedusaHeads, tokens: Tensor, loss_mask: Tensor
         # With K = 2 and x0 x1 x2 x3 = tokens[t : t + 4]: the base sampled x1, with noise[t];
         # head 1 is asked for x2, sampled with noise[t + 1]; head 2 for x3, with noise[t + 2].
         of_heads = []
-        for k, logits in enumerate(heads(hidden[row, t], heads_lm_head), start=1):  # (n, v)
+        between = heads.embed(model.embed_tokens, tokens_between(rows, K)[row, t])  # (n, K, D)
+        logits_of = heads(hidden[row, t], heads_lm_head, between)  # (K, n, v)
+        for k, logits in enumerate(logits_of, start=1):
             noise_k = noise[row, t + k] if sampling.temperature > 0 else None  # (n, V)
             scores = gumbel_scores(logits, sampling, noise_k, heads.token_map)  # (n, v)
             index = heads.index_of(rows[row, t + k + 1])  # (n,) of the actual token

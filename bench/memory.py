@@ -29,7 +29,7 @@ def step(mode: str, K: int, chunk_logits: int) -> None:
     batch = train.make_batch(train.TrainConfig(batch=1), data, heads, "cpu", 0)
     if mode == "medusa1":
         model.requires_grad_(False)
-        loss, _ = train.medusa1_loss(heads, model.lm_head, model(batch.tokens), batch)
+        loss, _ = train.medusa1_loss(heads, model, model(batch.tokens), batch)
     else:
         loss, _ = train.medusa2_loss(model, heads, batch, lambda_0=0.2)
     loss.backward()

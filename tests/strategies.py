@@ -97,9 +97,15 @@ def markov_gpt(logits, context=32, eos=None) -> GPT:
     return model
 
 
-def random_heads(model: GPT, num_heads: int, seed: int, layers=1, private=False, truncated=0):
+# The kinds of heads: private, truncated, sequential.
+KINDS = [(False, 0, False), (True, 0, False), (False, 3, False), (True, 0, True), (False, 3, True)]
+
+
+def random_heads(
+    model: GPT, num_heads: int, seed: int, layers=1, private=False, truncated=0, sequential=False
+):
     D, V = model.config.hidden_size, model.config.vocab_size
-    config = MedusaConfig(D, V, num_heads, layers, not private, truncated)
+    config = MedusaConfig(D, V, num_heads, layers, not private, truncated, sequential)
     heads = MedusaHeads(config, model.lm_head).to(model.lm_head.weight.dtype)
     if heads.token_map is not None:
         heads.token_map.copy_(torch.randperm(V, generator=rng(seed))[:truncated])
@@ -140,6 +146,12 @@ class CheatingHeads:
         return logits
 
 
+def unit(model: GPT, tokens) -> torch.Tensor:
+    """The embeddings of tokens (...) that sequential heads read: (..., D) of unit RMS."""
+    x = model.embed_tokens(tokens).detach()
+    return x / x.square().mean(-1, keepdim=True).sqrt()
+
+
 def follow(steps, heads) -> list[list[int]]:
     """What all steps of a decoding emitted; cheating heads are told how far the text has come."""
     taken = []
@@ -174,15 +186,17 @@ def decodings(draw, kinds=(*REAL, "cheating", "wrong"), room=1):
     K, J = draw(st.integers(1, 4)), draw(st.integers(1, 2))
     kind = draw(st.sampled_from(kinds))
     v = draw(st.integers(1, V - 1)) if kind == "truncated" else V
+    sequential = draw(st.booleans())
     if kind == "new":
-        heads = MedusaHeads(MedusaConfig(8, V, K, J)).double()
+        heads = MedusaHeads(MedusaConfig(8, V, K, J, sequential=sequential)).double()
     elif kind == "wrong":
         heads = CheatingHeads(model, K, [], 0, lambda: V - 1)
     elif kind == "cheating":
         ranks = draw(st.randoms(use_true_random=False))
         heads = CheatingHeads(model, K, [], 0, lambda: ranks.choice([0, 0, ranks.randrange(V)]))
     else:
-        heads = random_heads(model, K, draw(st.integers(0, 99)), J, kind == "private", v)
+        of_kind = J, kind == "private", v, sequential
+        heads = random_heads(model, K, draw(st.integers(0, 99)), *of_kind)
     return model, heads, draw(built_trees(K, v)), prompt, draw(st.integers(0, 24))
 
 

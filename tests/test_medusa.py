@@ -18,7 +18,8 @@ import medusa
 from medusa import GREEDY, IGNORED, MedusaConfig, MedusaHeads, Sampling, accept, check_compatible
 from medusa import exponential_noise, generate, gumbel_scores, logits_to_probs, medusa_generate
 from medusa import medusa_loss, targets_ahead, typical_threshold
-from strategies import CheatingHeads, chi_square, decodings, distribution, follow, greedy_text
+from strategies import KINDS as KINDS_OF_HEADS, CheatingHeads, chi_square, decodings
+from strategies import distribution, follow, greedy_text
 from strategies import markov_gpt, next_logits, properties, random_gpt, random_heads, rng
 from strategies import text_distribution, text_of, trees
 from tree import cartesian_tree, tree_from_paths
@@ -443,48 +444,64 @@ def test_greedy_and_lossless_acceptance_follow_the_samples_of_the_nodes(case, te
 
 # ---- heads and their loss ----
 LAYERS = pytest.mark.parametrize("layers", [1, 3])
-KINDS = pytest.mark.parametrize("private, truncated", [(False, 0), (True, 0), (False, 3)])
+KINDS = pytest.mark.parametrize("private, truncated, sequential", KINDS_OF_HEADS)
 SHAPES = pytest.mark.parametrize("private, layers", [(False, 1), (False, 3), (True, 1), (True, 3)])
+SEQUENTIAL = pytest.mark.parametrize("sequential", [False, True])
 
 
-def heads_and_base(layers: int, private: bool) -> tuple[MedusaHeads, nn.Linear]:
+def heads_and_base(layers: int, private: bool, sequential=False) -> tuple[MedusaHeads, nn.Linear]:
     """Three heads, D = 6, V = 5, of random weights."""
     lm_head, generator = nn.Linear(6, 5, bias=False), rng(8)
-    heads = MedusaHeads(MedusaConfig(6, 5, 3, layers, not private), lm_head)
+    config = MedusaConfig(6, 5, 3, layers, not private, sequential=sequential)
+    heads = MedusaHeads(config, lm_head)
     for weight in (lm_head.weight, *heads.parameters()):
         weight.data = torch.randn(weight.shape, generator=generator)
     return heads, lm_head
 
 
 @SHAPES
-def test_new_heads_are_exactly_the_lm_head(private, layers):
+@SEQUENTIAL
+def test_new_heads_are_exactly_the_lm_head(private, layers, sequential):
     """In whole numbers, so that the order of a sum cannot matter."""
     lm_head = nn.Linear(6, 5, bias=False).double()
     lm_head.weight.data = torch.randint(-9, 9, (5, 6), generator=rng(0)).double()
     hidden = torch.randint(-9, 9, (2, 4, 6), generator=rng(1)).double()
-    heads = MedusaHeads(MedusaConfig(6, 5, 3, layers, not private), lm_head).double()
-    logits = heads(hidden, lm_head)
+    config = MedusaConfig(6, 5, 3, layers, not private, sequential=sequential)
+    heads = MedusaHeads(config, lm_head).double()
+    between = torch.randn(2, 4, 3, 6, generator=rng(2)).double()
+    logits = heads(hidden, lm_head, between)
     says = "logits are (K, ..., V): heads, then as the hidden states are, then the vocabulary"
     assert logits.shape == (3, 2, 4, 5), says
     says = "a new head is not exactly the LM head: W2 (h + SiLU(W1 h + b1)), W1 and b1 zero"
     assert torch.equal(logits, lm_head(hidden).expand(3, 2, 4, 5)), says
-    alone = heads(hidden[0, 0], lm_head)
+    alone = heads(hidden[0, 0], lm_head, between[0, 0])
     assert torch.equal(alone, logits[:, 0, 0]), "a state alone gives other logits than among others"
 
 
 @SHAPES
-def test_heads_equal_the_formula_evaluated_head_by_head_from_the_file(layers, private, tmp_path):
-    """W2 (h + SiLU(W1 h + b1)), each matrix as it is on disk."""
-    heads, lm_head = heads_and_base(layers, private)
+@SEQUENTIAL
+def test_heads_equal_the_formula_evaluated_head_by_head_from_the_file(
+    layers, private, sequential, tmp_path
+):
+    """W2 (h + SiLU(W1 h + b1)), each matrix as it is on disk; sequential heads add R e in layer 0.
+
+    All heads at once are one head after the other, which needs no more tokens than it sees.
+    """
+    heads, lm_head = heads_and_base(layers, private, sequential)
     heads.save_pretrained(tmp_path)
     disk = {name: t.double() for name, t in load_file(tmp_path / "model.safetensors").items()}
     hidden = torch.randn(2, 4, 6, generator=rng(7), dtype=torch.float64)
-    logits = heads.double()(hidden, lm_head.double())
+    between = torch.randn(2, 4, 3, 6, generator=rng(9), dtype=torch.float64)
+    logits = heads.double()(hidden, lm_head.double(), between)
     for k in range(3):
+        alone = heads(hidden, lm_head, between[:, :, : k + 1], slice(k, k + 1))
+        close(alone[0], logits[k], f"head {k + 1} alone gives other logits than among all")
         x = hidden
         for j in range(layers):
             layer = f"blocks.{k}.layers.{j}"
             z = x @ disk[f"{layer}.weight"].T + disk[f"{layer}.bias"]
+            for i in range((k + 1) * (sequential and j == 0)):
+                z = z + between[:, :, i] @ disk[f"blocks.{k}.embeddings.{i}.weight"].T
             x = x + z / (1 + torch.exp(-z))
         W2 = disk[f"lm_heads.{k}.weight"] if private else lm_head.weight
         says = f"head {k + 1} is not W2 (h + SiLU(W1 h + b1)), {layers} such layers in a row"
@@ -492,12 +509,13 @@ def test_heads_equal_the_formula_evaluated_head_by_head_from_the_file(layers, pr
 
 
 @SHAPES
-def test_no_parameter_is_shared_among_layers_or_heads(layers, private):
-    lm_head = nn.Linear(6, 5, bias=False)
-    heads = MedusaHeads(MedusaConfig(6, 5, 3, layers, not private), lm_head)
+@SEQUENTIAL
+def test_no_parameter_is_shared_among_layers_or_heads(layers, private, sequential):
+    heads, _ = heads_and_base(layers, private, sequential)
     owned = sum(weight.numel() for weight in heads.parameters())
     says = "the heads own W1 and b1 of every layer, and W2 only where private; never the base's"
-    assert owned == 3 * (layers * (6 * 6 + 6) + (5 * 6 if private else 0)), says
+    seen = (1 + 2 + 3) * 6 * 6 if sequential else 0
+    assert owned == 3 * (layers * (6 * 6 + 6) + (5 * 6 if private else 0)) + seen, says
     blocks = [weight.untyped_storage() for weight in heads.parameters()]
     held = sum({block.data_ptr(): block.nbytes() for block in blocks}.values())
     assert held >= 4 * owned, "heads or layers share one block of memory: each must have its own"
@@ -595,9 +613,9 @@ FIELDS = "hidden_size", "vocab_size", "num_heads", "num_hidden_layers", "origina
 MAY_MISS = *FIELDS[2:], "truncated_vocab_size", "medusa_fc_bias"
 
 
-def save_small(directory, layers=2, private=True, truncated=0, dtype=torch.float32) -> MedusaHeads:
-    """Two heads of random weights, D = 8, V = 5, in a new directory."""
-    heads = random_heads(random_gpt(0), 2, 0, layers, private, truncated).to(dtype)
+def save_small(directory, layers=2, *kind, dtype=torch.float32) -> MedusaHeads:
+    """Two heads of random weights, D = 8, V = 5, in a new directory; private unless told."""
+    heads = random_heads(random_gpt(0), 2, 0, layers, *(kind or (True,))).to(dtype)
     heads.save_pretrained(directory)
     return heads
 
@@ -605,15 +623,19 @@ def save_small(directory, layers=2, private=True, truncated=0, dtype=torch.float
 @LAYERS
 @KINDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saved_heads_are_vllms_and_come_back(layers, private, truncated, dtype, tmp_path):
-    """A directory that vLLM opens as a speculator, and every bit of it."""
+def test_saved_heads_come_back_from_a_directory_of_vllms_form(
+    layers, private, truncated, sequential, dtype, tmp_path
+):
+    """Every bit of it; vLLM opens it as a speculator, unless the heads are sequential."""
     path = tmp_path / "new" / "heads"
-    heads = save_small(path, layers, private, truncated, dtype)
+    heads = save_small(path, layers, private, truncated, sequential, dtype=dtype)
     expected = {"token_map": (truncated,)} if truncated else {}
     for k in range(2):
         for j in range(layers):
             expected[f"blocks.{k}.layers.{j}.weight"] = (8, 8)
             expected[f"blocks.{k}.layers.{j}.bias"] = (8,)
+        if sequential:
+            expected |= {f"blocks.{k}.embeddings.{j}.weight": (8, 8) for j in range(k + 1)}
         if private:
             expected[f"lm_heads.{k}.weight"] = (5, 8)
     disk = load_file(path / "model.safetensors")
@@ -621,6 +643,7 @@ def test_saved_heads_are_vllms_and_come_back(layers, private, truncated, dtype, 
     fields = {"architectures": ["MedusaModel"], "model_type": "medusa", "medusa_fc_bias": True}
     fields |= {"num_heads": 2, "num_hidden_layers": layers, "original_lm_head": not private}
     fields |= {"hidden_size": 8, "vocab_size": 5, "truncated_vocab_size": truncated or 5}
+    fields |= {"sequential": sequential}
     assert json.loads((path / "config.json").read_text()) == fields
     assert {file.name for file in path.iterdir()} == {"config.json", "model.safetensors"}
     # In an export for vLLM the file has the shared LM head as well.
@@ -670,7 +693,7 @@ BROKEN += [("hidden_size", None), *((field, "2") for field in FIELDS)]
 
 @pytest.mark.parametrize("name, value", BROKEN)
 def test_a_missing_or_wrong_tensor_or_field_is_refused_by_file_and_name(name, value, tmp_path):
-    save_small(tmp_path, private=False, truncated=3)
+    save_small(tmp_path, 2, False, 3)
     is_tensor = name == "token_map" or "." in name
     change(tmp_path, **{"tensors" if is_tensor else "fields": {name: value}})
     file = "model.safetensors" if is_tensor else "config.json"

@@ -15,8 +15,8 @@ from data.corpus import documents, packed, shuffled
 from data.tokenizer import load_base
 from medusa import MedusaConfig, MedusaHeads, Sampling, generate
 from model import GPT, read_safetensors
-from strategies import base_config, contents, log_of, properties, random_gpt, random_heads
-from strategies import rate, rng, training
+from strategies import KINDS, base_config, contents, log_of, properties, random_gpt, random_heads
+from strategies import rate, rng, training, unit
 from train import Adapter, Medusa2Config, TrainConfig, add_adapters
 from train import calibrate, held_out_rows, make_batch, medusa1_loss, medusa2_loss
 from train import merge_adapters, perplexity, regenerate, train_base, train_medusa1, train_medusa2
@@ -30,7 +30,10 @@ def written_out(model, heads, rows, teacher):
     tokens, mask = rows
     T, hidden = tokens.shape[1], model(tokens)
     known = list(range(5)) if heads.token_map is None else heads.token_map.tolist()
-    logits = [model.lm_head(hidden), *heads(hidden, heads.truncated(model.lm_head))]
+    K = heads.config.num_heads
+    seen = [[(*row[t + 1 : t + K + 1], *[0] * K)[:K] for t in range(T)] for row in tokens.tolist()]
+    between = unit(model, torch.tensor(seen))
+    logits = [model.lm_head(hidden), *heads(hidden, heads.truncated(model.lm_head), between)]
     goal = teacher and teacher.lm_head(teacher(tokens)).log_softmax(-1).detach()
     means, right = [], []
     for k, log_probs in enumerate(part.log_softmax(-1) for part in logits):
@@ -55,8 +58,8 @@ def steps(draw):
     seed, model = draw(st.integers(0, 999)), random_gpt(draw(st.integers(0, 999)), layers=2)
     if draw(st.booleans()):
         model.lm_head.weight = model.embed_tokens.weight
-    private, truncated = draw(st.sampled_from([(False, 0), (True, 0), (False, 3)]))
-    heads = random_heads(model, K, seed, draw(st.integers(1, 2)), private, truncated)
+    J, kind = draw(st.integers(1, 2)), draw(st.sampled_from(KINDS))
+    heads = random_heads(model, K, seed, J, *kind)
     row = st.one_of(st.lists(st.booleans(), min_size=T, max_size=T), st.just([False] * T))
     mask = torch.tensor(draw(st.lists(row, min_size=B, max_size=B)))
     rows = torch.randint(5, (B, T), generator=rng(seed)), mask
@@ -94,7 +97,7 @@ def test_the_losses_in_chunks_and_parts_equal_the_formulas(case, lambda_0, chunk
         patch.setattr(train, "CHUNK_LOGITS", chunk)
         for batch in batches(rows, heads, processes):
             if lambda_0 is None:
-                part, metrics = medusa1_loss(heads, model.lm_head, model(batch.tokens), batch)
+                part, metrics = medusa1_loss(heads, model, model(batch.tokens), batch)
             else:
                 part, metrics = medusa2_loss(model, heads, batch, lambda_0, teacher)
             found, total = found + metrics, total + part

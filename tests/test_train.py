@@ -21,9 +21,9 @@ from data.rows import read_shards
 from data.tokenizer import load_base
 from medusa import MedusaConfig, MedusaHeads, Sampling, generate
 from model import GPT, read_json, read_safetensors, write_json, write_safetensors
-from strategies import CPU, base_config, chi_square, contents, distilling, log_of
+from strategies import CPU, KINDS, base_config, chi_square, contents, distilling, log_of
 from strategies import properties, random_gpt, random_heads, rate, rng
-from strategies import text_distribution, text_of, training, write_shard
+from strategies import text_distribution, text_of, training, unit, write_shard
 from train import MODES, TEMPERATURES, CalibrateConfig, DistillConfig, Medusa1Config, Run
 from train import TrainConfig, answer_turns, calibrate, calibrate_heads, distill, distilled_rows
 from train import head_ranks, make_batch, noise_given_tokens
@@ -404,7 +404,11 @@ def ranks_by_hand(model, heads, rows, temperature=0.0, noise=None) -> list[list[
     K, V, found = heads.config.num_heads, model.config.vocab_size, []
     known = list(range(V)) if heads.token_map is None else heads.token_map.tolist()
     for b, (row, loss) in enumerate(zip(*rows)):
-        logits = heads(model(row[None]), heads.truncated(model.lm_head))[:, 0].detach()  # (K, T, v)
+        seen = row[None, :, None].expand(1, -1, K).clone()  # (1, T, K): tokens t+1 to t+K
+        for k in range(K):
+            seen[0, : -k - 1, k] = row[k + 1 :]
+        hidden, lm_head = model(row[None]), heads.truncated(model.lm_head)
+        logits = heads(hidden, lm_head, unit(model, seen))[:, 0].detach()  # (K, T, v)
         found.append([])
         for t in range(len(row) - K - 1):
             if not loss[t + 1 : t + K + 2].all():
@@ -428,8 +432,8 @@ def measured_rows(draw):
     tokens = torch.randint(5, (B, T), generator=rng(seed))
     mostly = st.sampled_from((True, True, True, False))
     mask = torch.tensor(draw(st.lists(mostly, min_size=B * T, max_size=B * T))).view(B, T)
-    private, truncated = draw(st.sampled_from([(False, 0), (True, 0), (False, 3)]))
-    return model, random_heads(model, K, seed, 1, private, truncated), (tokens, mask)
+    heads = random_heads(model, K, seed, 1, *draw(st.sampled_from(KINDS)))
+    return model, heads, (tokens, mask)
 
 
 @settings(properties, max_examples=120)
