@@ -100,17 +100,17 @@ class MedusaHeads(nn.Module):
         between: (..., K, D), the `embed` of tokens t+1 to t+K, if the heads are sequential.
         heads: those that guess, if not all K; the last of them bounds the tokens that are needed.
         """
-        D, weights, biases = self.config.hidden_size, self.weight[:, heads], self.bias[:, heads]
+        D, weights, biases = self.config.hidden_size, self.weight[:, heads], [*self.bias[:, heads]]
+        if self.embeddings is not None:
+            # In the first layer, head k adds what it sees: tokens t+1 to t+k, k * D numbers.
+            seen = between.reshape(-1, between.shape[-2] * D)  # (n, K * D)
+            R = list(self.embeddings)[heads]
+            terms = [F.linear(seen[:, : r.shape[1]], r) for r in R]  # K times (n, D)
+            biases[0] = biases[0] + torch.stack(terms)  # (K, n, D)
         x = hidden.reshape(1, -1, D).expand(weights.shape[1], -1, -1)  # (K, n, D)
         # Layer by layer, the same layer of all heads at once.
-        for j, (weight, bias) in enumerate(zip(weights, biases)):
-            y = torch.baddbmm(bias, x, weight.mT)  # (K, n, D)
-            if j == 0 and self.embeddings is not None:
-                # Head k sees tokens t+1 to t+k: the first k * D numbers.
-                seen = between.reshape(x.shape[1], -1)  # (n, K * D)
-                R = list(self.embeddings)[heads]
-                y = y + torch.stack([F.linear(seen[:, : r.shape[1]], r) for r in R])
-            x = x + F.silu(y)
+        for weight, bias in zip(weights, biases):
+            x = x + F.silu(torch.baddbmm(bias, x, weight.mT))  # (K, n, D)
         # (K, n, V), by the shared LM head or by one for each head.
         logits = lm_head(x) if self.lm_heads is None else torch.bmm(x, self.lm_heads[heads].mT)
         return logits.view(len(x), *hidden.shape[:-1], logits.shape[-1])
@@ -559,8 +559,8 @@ class TreeBuffers:
     def level(self, tree: Tree, depth: int) -> tuple[Tensor, ...]:
         """For sequential heads, of the n nodes at this depth and their P parents:
 
-        the nodes (n,); the path of nodes from the root to each parent, (P, depth); index (n,): where
-        each node's token is in the guesses after parent 0, after parent 1, ...
+        the nodes (n,); the nodes from the root to each parent, (P, depth); index (n,): where each
+        node's token is in [guesses after the first parent, guesses after the second, ...].
         """
         nodes = [node for node in range(len(tree)) if tree.depths[node] == depth]
         parents = sorted({tree.parents[node] for node in nodes})

@@ -286,23 +286,24 @@ def trace_record(step: Step, model: GPT, heads, sampling: Sampling) -> dict:
     shown = Sampling(1.0) if sampling.temperature == 0 else sampling
     base_probs = logits_to_probs(step.logits, shown)  # (N, V)
     # The probability of each guess: by its own head (head k is row k - 1), and after its parent.
-    tree, guesses = step.tree, step.tokens[1:]
-    parents, rows = list(tree.parents[1:]), [depth - 1 for depth in tree.depths[1:]]
-    n = range(len(guesses))
-    # Sequential heads see the tokens from the root to the parent; what comes after is not read.
-    paths = [tree.mask[parent].nonzero()[:, 0].tolist() for parent in parents]
-    paths = [(path + [0] * heads.config.num_heads)[: heads.config.num_heads] for path in paths]
-    between = heads.embed(model.embed_tokens, step.tokens[torch.tensor(paths, dtype=torch.long)])
-    hidden = step.hidden.expand(len(guesses), -1)  # (N-1, D)
-    head_logits = heads(hidden, heads.truncated(model.lm_head), between)  # (K, N-1, v)
+    # Sequential heads see the tokens from the root to the parent; what is after those is not read.
+    tree, K = step.tree, heads.config.num_heads
+    parents, rows = [max(p, 0) for p in tree.parents], [max(d - 1, 0) for d in tree.depths]
+    paths = [tree.mask[parent].nonzero()[:, 0].tolist() + [0] * K for parent in parents]
+    between = heads.embed(
+        model.embed_tokens, step.tokens[torch.tensor([path[:K] for path in paths])]
+    )
+    hidden = step.hidden.expand(len(tree), -1)  # (N, D)
+    head_logits = heads(hidden, heads.truncated(model.lm_head), between)  # (K, N, v)
     head_probs = logits_to_probs(head_logits, Sampling(shown.temperature))
-    by_head = head_probs[rows, n, heads.index_of(guesses)]  # (N-1,)
-    by_base = base_probs[parents, guesses]  # (N-1,)
+    index = heads.index_of(step.tokens).clamp(min=0)  # the root may be left out; it is not shown
+    by_head = head_probs[rows, range(len(tree)), index]  # (N,)
+    by_base = base_probs[parents, step.tokens]  # (N,)
     return {
         "tree": {"parents": tree.parents, "ranks": tree.ranks},
         "tokens": step.tokens.tolist(),
-        "head_probs": [None, *by_head.tolist()],
-        "base_probs": [None, *by_base.tolist()],
+        "head_probs": [None, *by_head[1:].tolist()],
+        "base_probs": [None, *by_base[1:].tolist()],
         "thresholds": medusa.typical_threshold(base_probs, sampling.epsilon).tolist(),  # (N,)
         "targets": medusa.sample(step.logits, sampling, step.noise).tolist(),
         "path": step.path,

@@ -20,7 +20,7 @@ from data.trace import page, text_content
 from medusa import Sampling, Step, medusa_generate
 from model import GPT
 from strategies import REAL, contents, decodings, distribution, next_logits, properties
-from strategies import random_gpt, random_heads, rng, small_tokenizer, write_base
+from strategies import random_gpt, random_heads, rng, small_tokenizer, unit, write_base
 from tree import Tree
 
 TOKENIZER, VOCABULARY = small_tokenizer(), small_tokenizer().vocab_size
@@ -43,13 +43,15 @@ def test_a_record_says_what_base_and_heads_say_at_each_node(case, sampling):
     for record in json.loads(json.dumps(content))["steps"]:
         tokens, targets, path = record["tokens"], record["targets"], record["path"]
         hidden = model(torch.tensor([text[:-1] or text]))[0, -1]
-        head_logits = heads(hidden, heads.truncated(model.lm_head))
+        lm_head, K = heads.truncated(model.lm_head), heads.config.num_heads
         texts, base = [text], []
         for node, parent in enumerate(record["tree"]["parents"]):
             # What the base says after the node, and the probabilities of the node's token.
             if node > 0:
                 texts.append([*texts[parent], tokens[node]])
-                logits = head_logits[len(texts[node]) - len(text) - 1]
+                depth = len(texts[node]) - len(text)
+                seen = (texts[parent][-depth:] + [0] * K)[:K]
+                logits = heads(hidden, lm_head, unit(model, torch.tensor(seen)))[depth - 1]
                 index = heads.index_of(torch.tensor(tokens[node]))
                 expected = base[parent][tokens[node]], distribution(logits, temperature)[index]
                 found = record["base_probs"][node], record["head_probs"][node]
