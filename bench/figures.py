@@ -1,6 +1,7 @@
 """The numbers in the README: measured here, written to bench/figures.json, and from there into it.
 
     python bench/figures.py                the shipped base and heads, 50 held-out prompts
+    python bench/figures.py ladder         chain, Cartesian, calibrated tree, sequential heads
     python bench/figures.py half           how often a tree's text parts in half precision
     python bench/figures.py command tests  the README's two commands: on a clone with an empty
                                            cache, and with coverage
@@ -119,6 +120,15 @@ def compare(model: GPT, heads: MedusaHeads, tree, prompts: list, sampling: Sampl
     }
 
 
+def base_and_prompts(dtype: torch.dtype) -> tuple[GPT, list[list[int]]]:
+    """The shipped base without an EOS token, so that texts are equally long; held-out prompts."""
+    model, (tokens, _) = GPT.from_pretrained(ROOT / "data/base", dtype), held_out()
+    sample.pack_linears(model)
+    model.config = replace(model.config, eos_token_id=None)
+    generator = torch.Generator().manual_seed(0)
+    return model, windows(tokens, PROMPTS, PROMPT_TOKENS, generator).tolist()
+
+
 def measure_decoding(
     directory: Path = ROOT / "data/heads", nodes: dict | None = None, dtype=torch.float32
 ) -> dict:
@@ -126,13 +136,8 @@ def measure_decoding(
 
     nodes: {temperature: size of the tree}; unless given, all of training's, chosen by cost.
     """
-    tokens, _ = held_out()
-    model = GPT.from_pretrained(ROOT / "data/base", dtype)
-    sample.pack_linears(model)
-    model.config = replace(model.config, eos_token_id=None)
-    heads = MedusaHeads.from_pretrained(directory, dtype)
-    prompts = windows(tokens, PROMPTS, PROMPT_TOKENS, torch.Generator().manual_seed(0)).tolist()
-    results = {}
+    model, prompts = base_and_prompts(dtype)
+    heads, results = MedusaHeads.from_pretrained(directory, dtype), {}
     for temperature in nodes or map(str, train.TEMPERATURES):
         sampling = Sampling(float(temperature))
         choice = "auto" if nodes is None else str(nodes[temperature])
@@ -150,6 +155,26 @@ def measure_half() -> dict:
             gaps = [difference["gap"] for difference in run["differences"]]
             about = {"texts that part": len(gaps), "largest gap": max(gaps, default=0.0)}
             results[f"{str(dtype).removeprefix('torch.')} {temperature}"] = about
+    return results
+
+
+# Each rung of the ladder: the heads, and the tree.
+LADDER = {
+    "chain": ("data/heads", "1x1x1x1"),
+    "Cartesian tree": ("data/heads", "2x1x1x1"),
+    "calibrated tree": ("data/heads", "9"),
+    "calibrated tree, sequential heads": ("data/sequential-heads", "9"),
+}
+
+
+def measure_ladder() -> dict:
+    """Greedy decoding, each rung against plain decoding in turn."""
+    model, prompts = base_and_prompts(torch.float32)
+    results, greedy = {}, Sampling(0)
+    for name, (directory, choice) in LADDER.items():
+        heads = MedusaHeads.from_pretrained(ROOT / directory)
+        tree, _ = sample.pick_tree(choice, model, heads, ROOT / directory, greedy, prompts[0])
+        results[name] = compare(model, heads, tree, prompts, greedy)
     return results
 
 
@@ -206,6 +231,7 @@ def measure_tests() -> dict:
 
 
 SECTIONS = {"base": measure_base, "decoding": measure_decoding, "half": measure_half}
+SECTIONS["ladder"] = measure_ladder
 SECTIONS |= {"command": measure_command, "tests": measure_tests}
 
 
@@ -256,13 +282,29 @@ def tests_line(r: dict) -> str:
     return f"- The tests, with coverage: {minutes}. Line coverage: {', '.join(coverage)}."
 
 
+def ladder_table(figures: dict) -> str:
+    lines = [
+        "| greedy decoding | nodes | tokens/step | step cost | speed-up, median |",
+        "|" + "---|" * 5,
+    ]
+    for name, run in figures["ladder"]["result"].items():
+        row = f"| {name} | {run['nodes']} | {run['tokens/step']:.2f} | {run['step cost']:.2f} "
+        lines.append(f"{row}| {run['speed-up']:.2f}x |")
+    about = f"{PROMPTS} held-out prompts, texts identical. `python bench/figures.py ladder`"
+    machine, day = figures["ladder"]["machine"], figures["ladder"]["date"]
+    return "\n".join([*lines, "", f"{about} on {machine}; {day}."])
+
+
+SHOWN = "base", "decoding", "half", "command", "tests"
+
+
 def table(figures: dict) -> str:
     """figures: the sections, all of them."""
-    base, decoding, half, command, tests = (figures[name]["result"] for name in SECTIONS)
+    base, decoding, half, command, tests = (figures[name]["result"] for name in SHOWN)
     rows = [decoding_row(t, run) for t, run in decoding.items()]
     lines = [HEADER, "|---|---|---|---|---|---|---|", *rows, ""]
     lines += [base_line(base), half_line(half), command_line(command, decoding), tests_line(tests)]
-    measured = {(section["machine"], section["date"]) for section in figures.values()}
+    measured = {(figures[name]["machine"], figures[name]["date"]) for name in SHOWN}
     about = [f"Measured by `bench/figures.py` on {name}; {day}." for name, day in sorted(measured)]
     return "\n".join([*lines, "", *about])
 
@@ -293,6 +335,7 @@ def main() -> None:
         print(json.dumps({name: figures[name]}, indent=1))
         write_json(FIGURES, figures)
     replace_between("<!-- figures -->", "<!-- end of figures -->", table(figures))
+    replace_between("<!-- ladder -->", "<!-- end of ladder -->", ladder_table(figures))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from bench.results import held_out_prompts, held_out_turns
 from data.command import OneLineParser, add_options, check_out, option, run
 from data.tokenizer import SHIPPED_BASE, disk_dtype, load_base
 from medusa import GREEDY, MedusaHeads, check_compatible
-from model import GPT, read_json, read_safetensors, write_json, write_safetensors
+from model import GPT, check, read_json, read_safetensors, write_json, write_safetensors
 from sample import decode, first_difference
 from tree import ROOT_ONLY, cartesian_tree
 
@@ -39,6 +39,7 @@ def write_served(base, heads, out) -> None:
     """The heads' directory with the LM head that they share, under the name that vLLM looks for."""
     model, loaded = GPT.from_pretrained(base, disk_dtype(base)), MedusaHeads.from_pretrained(heads)
     check_compatible(model, loaded)
+    check(not loaded.config.sequential, f"{heads}: sequential heads, which vLLM does not know")
     state = read_safetensors(Path(heads) / "model.safetensors")
     settings = read_json(Path(heads) / "config.json")
     settings["truncated_vocab_size"] = loaded.config.vocab_size

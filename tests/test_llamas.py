@@ -370,8 +370,11 @@ def test_served_heads_hold_the_lm_head_that_they_share_and_guess_among_all_token
 
 def test_heads_of_another_model_are_not_served_and_none_are_overwritten(tmp_path, monkeypatch):
     base, heads, served = (str(tmp_path / name) for name in ("base", "heads", "served"))
-    GPT(ModelConfig(7, 8, 4, 1, 2, 1, 16)).save_pretrained(base)
-    other = GPT(ModelConfig(7, 16, 4, 1, 2, 1, 16))
+    model, other = (GPT(ModelConfig(7, width, 4, 1, 2, 1, 16)) for width in (8, 16))
+    model.save_pretrained(base)
+    random_heads(model, 2, 0, sequential=True).save_pretrained(heads)
+    with pytest.raises(ValueError, match="sequential heads, which vLLM does not know"):
+        write_served(base, heads, served)
     random_heads(other, 2, 0).save_pretrained(heads)
     with pytest.raises(ValueError, match="hidden_size"):
         write_served(base, heads, served)

@@ -151,6 +151,7 @@ def between(mark: str) -> str:
 def test_the_figures_are_those_that_were_measured():
     measured = json.loads((ROOT / "bench/figures.json").read_text(encoding="utf-8"))
     assert between("figures") == figures.table(measured)
+    assert between("ladder") == figures.ladder_table(measured)
     measured = json.loads((ROOT / "bench/ablations.json").read_text(encoding="utf-8"))
     assert ablations.table(measured["results"]) in between("ablations")
 

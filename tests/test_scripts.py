@@ -64,7 +64,7 @@ def made(tmp_path_factory):
         "base": [*SHAPE, *STEPS, "--context", "256"],
         "distill": [*ROWS, *base],
         "medusa1": [*STEPS, *base, *rows, "--num-heads", "3"],
-        "medusa2": [*STEPS, *base, *rows, "--heads-steps", "3", "--lora"],
+        "medusa2": [*STEPS, *base, *rows, "--heads-steps", "3", "--lora", "--sequential"],
     }
     said = {}
     for mode, out in zip(flags, ("base", "rows", "heads", "medusa2")):
@@ -135,7 +135,11 @@ def test_what_was_trained_samples_the_text_of_plain_decoding(call, made, where, 
 
 def test_a_fresh_clone_samples_with_what_is_shipped(tmp_path):
     out = succeeds(tmp_path, "sample.py", "--max-new-tokens", "24")
+    out, last = out.strip().rsplit("\n", 1)
     assert out.startswith("def quote(s):\n") and "24 tokens" in summary(out)["tokens/step"]
+    (heads,) = re.fullmatch(r"see also     (--heads \S+): more tokens/step", last).groups()
+    more = succeeds(tmp_path, "sample.py", *heads.split(), "--max-new-tokens", "24")
+    assert summary(more)["text"] == "identical, token for token"
 
 
 SHOWN = [("ascii", "\\u20ac \\xe9"), ("latin-1", "\\u20ac \xe9"), ("cp1252", "\u20ac \xe9")]

@@ -495,7 +495,7 @@ def test_a_calibration_counts_every_prefix_where_a_step_starts(case, limit, refe
 
 
 # ---- Medusa-1 ----
-OPTIONS = [{}, {"precision": "bfloat16", "original_lm_head": False}]
+OPTIONS = [{}, {"precision": "bfloat16", "original_lm_head": False, "sequential": True}]
 OPTIONS += [{"data": "corpus"}, {"truncated_vocab_size": 20}]
 
 
@@ -549,6 +549,7 @@ def test_kept_states_give_the_same_heads(batch, base, text, shards, tmp_path, mo
     monkeypatch.setattr(train, "medusa1_loss", lambda *args: order.append("s") or loss(*args))
     for keep, steps in ((True, "ssss"), (False, "bsbsbsbs")):
         more = {"keep_states": keep, "batch": batch, "lr": 0.01, "distilled": shards}
+        more["sequential"] = batch > 1
         train_medusa1(training(base, text, tmp_path / str(keep), **more))
         found.append(MedusaHeads.from_pretrained(tmp_path / str(keep)).weight)
         assert steps in "".join(order)
