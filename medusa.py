@@ -176,6 +176,7 @@ class MedusaHeads(nn.Module):
         # Fields left out have vLLM's defaults (vllm/transformers_utils/configs/medusa.py and
         # vllm/model_executor/models/medusa.py). Biases in the file are read in any case.
         defaults = {"num_heads": 5, "num_hidden_layers": 1, "original_lm_head": False}
+        defaults["sequential"] = False  # ours
         raw = defaults | raw | {"truncated_vocab_size": raw.get("truncated_vocab_size") or 0}
         disk = {name.removeprefix("medusa_heads."): t for name, t in read_weights(path).items()}
         has_bias = raw.get("medusa_fc_bias") or any(name.endswith(".bias") for name in disk)

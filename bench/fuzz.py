@@ -39,7 +39,7 @@ from bench.figures import machine
 from data.command import OneLineParser, add_options, option, optional, run
 from data.rows import digest_of
 from data.smollm2 import CONTROL, tokenizer_json
-from medusa import MedusaHeads
+from medusa import MedusaConfig, MedusaHeads
 from model import check_sizes, write_json
 
 SECONDS = 120  # that a case may take
@@ -121,6 +121,7 @@ def write_other_heads(work: Path) -> None:
     J, V, D = config["num_hidden_layers"], config["vocab_size"], config["hidden_size"]
     private = {f"lm_heads.{k}.weight": torch.randn(V, D) for k in range(3)}
     layers = {f"blocks.{k}.layers.0.weight": torch.randn(D, D) for k in range(3)}
+    MedusaHeads(MedusaConfig(D, V, 3, J, sequential=True)).save_pretrained(work / "sequential")
     (work / "vllm").mkdir()
     write_json(work / "vllm/config.json", {n: v for n, v in config.items() if n not in bare})
     save_file(private | layers, work / "vllm/model.safetensors")
@@ -361,7 +362,8 @@ def spoil_dialogues(work: Path, chance: random.Random) -> Case:
 
 def spoil_heads(work: Path, chance: random.Random) -> Case:
     """Heads of other makes, as they are or spoilt, for whoever opens heads."""
-    name = chance.choice(("vllm", "shared", "own", "own.safetensors", "own/medusa_lm_head.pt"))
+    names = ("vllm", "shared", "own", "own.safetensors", "own/medusa_lm_head.pt", "sequential")
+    name = chance.choice(names)
     path = work / name
     if chance.random() < 0.8:
         if path.is_dir():
@@ -451,7 +453,7 @@ def contents(work: Path) -> dict[str, str]:
     """Digests of what no script may change: all inputs but what calibration writes."""
     files = ("text.txt", "turns.jsonl", "sharegpt.jsonl", "messages.json", "own.safetensors")
     paths = [work / name for name in files]
-    for name in ("base", "heads", "rows", "chat", "vllm", "shared", "own"):
+    for name in ("base", "heads", "rows", "chat", "vllm", "shared", "own", "sequential"):
         paths += [path for path in (work / name).rglob("*") if path.is_file()]
     paths = [path for path in paths if path.name != "calibration.json"]
     return {str(path): digest_of(path.read_bytes()) for path in paths}
