@@ -102,6 +102,7 @@ class MedusaHeads(nn.Module):
         """
         D, weights, biases = self.config.hidden_size, self.weight[:, heads], [*self.bias[:, heads]]
         if self.embeddings is not None:
+            assert between is not None, "sequential heads see the tokens between"
             # In the first layer, head k adds what it sees: tokens t+1 to t+k, k * D numbers.
             seen = between.reshape(-1, between.shape[-2] * D)  # (n, K * D)
             R = list(self.embeddings)[heads]
@@ -120,7 +121,8 @@ class MedusaHeads(nn.Module):
         if self.embeddings is None:
             return None
         x = embed_tokens(tokens).detach()  # the base does not learn from it
-        return F.rms_norm(at_least_float32(x), x.shape[-1:], eps=1e-12).to(x)
+        x = F.rms_norm(at_least_float32(x), x.shape[-1:], eps=1e-12)
+        return x.to(self.weight.dtype)
 
     def truncated(self, lm_head: nn.Linear) -> Callable[[Tensor], Tensor]:
         """The LM head that `forward` takes: only the rows in token_map, if there is one."""

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import medusa
 from data.chat import chat_prompt
-from data.command import OneLineParser, add_options, option, pick_device, run
+from data.command import option, parsed, pick_device, run
 from data.corpus import read_text
 from data.tokenizer import SHIPPED_BASE, load_base
 from data.trace import TextStream, check_page, text_content, write_page
@@ -338,9 +338,7 @@ def heads_and_tree(config: SampleConfig, model: GPT, prompt: list[int]):
 
 
 def main() -> None:
-    parser = OneLineParser(description=__doc__)
-    add_options(parser, SampleConfig)
-    config = SampleConfig(**vars(parser.parse_args()))
+    config = parsed(SampleConfig, description=__doc__)
     sampling, text = config.sampling(), config.text()
     if config.trace:
         check_page(Path(config.trace))

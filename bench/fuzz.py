@@ -36,7 +36,7 @@ import sample
 import train
 from bench.child import in_a_child
 from bench.figures import machine
-from data.command import OneLineParser, add_options, option, optional, run
+from data.command import option, optional, parsed, run
 from data.rows import digest_of
 from data.smollm2 import CONTROL, tokenizer_json
 from medusa import MedusaConfig, MedusaHeads
@@ -507,9 +507,7 @@ def try_case(config: FuzzConfig, number: int, work: Path) -> tuple[str, str, str
 
 
 def main() -> None:
-    parser = OneLineParser(description=__doc__)
-    add_options(parser, FuzzConfig)
-    config = FuzzConfig(**vars(parser.parse_args()))
+    config = parsed(FuzzConfig, description=__doc__)
     torch.set_num_threads(1)
     counts, faults = defaultdict(Counter), []
     with tempfile.TemporaryDirectory() as folder:

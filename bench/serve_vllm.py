@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.results import held_out_prompts, held_out_turns
-from data.command import OneLineParser, add_options, check_out, option, run
+from data.command import check_out, option, parsed, run
 from data.tokenizer import SHIPPED_BASE, disk_dtype, load_base
 from medusa import GREEDY, MedusaHeads, check_compatible
 from model import GPT, check, read_json, read_safetensors, write_json, write_safetensors
@@ -77,9 +77,7 @@ def run_vllm(vllm, config: Config, prompts: list[list[int]], K: int, eos_ids) ->
 
 
 def main() -> None:
-    parser = OneLineParser(description=__doc__)
-    add_options(parser, Config)
-    config = Config(**vars(parser.parse_args()))
+    config = parsed(Config, description=__doc__)
     check_out(config.out)
     if Path(config.out).resolve() in (Path(config.base).resolve(), Path(config.heads).resolve()):
         raise ValueError(f"--out {config.out} would overwrite its input: name another directory")

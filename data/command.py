@@ -44,6 +44,13 @@ def add_options(parser: argparse.ArgumentParser, config: type) -> None:
         parser.add_argument("--" + f.name.replace("_", "-"), default=default, **more)
 
 
+def parsed(config: type, **more) -> Any:
+    """The config that the command line asks for."""
+    parser = OneLineParser(**more)
+    add_options(parser, config)
+    return config(**vars(parser.parse_args()))
+
+
 def run(main) -> None:
     """Call main; an error that the user can mend ends in one line and exit code 2."""
     try:

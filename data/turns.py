@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.command import OneLineParser, add_options, check_out, option, optional, run
+from data.command import check_out, option, optional, parsed, run
 from data.smollm2 import wheel
 from model import write_atomically
 
@@ -61,9 +61,7 @@ def corpus_turns() -> list[str]:
 
 
 def main() -> None:
-    parser = OneLineParser(prog="data.turns", description=__doc__)
-    add_options(parser, Config)
-    config = Config(**vars(parser.parse_args()))
+    config = parsed(Config, prog="data.turns", description=__doc__)
     check_out(str(Path(config.out).parent))
     turns = list(dict.fromkeys(corpus_turns() + written_turns(config.written, config.seed)))
     random.Random(config.seed).shuffle(turns)
