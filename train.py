@@ -63,7 +63,7 @@ MAY_BE_0 += ("mtp_weight", "lambda_0", "heads_steps")
 # ---- settings: each field is a flag ----
 @dataclass(frozen=True)
 class Common:
-    text: list[str] = option([], "UTF-8 files to use in place of the Python standard library")
+    text: list[str] = option([], "UTF-8 files, or dialogues; default: Python's standard library")
     seed: int = option(0, "seed of all that is random")
     device: str = option("auto", "auto, cpu, cuda or mps")
     precision: str = option("auto", "of matmuls", choices=("auto", "float32", "bfloat16"))
@@ -185,7 +185,7 @@ class CalibrateConfig(Common):
 
     base: str = option(SHIPPED_BASE, "directory of the base model")
     heads: str = option("", "their directory, or the official repository's file")
-    distilled: str = option("", "rows of --mode distill; default: shipped, or made in rows/")
+    distilled: str = option("", "rows of --mode distill; default: shipped, or made beside --heads")
 
 
 # ---- one process, or several that torchrun started ----
@@ -519,8 +519,6 @@ def text_rows(tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
 def training_data(config: MedusaTraining, tokenizer, model: GPT, K: int):
     """Rows (R, T) and their loss mask; `held_out_rows`; a held-out text (n,) for `perplexity`."""
     V, shards = model.config.vocab_size, DistillConfig.shards if config.data == "distilled" else 0
-    directory = distilled_rows(config, f"{config.out}/rows", shards)
-    held_out = held_out_rows(directory, V, K)
     if config.data == "chat":
         # Answers of a file's own, each dialogue on one side of the split.
         sides = split_dialogues(config.text)
@@ -534,14 +532,15 @@ def training_data(config: MedusaTraining, tokenizer, model: GPT, K: int):
         check(min(len(tokens), len(unseen)) > 0, f"of one side of the split no dialogue {advice}")
         # A row ends with its last answer.
         ends = [int(mask.nonzero().max()) + 1 for mask in unseen_mask]
-        text = torch.cat([row[:end] for row, end in zip(unseen, ends)])
-        return (tokens, mask), held_out, text
-    text = packed(documents(True, config.text), tokenizer)
+        data, text = (tokens, mask), torch.cat([row[:end] for row, end in zip(unseen, ends)])
+    else:
+        text = packed(documents(True, config.text), tokenizer)
+    directory = distilled_rows(config, f"{config.out}/rows", shards)
     if config.data == "corpus":
         data = text_rows(packed(documents(False, config.text), tokenizer), config.context)
-    else:
+    elif config.data == "distilled":
         data = read_shards(directory, "train-*.safetensors", V)
-    return data, held_out, text
+    return data, held_out_rows(directory, V, K), text
 
 
 def open_heads(config, model: GPT) -> MedusaHeads:
@@ -580,7 +579,8 @@ def train_medusa1(config: Medusa1Config) -> None:
         write_heads(model, heads, held_out, config.out, config.base)
         run.finish()
         print(f"perplexity of the base on held-out text: {perplexity(model, text):.3f}, frozen")
-        print(f"next: python sample.py --base {config.base} --heads {config.out}")
+        prompt = ' --chat "Why is the sky blue?"' if config.data == "chat" else ""
+        print(f"next: python sample.py --base {config.base} --heads {config.out}{prompt}")
 
 
 def frozen_loss(model: GPT, heads: MedusaHeads, states: np.ndarray | None, batch: Batch):

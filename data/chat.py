@@ -261,5 +261,6 @@ def given_turns(dialogues, directory, tokenizer, eos_ids, most: int) -> list[lis
         given = [ids for ids, is_answer in run if not is_answer]
         if given and 0 < len(given[0]) <= most:
             found.append(given)
-    check(found != [], f"no turn has at most {most} tokens: give more, or a larger --prompt-tokens")
+    advice = "a larger --prompt-tokens, or --context, half of which a prompt may have"
+    check(found != [], f"no turn has at most {most} tokens: give others, or {advice}")
     return found
