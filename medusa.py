@@ -83,7 +83,7 @@ class MedusaHeads(nn.Module):
         D, V, v = config.hidden_size, config.vocab_size, config.truncated_vocab_size
         self.weight = nn.Parameter(torch.zeros(J, K, D, D))  # W1, each (out, in)
         self.bias = nn.Parameter(torch.zeros(J, K, 1, D))  # b1
-        self.embeddings = None  # R, of head k (D, k * D): R_k1 .. R_kk side by side
+        self.embeddings = None  # R, of head k (D, k * D): R_k1 .. R_kk in a row
         if config.sequential:
             shapes = [(D, k * D) for k in range(1, K + 1)]
             self.embeddings = nn.ParameterList(torch.zeros(shape) for shape in shapes)
@@ -570,8 +570,8 @@ class TreeBuffers:
         # A node sees itself and its ancestors, which come before it.
         paths = tree.mask[parents].nonzero()[:, 1].view(len(parents), depth)
         index = [parents.index(tree.parents[n]) * self.n_guesses + tree.ranks[n] for n in nodes]
-        found = torch.tensor(nodes), paths, torch.tensor(index)
-        return tuple(t.to(self.depths.device) for t in found)
+        found, device = (nodes, paths.tolist(), index), self.depths.device
+        return tuple(torch.tensor(part, device=device) for part in found)
 
     def mask(self, past: int) -> Tensor:
         """(N, past + N): the past, then the ancestors. A copy: CUDA needs an aligned address."""
@@ -579,7 +579,7 @@ class TreeBuffers:
         return self.bias[:, -width:].clone(memory_format=torch.contiguous_format)
 
 
-def propose(heads, heads_lm_head, embed_tokens, hidden: Tensor, root: int, buffers, noise):
+def propose(model: GPT, heads, heads_lm_head, hidden: Tensor, root: int, buffers, noise):
     """The tokens at the nodes, (N,): the root, and the heads' best guesses after it.
 
     hidden (D,): the state that predicted the root; buffers: TreeBuffers; noise: SharedGumbelNoise.
@@ -601,7 +601,7 @@ def propose(heads, heads_lm_head, embed_tokens, hidden: Tensor, root: int, buffe
     # have children, given the tokens from the root to it.
     tokens = torch.full_like(buffers.index, root)  # (N,), to be filled in
     for k, (nodes, paths, index) in enumerate(buffers.levels, start=1):
-        between = heads.embed(embed_tokens, tokens[paths])  # (P, k, D)
+        between = heads.embed(model.embed_tokens, tokens[paths])  # (P, k, D)
         states = hidden.expand(len(paths), -1)  # (P, D)
         logits = heads(states, heads_lm_head, between, slice(k - 1, k))[0]  # (P, v)
         tokens[nodes] = best(logits, [k - 1]).flatten()[index]
@@ -643,7 +643,7 @@ def medusa_generate(
         past = length - 1  # rows in the cache: all of the text but the root
 
         # 1. Propose: the heads guess what follows the root; the tree arranges their guesses.
-        tokens = propose(heads, heads_lm_head, model.embed_tokens, hidden, root, buffers, noise)
+        tokens = propose(model, heads, heads_lm_head, hidden, root, buffers, noise)  # (N,)
 
         # 2. Verify: one pass of the base model over all nodes, under tree attention. Nodes beyond
         #    the context take its last position: step 3 drops their tokens, as all after `end`.

@@ -289,10 +289,9 @@ def trace_record(step: Step, model: GPT, heads, sampling: Sampling) -> dict:
     # Sequential heads see the tokens from the root to the parent; what is after those is not read.
     tree, K = step.tree, heads.config.num_heads
     parents, rows = [max(p, 0) for p in tree.parents], [max(d - 1, 0) for d in tree.depths]
-    paths = [tree.mask[parent].nonzero()[:, 0].tolist() + [0] * K for parent in parents]
-    between = heads.embed(
-        model.embed_tokens, step.tokens[torch.tensor([path[:K] for path in paths])]
-    )
+    paths = [(tree.mask[parent].nonzero()[:, 0].tolist() + [0] * K)[:K] for parent in parents]
+    paths = torch.tensor(paths, device=step.tokens.device)  # (N, K)
+    between = heads.embed(model.embed_tokens, step.tokens[paths])  # (N, K, D)
     hidden = step.hidden.expand(len(tree), -1)  # (N, D)
     head_logits = heads(hidden, heads.truncated(model.lm_head), between)  # (K, N, v)
     head_probs = logits_to_probs(head_logits, Sampling(shown.temperature))

@@ -102,8 +102,8 @@ WRONG = {
         "no residual": (NOT_LM_HEAD, "x = x + F.silu(", "x = F.silu("),
         "ReLU": (NOT_FORMULA, "x + F.silu(", "x + F.relu("),
         "W1 transposed": (NOT_FORMULA, "x, weight.mT)", "x, weight)"),
-        "last layer alone": ("such layers in a row", "zip(self.weight, self.bias):",
-                             "zip(self.weight[-1:], self.bias[-1:]):"),
+        "last layer alone": ("such layers in a row", "zip(weights, biases):",
+                             "zip(weights[-1:], biases[-1:]):"),
         "offset k": (TARGET, AHEAD, AHEAD.replace("k + 1 :", "k :").replace("k + 1 +", "k +")),
         "offset k + 2": (TARGET, AHEAD, AHEAD.replace("k + 1", "k + 2"),
                          "F.pad(tokens, (0, K + 1)", "F.pad(tokens, (0, K + 2)"),
@@ -348,7 +348,7 @@ RIGHT = {
             return
         nodes, hidden = tree, states[path[-1]]
         past, buffers = len(text) - 1, TreeBuffers(nodes, end, model.lm_head.weight)
-        tokens = propose(heads, model.lm_head, hidden, text[-1], buffers, sampling, noise)
+        tokens = propose(model, heads, model.lm_head, hidden, text[-1], buffers, noise)
         mask = torch.cat((torch.ones(len(nodes), past, dtype=torch.bool), nodes.mask), dim=1)
         positions = [min(past + depth, end - 1) for depth in nodes.depths]
         states = model(tokens[None], torch.tensor(positions), mask, cache)[0]

@@ -170,6 +170,7 @@ def follow(steps, heads) -> list[list[int]]:
 
 
 REAL = "new", "random", "private", "truncated"  # kinds of heads that do not know the text
+SEQUENTIAL = "sequential", "sequential and private", "sequential and truncated"
 
 
 @st.composite
@@ -185,17 +186,16 @@ def decodings(draw, kinds=(*REAL, "cheating", "wrong"), room=1):
     prompt = draw(st.lists(st.integers(0, V - 1), min_size=1, max_size=context - room))
     K, J = draw(st.integers(1, 4)), draw(st.integers(1, 2))
     kind = draw(st.sampled_from(kinds))
-    v = draw(st.integers(1, V - 1)) if kind == "truncated" else V
-    sequential = draw(st.booleans())
+    v = draw(st.integers(1, V - 1)) if "truncated" in kind else V
     if kind == "new":
-        heads = MedusaHeads(MedusaConfig(8, V, K, J, sequential=sequential)).double()
+        heads = MedusaHeads(MedusaConfig(8, V, K, J)).double()
     elif kind == "wrong":
         heads = CheatingHeads(model, K, [], 0, lambda: V - 1)
     elif kind == "cheating":
         ranks = draw(st.randoms(use_true_random=False))
         heads = CheatingHeads(model, K, [], 0, lambda: ranks.choice([0, 0, ranks.randrange(V)]))
     else:
-        of_kind = J, kind == "private", v, sequential
+        of_kind = J, "private" in kind, v, "sequential" in kind
         heads = random_heads(model, K, draw(st.integers(0, 99)), *of_kind)
     return model, heads, draw(built_trees(K, v)), prompt, draw(st.integers(0, 24))
 

@@ -18,10 +18,10 @@ import medusa
 from medusa import GREEDY, IGNORED, MedusaConfig, MedusaHeads, Sampling, accept, check_compatible
 from medusa import exponential_noise, generate, gumbel_scores, logits_to_probs, medusa_generate
 from medusa import medusa_loss, targets_ahead, typical_threshold
-from strategies import KINDS as KINDS_OF_HEADS, CheatingHeads, chi_square, decodings
+from strategies import KINDS as KINDS_OF_HEADS, SEQUENTIAL, CheatingHeads, chi_square, decodings
 from strategies import distribution, follow, greedy_text
 from strategies import markov_gpt, next_logits, properties, random_gpt, random_heads, rng
-from strategies import text_distribution, text_of, trees
+from strategies import text_distribution, text_of, trees, unit
 from tree import cartesian_tree, tree_from_paths
 
 CHAIN = tree_from_paths([[0], [0, 0], [0, 0, 0], [0, 0, 1]])  # and a last node that is off it
@@ -78,6 +78,26 @@ def test_lossless_tree_sampling_gives_the_text_of_plain_sampling(case, sampling,
     text, before = text_of(generate(model, prompt, n, sampling, rng(seed))), torch.get_rng_state()
     same_text(sum(decode(case, sampling, rng(seed), text), []), text, model)
     assert torch.equal(torch.get_rng_state(), before), "the generator alone decides"
+
+
+@settings(properties, max_examples=150)
+@given(decodings(SEQUENTIAL), st.just(GREEDY) | samplings, st.integers(0, 2**31))
+def test_sequential_heads_guess_after_each_node_and_leave_the_text_alone(case, sampling, seed):
+    """Node by node, without a cache: what head k ranks so after the tokens from the root on."""
+    model, heads, tree, prompt, n = case
+    plain = text_of(generate(model, prompt, n, sampling, rng(seed)))
+    same_text(sum(decode(case, sampling, rng(seed)), []), plain, model)
+    lm_head, text = heads.truncated(model.lm_head), list(prompt)
+    known = torch.arange(model.config.vocab_size) if heads.token_map is None else heads.token_map
+    for step in medusa_generate(*case, sampling, rng(seed)):
+        hidden = model(torch.tensor([text[:-1] or text]))[0, -1]
+        for node, parent in enumerate(step.tree.parents[1:], start=1):
+            k, path = tree.depths[node], tree.mask[parent]
+            logits = heads(hidden, lm_head, unit(model, step.tokens[path]), slice(k - 1, k))[0]
+            if sampling.temperature > 0:
+                logits = logits / sampling.temperature - step.noise[parent][known].log()
+            assert step.tokens[node] == known[logits.argsort(descending=True)[tree.ranks[node]]]
+        text += step.emitted
 
 
 @settings(properties, max_examples=60)
@@ -446,7 +466,6 @@ def test_greedy_and_lossless_acceptance_follow_the_samples_of_the_nodes(case, te
 LAYERS = pytest.mark.parametrize("layers", [1, 3])
 KINDS = pytest.mark.parametrize("private, truncated, sequential", KINDS_OF_HEADS)
 SHAPES = pytest.mark.parametrize("private, layers", [(False, 1), (False, 3), (True, 1), (True, 3)])
-SEQUENTIAL = pytest.mark.parametrize("sequential", [False, True])
 
 
 def heads_and_base(layers: int, private: bool, sequential=False) -> tuple[MedusaHeads, nn.Linear]:
@@ -460,48 +479,34 @@ def heads_and_base(layers: int, private: bool, sequential=False) -> tuple[Medusa
 
 
 @SHAPES
-@SEQUENTIAL
-def test_new_heads_are_exactly_the_lm_head(private, layers, sequential):
+def test_new_heads_are_exactly_the_lm_head(private, layers):
     """In whole numbers, so that the order of a sum cannot matter."""
     lm_head = nn.Linear(6, 5, bias=False).double()
     lm_head.weight.data = torch.randint(-9, 9, (5, 6), generator=rng(0)).double()
     hidden = torch.randint(-9, 9, (2, 4, 6), generator=rng(1)).double()
-    config = MedusaConfig(6, 5, 3, layers, not private, sequential=sequential)
-    heads = MedusaHeads(config, lm_head).double()
-    between = torch.randn(2, 4, 3, 6, generator=rng(2)).double()
-    logits = heads(hidden, lm_head, between)
+    heads = MedusaHeads(MedusaConfig(6, 5, 3, layers, not private), lm_head).double()
+    logits = heads(hidden, lm_head)
     says = "logits are (K, ..., V): heads, then as the hidden states are, then the vocabulary"
     assert logits.shape == (3, 2, 4, 5), says
     says = "a new head is not exactly the LM head: W2 (h + SiLU(W1 h + b1)), W1 and b1 zero"
     assert torch.equal(logits, lm_head(hidden).expand(3, 2, 4, 5)), says
-    alone = heads(hidden[0, 0], lm_head, between[0, 0])
+    alone = heads(hidden[0, 0], lm_head)
     assert torch.equal(alone, logits[:, 0, 0]), "a state alone gives other logits than among others"
 
 
 @SHAPES
-@SEQUENTIAL
-def test_heads_equal_the_formula_evaluated_head_by_head_from_the_file(
-    layers, private, sequential, tmp_path
-):
-    """W2 (h + SiLU(W1 h + b1)), each matrix as it is on disk; sequential heads add R e in layer 0.
-
-    All heads at once are one head after the other, which needs no more tokens than it sees.
-    """
-    heads, lm_head = heads_and_base(layers, private, sequential)
+def test_heads_equal_the_formula_evaluated_head_by_head_from_the_file(layers, private, tmp_path):
+    """W2 (h + SiLU(W1 h + b1)), each matrix as it is on disk."""
+    heads, lm_head = heads_and_base(layers, private)
     heads.save_pretrained(tmp_path)
     disk = {name: t.double() for name, t in load_file(tmp_path / "model.safetensors").items()}
     hidden = torch.randn(2, 4, 6, generator=rng(7), dtype=torch.float64)
-    between = torch.randn(2, 4, 3, 6, generator=rng(9), dtype=torch.float64)
-    logits = heads.double()(hidden, lm_head.double(), between)
+    logits = heads.double()(hidden, lm_head.double())
     for k in range(3):
-        alone = heads(hidden, lm_head, between[:, :, : k + 1], slice(k, k + 1))
-        close(alone[0], logits[k], f"head {k + 1} alone gives other logits than among all")
         x = hidden
         for j in range(layers):
             layer = f"blocks.{k}.layers.{j}"
             z = x @ disk[f"{layer}.weight"].T + disk[f"{layer}.bias"]
-            for i in range((k + 1) * (sequential and j == 0)):
-                z = z + between[:, :, i] @ disk[f"blocks.{k}.embeddings.{i}.weight"].T
             x = x + z / (1 + torch.exp(-z))
         W2 = disk[f"lm_heads.{k}.weight"] if private else lm_head.weight
         says = f"head {k + 1} is not W2 (h + SiLU(W1 h + b1)), {layers} such layers in a row"
@@ -509,16 +514,48 @@ def test_heads_equal_the_formula_evaluated_head_by_head_from_the_file(
 
 
 @SHAPES
-@SEQUENTIAL
-def test_no_parameter_is_shared_among_layers_or_heads(layers, private, sequential):
-    heads, _ = heads_and_base(layers, private, sequential)
+def test_no_parameter_is_shared_among_layers_or_heads(layers, private):
+    lm_head = nn.Linear(6, 5, bias=False)
+    heads = MedusaHeads(MedusaConfig(6, 5, 3, layers, not private), lm_head)
     owned = sum(weight.numel() for weight in heads.parameters())
     says = "the heads own W1 and b1 of every layer, and W2 only where private; never the base's"
-    seen = (1 + 2 + 3) * 6 * 6 if sequential else 0
-    assert owned == 3 * (layers * (6 * 6 + 6) + (5 * 6 if private else 0)) + seen, says
+    assert owned == 3 * (layers * (6 * 6 + 6) + (5 * 6 if private else 0)), says
     blocks = [weight.untyped_storage() for weight in heads.parameters()]
     held = sum({block.data_ptr(): block.nbytes() for block in blocks}.values())
     assert held >= 4 * owned, "heads or layers share one block of memory: each must have its own"
+
+
+@SHAPES
+def test_sequential_heads_add_what_is_between_state_and_guess(private, layers, tmp_path):
+    """R e of each token that they see, in the first layer; at first R is zero."""
+    hidden = torch.randn(2, 4, 6, generator=rng(7), dtype=torch.float64)
+    between = torch.randn(2, 4, 3, 6, generator=rng(9), dtype=torch.float64)
+    heads, lm_head = heads_and_base(layers, private, sequential=True)
+    heads, lm_head = heads.double(), lm_head.double()
+    logits = heads(hidden, lm_head, between)
+    heads.save_pretrained(tmp_path)
+    R = {name: t for name, t in load_file(tmp_path / "model.safetensors").items() if "emb" in name}
+    for k in range(3):
+        # The same heads without R, of which the first layer's bias has what R adds.
+        plain, _ = heads_and_base(layers, private)
+        plain.load_state_dict(heads.state_dict(), strict=False)
+        terms = [
+            between[..., i, :] @ R.pop(f"blocks.{k}.embeddings.{i}.weight").T for i in range(k + 1)
+        ]
+        added = sum(terms).flatten(0, 1)
+        for n, state in enumerate(hidden.flatten(0, 1)):
+            alone = plain.double()
+            alone.bias.data = heads.bias.data.clone()
+            alone.bias.data[0, k, 0] += added[n]
+            close(logits.flatten(1, 2)[k, n], alone(state, lm_head)[k])
+        # A head alone needs no more tokens than it sees.
+        one = heads(hidden, lm_head, between[:, :, : k + 1], slice(k, k + 1))
+        close(one[0], logits[k], f"head {k + 1} alone gives other logits than among all")
+    assert R == {}
+    new = MedusaHeads(replace(heads.config), lm_head).double()
+    close(new(hidden, lm_head, between), lm_head(hidden).expand(3, 2, 4, 5))
+    owned = [sum(p.numel() for p in each.parameters()) for each in (heads, plain)]
+    assert owned[0] - owned[1] == (1 + 2 + 3) * 6 * 6
 
 
 @st.composite

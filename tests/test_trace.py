@@ -19,8 +19,8 @@ from data import trace as tracing
 from data.trace import page, text_content
 from medusa import Sampling, Step, medusa_generate
 from model import GPT
-from strategies import REAL, contents, decodings, distribution, next_logits, properties
-from strategies import random_gpt, random_heads, rng, small_tokenizer, unit, write_base
+from strategies import REAL, SEQUENTIAL, contents, decodings, distribution, next_logits
+from strategies import properties, random_gpt, random_heads, rng, small_tokenizer, unit, write_base
 from tree import Tree
 
 TOKENIZER, VOCABULARY = small_tokenizer(), small_tokenizer().vocab_size
@@ -30,7 +30,7 @@ SAMPLINGS = Sampling(), Sampling(0.7, 2), Sampling(0.7, 4), Sampling(1.0, typica
 
 
 @settings(properties, max_examples=60)
-@given(decodings(REAL, room=17), st.sampled_from(SAMPLINGS))
+@given(decodings((*REAL, *SEQUENTIAL), room=17), st.sampled_from(SAMPLINGS))
 @torch.no_grad()
 def test_a_record_says_what_base_and_heads_say_at_each_node(case, sampling):
     """Against whole passes over the text up to each node, without tree, mask or cache."""
