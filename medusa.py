@@ -15,7 +15,7 @@ Head k (counted from 1) at position t guesses token t+k+1; the base model itself
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Self
 
@@ -38,7 +38,7 @@ class MedusaConfig:
 
     original_lm_head: W2 of every head is the base's LM head; if not, each head trains a copy.
     truncated_vocab_size: the heads guess among so many tokens only; 0 turns into vocab_size.
-    sequential: a head also sees the tokens between the hidden state and its guess.
+    sequential: head k also sees tokens t+1 to t+k, those before its guess.
     """
 
     hidden_size: int
@@ -68,9 +68,9 @@ class MedusaHeads(nn.Module):
     K heads are stacked: one batched product serves them all. A shared LM head is an argument of
     `forward`, never a parameter of the heads: it learns only if the base does.
 
-    Sequential heads ("Hydra", Ankner et al., 2024; not the paper's) know which tokens are between h
-    and their guess. To the first layer of head k, inside SiLU, each adds R_kj e(token t+j), j from
-    1 to k; e is the base's embedding, scaled to unit RMS. R starts at zero as well.
+    Sequential heads ("Hydra", Ankner et al., 2024; not the paper's) see which tokens are between h
+    and their guess. Inside the SiLU of its first layer, head k also adds R_kj e(token t+j) for j
+    from 1 to k; e is the base's embedding, scaled to unit RMS. R starts at zero as well.
     """
 
     token_map: Tensor | None
@@ -83,10 +83,10 @@ class MedusaHeads(nn.Module):
         D, V, v = config.hidden_size, config.vocab_size, config.truncated_vocab_size
         self.weight = nn.Parameter(torch.zeros(J, K, D, D))  # W1, each (out, in)
         self.bias = nn.Parameter(torch.zeros(J, K, 1, D))  # b1
-        self.embeddings = None  # R, of head k (D, k * D): R_k1 .. R_kk in a row
+        self.token_weights = None  # R; that of head k is (D, k * D): R_k1 .. R_kk side by side
         if config.sequential:
             shapes = [(D, k * D) for k in range(1, K + 1)]
-            self.embeddings = nn.ParameterList(torch.zeros(shape) for shape in shapes)
+            self.token_weights = nn.ParameterList(torch.zeros(shape) for shape in shapes)
         self.lm_heads = None  # W2, if private
         if not config.original_lm_head:
             start = torch.zeros(V, D) if lm_head is None else lm_head.weight.detach()
@@ -97,17 +97,16 @@ class MedusaHeads(nn.Module):
     def forward(self, hidden, lm_head, between: Tensor | None = None, heads=slice(None)) -> Tensor:
         """hidden (..., D) -> logits (K, ..., V); (K, ..., v) if lm_head is `truncated`.
 
-        between: (..., K, D), the `embed` of tokens t+1 to t+K, if the heads are sequential.
-        heads: those that guess, if not all K; the last of them bounds the tokens that are needed.
+        between: (..., K * D), the `embed` of tokens t+1 to t+K, if the heads are sequential.
+        heads: a slice, if not all K guess; up to head k, `between` may end at token t+k.
         """
-        D, weights, biases = self.config.hidden_size, self.weight[:, heads], [*self.bias[:, heads]]
-        if self.embeddings is not None:
+        D, weights = self.config.hidden_size, self.weight[:, heads]  # (J, K, D, D)
+        biases = list(self.bias[:, heads])  # J times (K, 1, D); the first may grow to (K, n, D)
+        if self.token_weights is not None:
             assert between is not None, "sequential heads see the tokens between"
-            # In the first layer, head k adds what it sees: tokens t+1 to t+k, k * D numbers.
-            seen = between.reshape(-1, between.shape[-2] * D)  # (n, K * D)
-            R = list(self.embeddings)[heads]
-            terms = [F.linear(seen[:, : r.shape[1]], r) for r in R]  # K times (n, D)
-            biases[0] = biases[0] + torch.stack(terms)  # (K, n, D)
+            seen = between.reshape(-1, between.shape[-1])  # (n, K * D): head k sees the first k * D
+            terms = [F.linear(seen[:, : R.shape[1]], R) for R in list(self.token_weights)[heads]]
+            biases[0] = biases[0] + torch.stack(terms)
         x = hidden.reshape(1, -1, D).expand(weights.shape[1], -1, -1)  # (K, n, D)
         # Layer by layer, the same layer of all heads at once.
         for weight, bias in zip(weights, biases):
@@ -117,12 +116,12 @@ class MedusaHeads(nn.Module):
         return logits.view(len(x), *hidden.shape[:-1], logits.shape[-1])
 
     def embed(self, embed_tokens: nn.Embedding, tokens: Tensor) -> Tensor | None:
-        """What `forward` takes as `between`: tokens (..., K) -> (..., K, D) of unit RMS."""
-        if self.embeddings is None:
+        """What `forward` takes as `between`: tokens (..., K) -> (..., K * D), each of unit RMS."""
+        if self.token_weights is None:
             return None
         x = embed_tokens(tokens).detach()  # the base does not learn from it
         x = F.rms_norm(at_least_float32(x), x.shape[-1:], eps=1e-12)
-        return x.to(self.weight.dtype)
+        return x.flatten(-2).to(self.weight.dtype)
 
     def truncated(self, lm_head: nn.Linear) -> Callable[[Tensor], Tensor]:
         """The LM head that `forward` takes: only the rows in token_map, if there is one."""
@@ -147,9 +146,10 @@ class MedusaHeads(nn.Module):
                 name = layer.format(k=k, j=j)
                 tensors[f"{name}.weight"] = self.weight.detach()[j, k]
                 tensors[f"{name}.bias"] = self.bias.detach()[j, k, 0]
-            if self.embeddings is not None:
-                for j, R in enumerate(self.embeddings[k].detach().chunk(k + 1, dim=1)):
-                    tensors[f"blocks.{k}.embeddings.{j}.weight"] = R
+            if self.token_weights is not None:
+                # R_k1 .. R_kk; on disk both numbers count from 0.
+                for i, R in enumerate(self.token_weights[k].detach().chunk(k + 1, dim=1)):
+                    tensors[f"blocks.{k}.embeddings.{i}.weight"] = R
             if self.lm_heads is not None:
                 tensors[f"{lm_head.format(k=k)}.weight"] = self.lm_heads.detach()[k]
         return tensors
@@ -178,9 +178,9 @@ class MedusaHeads(nn.Module):
         # Fields left out have vLLM's defaults (vllm/transformers_utils/configs/medusa.py and
         # vllm/model_executor/models/medusa.py). Biases in the file are read in any case.
         defaults = {"num_heads": 5, "num_hidden_layers": 1, "original_lm_head": False}
-        defaults["sequential"] = False  # ours
         raw = defaults | raw | {"truncated_vocab_size": raw.get("truncated_vocab_size") or 0}
         disk = {name.removeprefix("medusa_heads."): t for name, t in read_weights(path).items()}
+        raw.setdefault("sequential", any(".embeddings." in name for name in disk))  # ours
         has_bias = raw.get("medusa_fc_bias") or any(name.endswith(".bias") for name in disk)
         heads = cls(config_of(MedusaConfig, raw, config))
         tensors = {n: t for n, t in heads.tensors().items() if has_bias or n[-5:] != ".bias"}
@@ -553,25 +553,27 @@ class TreeBuffers:
         ranks = torch.tensor(tree.ranks, device=like.device)  # (N,)
         self.index = 1 + (self.depths - 1) * self.n_guesses + ranks  # (N,)
         self.index[0] = 0
-        self.levels = [self.level(tree, depth) for depth in range(1, max(tree.depths) + 1)]
+        self.tree = tree
         # Added to attention scores: 0 where a node may look, minus infinity where not. Made for the
         # longest past; for a shorter one `mask` takes the last columns.
         seen = F.pad(tree.mask, (max_past, 0), value=True)  # (N, max_past + N)
         self.bias = torch.where(seen, 0.0, -math.inf).to(like)
 
-    def level(self, tree: Tree, depth: int) -> tuple[Tensor, ...]:
-        """For sequential heads, of the n nodes at this depth and their P parents:
-
-        the nodes (n,); the nodes from the root to each parent, (P, depth); index (n,): where each
-        node's token is in [guesses after the first parent, guesses after the second, ...].
-        """
-        nodes = [node for node in range(len(tree)) if tree.depths[node] == depth]
-        parents = sorted({tree.parents[node] for node in nodes})
-        # A node sees itself and its ancestors, which come before it.
-        paths = tree.mask[parents].nonzero()[:, 1].view(len(parents), depth)
-        index = [parents.index(tree.parents[n]) * self.n_guesses + tree.ranks[n] for n in nodes]
-        found, device = (nodes, paths.tolist(), index), self.depths.device
-        return tuple(torch.tensor(part, device=device) for part in found)
+    @cached_property
+    def levels(self) -> list[tuple[Tensor, ...]]:
+        """For sequential heads, which go down the tree. Of each depth, 1 first: its nodes (n,); the
+        nodes from the root to each of their P parents, (P, depth); each node's parent, as a row of
+        those, and its rank, (n,) each."""
+        tree, found = self.tree, []
+        for depth in range(1, max(tree.depths) + 1):
+            nodes = [node for node in range(len(tree)) if tree.depths[node] == depth]
+            parents = sorted({tree.parents[node] for node in nodes})
+            # Root first: ancestors have lower numbers.
+            paths = [tree.mask[parent].nonzero()[:, 0].tolist() for parent in parents]
+            rows = [parents.index(tree.parents[node]) for node in nodes]
+            level = nodes, paths, rows, [tree.ranks[node] for node in nodes]
+            found.append(tuple(torch.tensor(part, device=self.depths.device) for part in level))
+        return found
 
     def mask(self, past: int) -> Tensor:
         """(N, past + N): the past, then the ancestors. A copy: CUDA needs an aligned address."""
@@ -586,7 +588,7 @@ def propose(model: GPT, heads, heads_lm_head, hidden: Tensor, root: int, buffers
     """
 
     def best(logits: Tensor, depths: Sequence[int]) -> Tensor:
-        """logits (n, v) of guesses after nodes at these depths -> tokens (n, n_guesses)."""
+        """logits (n, v) after nodes of these depths, n or 1 -> tokens (n, n_guesses)."""
         scores = gumbel_scores(logits, noise.sampling, noise.at(depths), heads.token_map)
         guesses = scores.topk(buffers.n_guesses).indices
         return guesses if heads.token_map is None else heads.token_map[guesses]
@@ -600,11 +602,11 @@ def propose(model: GPT, heads, heads_lm_head, hidden: Tensor, root: int, buffers
     # Sequential heads go down the tree: head k guesses after each of the P nodes at depth k-1 that
     # have children, given the tokens from the root to it.
     tokens = torch.full_like(buffers.index, root)  # (N,), to be filled in
-    for k, (nodes, paths, index) in enumerate(buffers.levels, start=1):
-        between = heads.embed(model.embed_tokens, tokens[paths])  # (P, k, D)
+    for k, (nodes, paths, rows, ranks) in enumerate(buffers.levels, start=1):
+        between = heads.embed(model.embed_tokens, tokens[paths])  # (P, k * D)
         states = hidden.expand(len(paths), -1)  # (P, D)
         logits = heads(states, heads_lm_head, between, slice(k - 1, k))[0]  # (P, v)
-        tokens[nodes] = best(logits, [k - 1]).flatten()[index]
+        tokens[nodes] = best(logits, [k - 1])[rows, ranks]
     return tokens
 
 

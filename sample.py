@@ -286,12 +286,12 @@ def trace_record(step: Step, model: GPT, heads, sampling: Sampling) -> dict:
     shown = Sampling(1.0) if sampling.temperature == 0 else sampling
     base_probs = logits_to_probs(step.logits, shown)  # (N, V)
     # The probability of each guess: by its own head (head k is row k - 1), and after its parent.
-    # Sequential heads see the tokens from the root to the parent; what is after those is not read.
+    # Sequential heads see the tokens from the root to the parent, here padded to K with the root's.
     tree, K = step.tree, heads.config.num_heads
     parents, rows = [max(p, 0) for p in tree.parents], [max(d - 1, 0) for d in tree.depths]
     paths = [(tree.mask[parent].nonzero()[:, 0].tolist() + [0] * K)[:K] for parent in parents]
     paths = torch.tensor(paths, device=step.tokens.device)  # (N, K)
-    between = heads.embed(model.embed_tokens, step.tokens[paths])  # (N, K, D)
+    between = heads.embed(model.embed_tokens, step.tokens[paths])  # (N, K * D)
     hidden = step.hidden.expand(len(tree), -1)  # (N, D)
     head_logits = heads(hidden, heads.truncated(model.lm_head), between)  # (K, N, v)
     head_probs = logits_to_probs(head_logits, Sampling(shown.temperature))

@@ -290,7 +290,7 @@ def base_loss(lm_head: nn.Linear, hidden: Tensor, batch: Batch, teacher=None) ->
 def tokens_between(tokens: Tensor, K: int) -> Tensor:
     """What sequential heads see after each position: tokens (B, T) -> t+1 to t+K, (B, T, K).
 
-    Beyond the end it is token 0, where no head has a target.
+    Beyond the end it is token 0: no head with a target sees it, as its target is later still.
     """
     return F.pad(tokens, (0, K))[:, 1:].unfold(1, K, 1)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from medusa import GREEDY, MedusaHeads, SharedGumbelNoise, Step, TreeBuffers, accept
 from medusa import check_compatible, gumbel_scores, max_length, sample, truncate_at_eos
-from model import GPT
+from model import GPT, check
 from tree import ROOT_ONLY, RankPath, Tree, tree_from_paths
 
 
@@ -61,6 +61,7 @@ def dynamic_generate(
     generator=None,
 ) -> Iterator[Step]:  # fmt: skip
     """`medusa_generate`, but for the tree: n_nodes nodes, chosen again in every step."""
+    check(not heads.config.sequential, "sequential heads: their guesses depend on the tree")
     check_compatible(model, heads)
     length, end = len(prompt), max_length(model, prompt, max_new_tokens)
     if length == end:

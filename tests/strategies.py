@@ -147,9 +147,9 @@ class CheatingHeads:
 
 
 def unit(model: GPT, tokens) -> torch.Tensor:
-    """The embeddings of tokens (...) that sequential heads read: (..., D) of unit RMS."""
+    """The embeddings of tokens (..., K) that sequential heads read: (..., K * D), of unit RMS."""
     x = model.embed_tokens(tokens).detach()
-    return x / x.square().mean(-1, keepdim=True).sqrt()
+    return (x / x.square().mean(-1, keepdim=True).sqrt()).flatten(-2)
 
 
 def follow(steps, heads) -> list[list[int]]:

@@ -532,8 +532,11 @@ def test_sequential_heads_add_what_is_between_state_and_guess(private, layers, t
     between = torch.randn(2, 4, 3, 6, generator=rng(9), dtype=torch.float64)
     heads, lm_head = heads_and_base(layers, private, sequential=True)
     heads, lm_head = heads.double(), lm_head.double()
-    logits = heads(hidden, lm_head, between)
+    logits = heads(hidden, lm_head, between.flatten(-2))
     heads.save_pretrained(tmp_path)
+    # The file tells that they are sequential, even where config.json does not.
+    change(tmp_path, {}, {"sequential": None})
+    assert MedusaHeads.from_pretrained(tmp_path).config == heads.config
     R = {name: t for name, t in load_file(tmp_path / "model.safetensors").items() if "emb" in name}
     for k in range(3):
         # The same heads without R, of which the first layer's bias has what R adds.
@@ -549,11 +552,11 @@ def test_sequential_heads_add_what_is_between_state_and_guess(private, layers, t
             alone.bias.data[0, k, 0] += added[n]
             close(logits.flatten(1, 2)[k, n], alone(state, lm_head)[k])
         # A head alone needs no more tokens than it sees.
-        one = heads(hidden, lm_head, between[:, :, : k + 1], slice(k, k + 1))
+        one = heads(hidden, lm_head, between[:, :, : k + 1].flatten(-2), slice(k, k + 1))
         close(one[0], logits[k], f"head {k + 1} alone gives other logits than among all")
     assert R == {}
     new = MedusaHeads(replace(heads.config), lm_head).double()
-    close(new(hidden, lm_head, between), lm_head(hidden).expand(3, 2, 4, 5))
+    close(new(hidden, lm_head, between.flatten(-2)), lm_head(hidden).expand(3, 2, 4, 5))
     owned = [sum(p.numel() for p in each.parameters()) for each in (heads, plain)]
     assert owned[0] - owned[1] == (1 + 2 + 3) * 6 * 6
 
