@@ -517,7 +517,8 @@ def test_heads_repeat_with_their_seed_on_a_base_that_stays(more, base, text, sha
 
     # They have the shape that was asked for, and are calibrated as they are on disk.
     heads, size = MedusaHeads.from_pretrained(tmp_path / "one"), config.truncated_vocab_size
-    assert heads.config == MedusaConfig(16, 290, 2, 2, config.original_lm_head, size)
+    shape = config.original_lm_head, size, config.sequential
+    assert heads.config == MedusaConfig(16, 290, 2, 2, *shape)
     assert all(weight.abs().max() > 0 for weight in heads.parameters())
     held_out = train.held_out_rows(Path(shards), 290, 2)
     assert json.loads(one["calibration.json"]) == calibrate(model, heads, held_out)
