@@ -185,7 +185,7 @@ class CalibrateConfig(Common):
 
     base: str = option(SHIPPED_BASE, "directory of the base model")
     heads: str = option("", "their directory, or the official repository's file")
-    distilled: str = option("", "rows of --mode distill; default: shipped, or made beside --heads")
+    distilled: str = option("", "rows of --mode distill; default: shipped, or made next to --heads")
 
 
 # ---- one process, or several that torchrun started ----
