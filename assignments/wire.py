@@ -207,6 +207,7 @@ class Decoder:
         nn.Module.__init__(heads)
         parts = {name: self.decode(part) for name, part in value["heads"].items()}
         heads.register_buffer("token_map", parts.pop("token_map", None))
+        heads.token_weights = None  # no set is about sequential heads
         for name, part in parts.items():
             setattr(heads, name, part)
         return heads

@@ -8,12 +8,9 @@ from hypothesis import strategies as st
 
 from medusa import generate
 from model import write_safetensors
+from strategies import ROPES
 
 VOCABULARY, CONTEXT = 11, 24
-ROPES = [{"rope_type": "default"}, {"rope_type": "linear", "factor": 4.0}]
-for factor, low, high, context in ((8.0, 1.0, 4.0, 16), (2.0, 0.5, 9.0, 8)):
-    rope = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
-    ROPES.append({"rope_type": "llama3", "original_max_position_embeddings": context} | rope)
 
 
 def fields(

@@ -24,6 +24,13 @@ SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 properties = settings(deadline=None, derandomize=True, suppress_health_check=SLOW)
 
 
+# Rotary scalings, as config.json names them.
+ROPES = [{"rope_type": "default"}, {"rope_type": "linear", "factor": 4.0}]
+for factor, low, high, context in ((8.0, 1.0, 4.0, 16), (2.0, 0.5, 9.0, 8)):
+    rope = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+    ROPES.append({"rope_type": "llama3", "original_max_position_embeddings": context} | rope)
+
+
 def rng(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

@@ -160,6 +160,15 @@ def test_the_reference_passes_set_1_the_starter_fails_it_and_a_wrong_solution_is
     assert faults(1, grade_all(tmp_path, 1, {name: everything[name] for name in chosen})) == []
 
 
+@EACH_SET
+def test_what_the_tests_of_a_set_import_comes_with_it(number):
+    there = set(build.project_files(build.test_files(number)))
+    for name in sorted(name for name in there if name.startswith("tests/")):
+        for node in ast.walk(ast.parse((ROOT / name).read_text("utf-8"))):
+            path = f"tests/{getattr(node, 'module', '')}.py"
+            assert path in there or not (ROOT / path).exists(), f"{name} imports {path}"
+
+
 @pytest.mark.course
 @EACH_SET
 def test_every_solution_gets_what_it_is_worth(number, tmp_path):

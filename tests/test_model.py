@@ -11,9 +11,8 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
 import model as model_module
-from llamas import ROPES
 from model import GPT, KVCache, ModelConfig, read_config, write_atomically, write_json
-from strategies import properties, rng
+from strategies import ROPES, properties, rng
 
 SMALL = ModelConfig(5, 16, 12, 2, 4, 2, 16, rope_theta=700.0, tie_word_embeddings=False)
 SENTENCE = torch.tensor([[1, 2, 3, 4, 0]])
