@@ -170,7 +170,7 @@ def follow(steps, heads) -> list[list[int]]:
     except (IndexError, RuntimeError, ValueError) as error:
         asked = (
             "positions are past + depth, the mask is (N, past + N) without the root in the past, "
-            "what comes after the end is cut off, tokens are counted and not steps"
+            "what comes after EOS or after the end is cut off, tokens are counted and not steps"
         )
         raise AssertionError(f"step {len(taken) + 1} breaks off, {error}: {asked}") from error
     return taken
