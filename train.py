@@ -842,10 +842,11 @@ def distilled_rows(config, out: str, shards: int) -> Path:
     # A mark begins with the digest of the base; a file without one counts as the base's own.
     base, directory = base_digest(config.base), Path(config.distilled or SHIPPED_ROWS)
     marks = {path: metadata_of(path).get("base", base) for path in directory.glob("*.safetensors")}
-    foreign = [path for path, mark in marks.items() if not mark.startswith(base)]
+    foreign = [str(path) for path, mark in marks.items() if not mark.startswith(base)]
     if config.distilled:
-        wrong = next(iter(foreign), "")
-        check(not foreign, f"--distilled: {wrong} was not written by {config.base}")
+        check(
+            not foreign, f"--distilled: {', '.join(foreign[:1])} was not written by {config.base}"
+        )
         return directory
     # The shipped rows are of the shipped base, and not of --text.
     if marks and not foreign and not config.text:
@@ -920,7 +921,7 @@ def head_ranks(model: GPT, heads: MedusaHeads, tokens: Tensor, loss_mask: Tensor
         # With K = 2 and x0 x1 x2 x3 = tokens[t : t + 4]: the base sampled x1, with noise[t];
         # head 1 is asked for x2, sampled with noise[t + 1]; head 2 for x3, with noise[t + 2].
         of_heads = []
-        between = heads.embed(model.embed_tokens, tokens_between(rows, K)[row, t])  # (n, K, D)
+        between = heads.embed(model.embed_tokens, tokens_between(rows, K)[row, t])  # (n, K * D)
         logits_of = heads(hidden[row, t], heads_lm_head, between)  # (K, n, v)
         for k, logits in enumerate(logits_of, start=1):
             noise_k = noise[row, t + k] if sampling.temperature > 0 else None  # (n, V)
