@@ -844,9 +844,8 @@ def distilled_rows(config, out: str, shards: int) -> Path:
     marks = {path: metadata_of(path).get("base", base) for path in directory.glob("*.safetensors")}
     foreign = [str(path) for path, mark in marks.items() if not mark.startswith(base)]
     if config.distilled:
-        check(
-            not foreign, f"--distilled: {', '.join(foreign[:1])} was not written by {config.base}"
-        )
+        wrong = ", ".join(foreign[:1])
+        check(not foreign, f"--distilled: {wrong} was not written by {config.base}")
         return directory
     # The shipped rows are of the shipped base, and not of --text.
     if marks and not foreign and not config.text:
