@@ -20,7 +20,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
 from itertools import chain, takewhile
@@ -148,7 +148,8 @@ class MedusaTraining(TrainConfig):
         # Distilled rows have a length of their own.
         is_default = self.context == TrainConfig.context
         check(self.data != "distilled" or is_default, "--context: needs --data corpus or chat")
-        shape = {f.name: f.default for f in fields(MedusaConfig)[2:]}
+        # The shape of --heads is given, but Medusa heads may go on as sequential ones.
+        shape = {f.name: f.default for f in fields(MedusaConfig)[2:-1]}
         own = [name for name, value in shape.items() if getattr(self, name, value) != value]
         check(self.heads == "" or own == [], f"--heads have their own {own}: leave these flags out")
 
@@ -549,6 +550,11 @@ def open_heads(config, model: GPT) -> MedusaHeads:
     if config.heads:
         heads = MedusaHeads.from_pretrained(config.heads, vocab_size=V)
         check_compatible(model, heads)
+        if getattr(config, "sequential", False) and not heads.config.sequential:
+            # What is new starts at zero: they guess as the heads that they start from.
+            trained = heads.state_dict()
+            heads = MedusaHeads(replace(heads.config, sequential=True))
+            heads.load_state_dict(trained, strict=False)
     else:
         shape = {name: v for name, v in asdict(config).items() if hasattr(MedusaConfig, name)}
         heads = MedusaHeads(MedusaConfig(D, V, **shape), model.lm_head)

@@ -3,7 +3,7 @@
     python -m data.turns --out out/turns.jsonl
     python train.py --mode distill --chat --text out/turns.jsonl --base out/smollm2 --out out/rows
 
-A file of turns has one JSON string a line. turns.json is the grammar: sentences of seven tasks.
+A file of turns has one JSON string a line. turns.json is the grammar: sentences of eleven tasks.
 """
 
 import json

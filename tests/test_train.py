@@ -530,12 +530,16 @@ def test_heads_repeat_with_their_seed_on_a_base_that_stays(more, base, text, sha
 
 
 def test_heads_go_on_from_heads_and_are_calibrated_where_they_are(base, text, shards, tmp_path):
-    """At a rate of nearly 0 they stay; the mode alone measures what training measures."""
+    """At a rate of nearly 0 they stay, sequential or not; the mode alone measures the same."""
     train_medusa1(training(base, text, tmp_path / "one", distilled=shards, lr=0.02))
     one, more = contents(tmp_path / "one"), {"num_heads": 4, "heads": str(tmp_path / "one")}
     train_medusa1(training(base, text, tmp_path / "two", distilled=shards, lr=1e-30, **more))
     two = contents(tmp_path / "two")
     assert {**one, "log.jsonl": b""} == {**two, "log.jsonl": b""}
+    more["sequential"] = True
+    train_medusa1(training(base, text, tmp_path / "three", distilled=shards, lr=1e-30, **more))
+    assert MedusaHeads.from_pretrained(tmp_path / "three").config.sequential
+    assert contents(tmp_path / "three")["calibration.json"] == one["calibration.json"]
     (tmp_path / "one" / "calibration.json").unlink()
     options = {"base": str(base), "heads": str(tmp_path / "one"), "distilled": shards} | CPU
     calibrate_heads(CalibrateConfig(**options))
