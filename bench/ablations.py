@@ -3,7 +3,7 @@
     python bench/ablations.py                all variants that are not in bench/ablations.json yet
     python bench/ablations.py medusa1        only those whose name begins so
 
-Results go to bench/ablations.json, and from there into the README. tokens/step is that of greedy
+Results go to bench/ablations.json, and from there into both READMEs. tokens/step is that of greedy
 decoding with a tree of 8 nodes, replayed over text that the base itself wrote after held-out
 prompts: the tree is calibrated on one half of the prompts and replayed on the other, both ways.
 """
@@ -55,6 +55,13 @@ VARIANTS = {  # settings of train.py; decay and hard_labels are not, and patched
     SLOW_BASE.format("28th") + ", 2,400 steps": LONG | SLOW,
     SLOW_BASE.format("100th") + ", 2,400 steps": LONG | SLOW | {"lr_ratio": 100.0},
 }  # fmt: skip
+# The rows of the README, and what each teaches.
+LESSONS = {
+    "medusa1, distilled text": "the default",
+    "medusa1, corpus text": "heads should learn what the base will say, not what people wrote",
+    "medusa2, corpus text, naive: one rate, no warm-up, no first stage": "this ruins the base",
+    SLOW_BASE.format("28th"): "with care the base stays, and the gain is small here",
+}
 
 
 def tokens_per_step(model: GPT, heads: MedusaHeads, rows: tuple[Tensor, Tensor]) -> float:
@@ -112,6 +119,16 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def lessons_table(results: dict) -> str:
+    lines = ["| training | tokens/step | perplexity of the base | lesson |", "|---|---|---|---|"]
+    for name, lesson in LESSONS.items():
+        runs = results[name]
+        tokens = statistics.mean(run["tokens/step"] for run in runs)
+        perplexity = statistics.mean(run["perplexity"] for run in runs)
+        lines.append(f"| {name} | {tokens:.2f} | {perplexity:.2f} | {lesson} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = OneLineParser(description=__doc__)
     parser.add_argument("prefix", nargs="?", default="", help="measure the names that begin so")
@@ -131,7 +148,8 @@ def main() -> None:
     about = f"{STEPS} steps each and seeds {', '.join(map(str, SEEDS))}, where no other number is "
     about += "named (there seed 0). Measured by `bench/ablations.py` on "
     text = f"{table(content['results'])}\n\n{about}{content['machine']}; {content['date']}."
-    replace_between("<!-- ablations -->", "<!-- end of ablations -->", text)
+    replace_between("bench/README.md", "ablations", text)
+    replace_between("README.md", "lessons", lessons_table(content["results"]))
 
 
 if __name__ == "__main__":

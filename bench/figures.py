@@ -1,4 +1,4 @@
-"""The numbers in the README: measured here, written to bench/figures.json, and from there into it.
+"""Numbers of README.md and bench/README.md: measured here, and written into these.
 
     python bench/figures.py                the shipped base and heads, 50 held-out prompts
     python bench/figures.py ladder         chain, Cartesian, calibrated tree, sequential heads
@@ -6,7 +6,7 @@
     python bench/figures.py command tests  the README's two commands: on a clone with an empty
                                            cache, and with coverage
 
-Every section names its command, machine and date. Rivals run in turn, prompt by prompt.
+bench/figures.json keeps them, with command, machine and date. Rivals run in turn, prompt by prompt.
 """
 
 import json
@@ -235,7 +235,7 @@ SECTIONS["ladder"] = measure_ladder
 SECTIONS |= {"command": measure_command, "tests": measure_tests}
 
 
-# ---- the README's part, in Markdown ----
+# ---- in Markdown ----
 
 HEADER = "| temperature | text identical | tree | tokens/step | step cost "
 HEADER += "| speed-up, median (range) | distinct 4-grams |"
@@ -292,7 +292,7 @@ def ladder_table(figures: dict) -> str:
         lines.append(f"{row}| {run['speed-up']:.2f}x |")
     about = f"{PROMPTS} held-out prompts, texts identical. `python bench/figures.py ladder`"
     machine, day = figures["ladder"]["machine"], figures["ladder"]["date"]
-    return "\n".join([*lines, "", f"{about} on {machine}; {day}."])
+    return "\n".join([*lines, "", about, f"on {machine}; {day}."])
 
 
 SHOWN = "base", "decoding", "half", "command", "tests"
@@ -309,14 +309,14 @@ def table(figures: dict) -> str:
     return "\n".join([*lines, "", *about])
 
 
-def replace_between(begin: str, end: str, content: str) -> None:
-    """Put the content into the README, between these two lines."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
+def replace_between(file: str, mark: str, content: str) -> None:
+    """Put the content into a document, between its lines <!-- mark --> and <!-- end of mark -->."""
+    begin, end, path = f"<!-- {mark} -->", f"<!-- end of {mark} -->", ROOT / file
+    text = path.read_text(encoding="utf-8")
     if begin not in text or end not in text:
-        raise SystemExit(f"README.md: the lines {begin} and {end} are missing; put them back")
+        raise SystemExit(f"{file}: the lines {begin} and {end} are missing; put them back")
     before, after = text[: text.index(begin)], text[text.index(end) :]
-    readme.write_text(f"{before}{begin}\n{content}\n{after}", encoding="utf-8")
+    path.write_text(f"{before}{begin}\n{content}\n{after}", encoding="utf-8")
 
 
 def main() -> None:
@@ -334,8 +334,8 @@ def main() -> None:
         figures[name] = about | {"result": SECTIONS[name]()}
         print(json.dumps({name: figures[name]}, indent=1))
         write_json(FIGURES, figures)
-    replace_between("<!-- figures -->", "<!-- end of figures -->", table(figures))
-    replace_between("<!-- ladder -->", "<!-- end of ladder -->", ladder_table(figures))
+    replace_between("bench/README.md", "figures", table(figures))
+    replace_between("README.md", "ladder", ladder_table(figures))
 
 
 if __name__ == "__main__":

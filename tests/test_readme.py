@@ -1,4 +1,6 @@
-"""What the README says is looked up, run or compared with what was measured."""
+"""What README.md, bench/README.md and tests/README.md say is looked up, run or compared with what
+was measured.
+"""
 
 import ast
 import doctest
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import ablations, figures
+from bench import ablations, figures, fuzz
 from bench.bench import SUBCOMMANDS
 from data import smollm2, turns
 from data.command import OneLineParser, add_options
@@ -19,7 +21,11 @@ from train import MODES
 from tree import cartesian_tree
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = {}
+for file in ("README.md", "bench/README.md", "tests/README.md"):
+    DOCUMENTS[file] = (ROOT / file).read_text(encoding="utf-8")
+README, ALL = DOCUMENTS["README.md"], "\n".join(DOCUMENTS.values())
+FIVE = "tree", "model", "medusa", "train", "sample"
 OF_OTHERS = {
     "--nproc-per-node",
     # The official code's names, in the table that maps them to ours.
@@ -40,7 +46,7 @@ def definition(file: str, name: str) -> ast.AST:
     return node
 
 
-LINE_LINKS = re.findall(r"\[`([\w.]+)`\]\(([\w/]+\.py)#L(\d+)\)", README)
+LINE_LINKS = re.findall(r"\[`([\w.]+)`\]\((?:\.\./)?([\w/]+\.py)#L(\d+)\)", ALL)
 
 
 @pytest.mark.parametrize("name, file, line", LINE_LINKS)
@@ -48,11 +54,23 @@ def test_a_link_to_a_line_leads_to_the_definition(name, file, line):
     assert definition(file, name).lineno == int(line)
 
 
-def test_links_lead_to_files_and_sections():
-    targets = set(re.findall(r"\]\((?!https?:)([^)#]+)", README))
-    assert targets and not [target for target in targets if not (ROOT / target).exists()]
-    headings = re.sub(r"[^\w\n -]", "", "\n".join(re.findall(r"^#+ (.*)$", README, re.M)).lower())
-    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= set(headings.replace(" ", "-").split())
+def headings(text: str) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    names = "\n".join(re.findall(r"^#+ (.*)$", text, re.M)).lower()
+    return set(re.sub(r"[^\w\n -]", "", names).replace(" ", "-").split())
+
+
+@pytest.mark.parametrize("file", DOCUMENTS)
+def test_links_lead_to_files_and_sections(file):
+    links = re.findall(
+        r"(?:\]\(|(?:src|srcset)=\")(?!https?:)([^)#\"]*)(?:#([^)]+))?", DOCUMENTS[file]
+    )
+    assert links or file == "tests/README.md"
+    for target, anchor in links:
+        path = (ROOT / file).parent / target if target else ROOT / file
+        assert path.exists(), target
+        if anchor and path.suffix == ".md":
+            assert anchor in headings(path.read_text(encoding="utf-8")), (target, anchor)
 
 
 @pytest.mark.parametrize("module", ["tree", "medusa", "train"])
@@ -63,8 +81,8 @@ def test_the_examples_in_docstrings_are_so(module):
 
 def commands() -> list[str]:
     """Every command that runs a script of ours: in a block, a sentence or a table."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    blocks = re.findall(r"```bash\n(.*?)```", ALL, re.DOTALL)
+    prose = re.sub(r"```.*?```", "", ALL, flags=re.DOTALL)
     blocks += re.findall(r"`([^`\n]+)`", prose)
     blocks += re.findall(r"^    (python .*)$", prose, re.MULTILINE)
     text = "\n".join(blocks).replace("\\\n", " ")
@@ -81,7 +99,8 @@ def config_of(script: str, arguments: list[str]) -> type | None:
     if script == "bench/bench.py":
         return SUBCOMMANDS[arguments.pop(0)][1]
     scripts = {
-        "sample.py": SampleConfig, "data/smollm2.py": smollm2.Config, "data/turns.py": turns.Config
+        "sample.py": SampleConfig, "data/smollm2.py": smollm2.Config, "data/turns.py": turns.Config,
+        "bench/fuzz.py": fuzz.FuzzConfig,
     }  # fmt: skip
     return scripts.get(script)
 
@@ -103,14 +122,14 @@ def test_a_command_has_flags_and_values_that_its_script_takes(command):
 
 
 def test_every_flag_is_one_of_a_script():
-    configs = [SampleConfig, smollm2.Config, turns.Config]
+    configs = [SampleConfig, smollm2.Config, turns.Config, fuzz.FuzzConfig]
     configs += [config for config, _ in MODES.values()]
     configs += [config for _, config in SUBCOMMANDS.values()]
     names = {name for config in configs for name in config.__dataclass_fields__}
     flags = {"--" + name.replace("_", "-") for name in names}
     flags |= {"--no-" + flag[2:] for flag in flags} | {"--mode", "--help"}
     flags |= set(re.findall(r'"(--[\w-]+)"', "".join(sources("bench", "assignments"))))
-    assert not set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - flags - OF_OTHERS
+    assert not set(re.findall(r"(?<![\w-])--[a-z][\w-]*", ALL)) - flags - OF_OTHERS
 
 
 def test_every_name_in_code_type_is_one_of_the_code():
@@ -118,10 +137,11 @@ def test_every_name_in_code_type_is_one_of_the_code():
     for source in sources(".", "data", "bench", "tests"):
         for node in ast.walk(ast.parse(source)):
             words |= {value for value in vars(node).values() if isinstance(value, str)}
-    names = set(re.findall(r"`([A-Za-z_][\w.]*)`", README)) - OF_OTHERS
+    names = set(re.findall(r"`([A-Za-z_][\w.]*)`", ALL)) - OF_OTHERS
     unknown = {name for name in names if not set(name.split(".")) <= words}
     assert len(names) > 20
-    assert not {name for name in unknown - words if not (ROOT / name).exists()}
+    folders = [(ROOT / file).parent for file in DOCUMENTS]
+    assert not {n for n in unknown - words if not any((at / n).exists() for at in folders)}
 
 
 def test_the_worked_example_is_the_tree_that_is_drawn():
@@ -143,17 +163,30 @@ def test_the_step_that_is_shown_is_the_step_that_is_run():
     assert len(places) > 4 and places == sorted(places)
 
 
-def between(mark: str) -> str:
-    begin, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
-    return README[README.index(begin) + len(begin) : README.index(end)].strip()
+def between(mark: str, file: str = "README.md") -> str:
+    text, begin, end = DOCUMENTS[file], f"<!-- {mark} -->", f"<!-- end of {mark} -->"
+    return text[text.index(begin) + len(begin) : text.index(end)].strip()
 
 
 def test_the_figures_are_those_that_were_measured():
     measured = json.loads((ROOT / "bench/figures.json").read_text(encoding="utf-8"))
-    assert between("figures") == figures.table(measured)
+    assert between("figures", "bench/README.md") == figures.table(measured)
     assert between("ladder") == figures.ladder_table(measured)
     measured = json.loads((ROOT / "bench/ablations.json").read_text(encoding="utf-8"))
-    assert ablations.table(measured["results"]) in between("ablations")
+    assert ablations.table(measured["results"]) in between("ablations", "bench/README.md")
+    assert between("lessons") == ablations.lessons_table(measured["results"])
+
+
+def test_the_first_screen_says_what_was_measured():
+    measured = json.loads((ROOT / "bench/figures.json").read_text(encoding="utf-8"))
+    runs = measured["ladder"]["result"]
+    ours, sequential = runs["calibrated tree"], runs["calibrated tree, sequential heads"]
+    first = README[: README.index("## ")]
+    for figure in (f"{ours['speed-up']:.2f} times", f"{sequential['speed-up']:.2f} times"):
+        assert figure in first
+    assert f"{ours['identical texts']} of {figures.PROMPTS}" in " ".join(first.split())
+    n = sum(len((ROOT / f"{name}.py").read_text().splitlines()) for name in FIVE)
+    assert f"about {round(n, -2):,} lines" in first
 
 
 def test_it_begins_with_the_two_commands():
