@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 import torch
 import torch.nn.functional as F
@@ -116,6 +116,24 @@ def pack_linears(model: GPT) -> None:
         linear.forward = partial(few_rows, weight, linear.bias, packed)
 
 
+@torch.inference_mode()
+def pick_threads(model: GPT) -> None:
+    """On a busy CPU threads wait for each other, longer than they compute: then one is faster."""
+    several, context = torch.get_num_threads(), model.config.max_position_embeddings
+    if model.lm_head.weight.device.type != "cpu":
+        return
+    tokens, times = torch.zeros(1, min(context, 16), dtype=torch.long), {several: [], 1: []}
+    for _ in range(5):
+        for threads, seconds in times.items():
+            torch.set_num_threads(threads)
+            start = time.perf_counter()
+            model(tokens)
+            seconds.append(time.perf_counter() - start)
+    torch.set_num_threads(min(times, key=lambda threads: median(times[threads])))
+    if torch.get_num_threads() < several:
+        print("busy machine: one thread is faster than several", file=sys.stderr)
+
+
 # ---- one decoding, timed and streamed ----
 Timed = tuple[list[int], list[float]]  # tokens, and seconds of each step after the prompt's own
 
@@ -155,7 +173,7 @@ def print_step(emitted: list[int], eos_ids: tuple[int, ...], stream: TextStream)
 # ---- the choice of the tree ----
 SIZES = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # numbers of nodes that are timed
 ROUNDS, STEPS = 6, 5  # of timing, and timed steps of each size in each round
-PATIENCE = 3.0  # seconds after which no round begins; but there are two rounds at least
+PATIENCE = 10.0  # seconds after which no round begins; but there are two rounds at least
 # The 63 paths of the paper's repository, medusa/model/medusa_choices.py: for Vicuna 7B.
 OFFICIAL_TREE = Path(__file__).parent / "data/mc_sim_7b_63.json"
 
@@ -190,10 +208,10 @@ def step_costs(
         for tree, seconds in times.items():
             steps = decode(endless, heads, tree, prompt, n, sampling, seed=0)
             seconds.extend(timed_run(islice(steps, 1 + STEPS))[1])  # without the prompt's
-    # Noise only adds: the minimum counts. And a larger tree cannot cost less.
+    # The median: on a busy machine the fastest step is a rare one. A larger tree cannot cost less.
     costs, most = {}, 0.0
     for tree, seconds in times.items():
-        most = max(most, min(seconds))
+        most = max(most, median(seconds))
         costs[len(tree)] = most
     return costs
 
@@ -348,6 +366,7 @@ def main() -> None:
     device, dtype = pick_device(config.device), getattr(torch, config.dtype)
     tokenizer, model = load_base(config.base, dtype, device)
     pack_linears(model)
+    pick_threads(model)
     turn = [{"role": "user", "content": text}]
     prompt = chat_prompt(config.base, tokenizer, turn) if config.chat else tokenizer.opening(text)
     # Refuses a prompt that leaves no room in the context, before anything is printed.

@@ -8,6 +8,7 @@ import re
 import sys
 from functools import cache, partial
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 
 import pytest
@@ -169,7 +170,7 @@ def test_auto_takes_the_tree_of_most_expected_tokens_per_second(tmp_path_factory
 
 @properties
 @given(st.randoms(use_true_random=False), st.sampled_from((0, 20_000, 80_000, math.inf)))
-def test_a_step_cost_is_the_minimum_after_the_prompts_step_and_never_falls(chance, patience):
+def test_a_step_cost_is_the_median_after_the_prompts_step_and_never_falls(chance, patience):
     """With noise of any kind, of all sizes in turn: of two rounds, or until patience is spent."""
     times, starts, clock = {n: [] for n in (1, *sample.SIZES)}, [], SimpleNamespace(now=0)
     clock.perf_counter = lambda: clock.now
@@ -187,11 +188,30 @@ def test_a_step_cost_is_the_minimum_after_the_prompts_step_and_never_falls(chanc
             patch.setattr(sample, name, value)
         trees = [cartesian_tree([n - 1]) for n in sample.SIZES]
         costs = sample.step_costs(*small(), trees, [1], Sampling())
-    assert costs == {n: max(min(times[m]) for m in times if m <= n) for n in times}
+    assert costs == {n: max(median(times[m]) for m in times if m <= n) for n in times}
     rounds, begun = len(starts) // len(times), [now for _, now in starts[:: len(times)]]
     assert [n for n, _ in starts] == [*times] * rounds and rounds >= 2
     assert all(now <= patience for now in begun[2:])
     assert rounds == sample.ROUNDS or clock.now > patience
+
+
+@pytest.mark.parametrize("cost_of_two, picked", [(0.5, 2), (30, 1)])
+def test_threads_that_wait_for_each_other_are_not_used(cost_of_two, picked, monkeypatch, capsys):
+    now, threads = SimpleNamespace(seconds=0.0, threads=2), []
+
+    def forward(tokens):
+        threads.append(now.threads)
+        cost = {1: 1, 2: cost_of_two}[now.threads]
+        now.seconds += 0.1 if len(threads) == 1 else cost  # one lucky pass does not count
+
+    model = small()[0]
+    monkeypatch.setattr(model, "forward", forward)
+    monkeypatch.setattr(sample, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: now.threads)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: setattr(now, "threads", n))
+    sample.pick_threads(model)
+    assert now.threads == picked and threads == [2, 1] * 5
+    assert ("one thread is faster" in capsys.readouterr().err) == (picked == 1)
 
 
 @pytest.mark.parametrize("context, eos", [(64, 1), (64, 3), (12, None), (40, None)])
