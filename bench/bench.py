@@ -1,8 +1,8 @@
 """Measurements of this machine: python bench/bench.py SUBCOMMAND
 
-Each is the module of its name (train: training.py). It writes bench/results/NAME.json, .md and .png
-after each of its sections. Started again it measures what is missing there; results of other
-settings, weights or machines are not touched. Needs bench/requirements.txt.
+Each is the module of its name (train: training.py). It writes bench/results/NAME.json and .md after
+each of its sections. Started again it measures what is missing there; results of other settings,
+weights or machines are not touched. Needs bench/requirements.txt. bench/plot.py draws the figures.
 """
 
 import sys

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from unittest.mock import patch
 
 import torch
@@ -271,34 +271,9 @@ def table(results: dict) -> str:
     return "\n\n".join(parts)
 
 
-def draw(results: dict, pyplot):
-    figure, (curves, bars) = pyplot.subplots(1, 2, figsize=(12, 4.5))
-    contexts = results.get("greedy", {"steps": {}})["steps"]
-    for context, sizes in contexts.items():
-        x = [int(n) for n in sizes]
-        y = [1e3 * row["step"] for row in sizes.values()]
-        line = curves.plot(x, y, "o-", label=f"context {context}")[0]
-        if "roofline" in results:
-            y = [1e3 * least(row, results["roofline"]) for row in sizes.values()]
-            curves.plot(x, y, ":", color=line.get_color())
-    curves.set(xscale="log", yscale="log", xlabel="N, nodes of the tree (1: plain)")
-    curves.set_ylabel("ms a step (dotted: the least)")
-    curves.grid(alpha=0.3)
-    for context, sizes in islice(contexts.items(), 1, 2):
-        curves.legend(fontsize=8)
-        bottom = [0.0] * len(sizes)
-        for part in ALL_PARTS:
-            heights = [1e3 * row[part] for row in sizes.values()]
-            bars.bar(list(sizes), heights, bottom=bottom, label=part)
-            bottom = [b + h for b, h in zip(bottom, heights)]
-        bars.set(xlabel=f"N, at context {context}", ylabel="ms of a step")
-        bars.legend()
-    return figure
-
-
 def main(config: CostConfig) -> None:
     sections = {"roofline": partial(measure_roofline, config)}
     for name, temperature in (("greedy", 0.0), ("lossless-0.7", 0.7)):
         sections[name] = partial(measure_steps, config, temperature)
     sections["growth"] = partial(measure_growth, config)
-    measure("cost", config, sections, table, draw)
+    measure("cost", config, sections, table)

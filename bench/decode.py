@@ -315,25 +315,8 @@ def table(results: dict) -> str:
     return "\n\n".join(parts)
 
 
-def draw(results: dict, pyplot):
-    size = 9, 1 + 3.6 * len(results)
-    figure, axes = pyplot.subplots(len(results), 1, figsize=size, squeeze=False)
-    for axis, (rule, result) in zip(axes[:, 0], results.items()):
-        ways, rows = list(result["ways"]), result["ways"].values()
-        ratios = [row["ratio"] for row in rows]
-        below = [row["ratio"] - row["lowest ratio"] for row in rows]
-        above = [row["highest ratio"] - row["ratio"] for row in rows]
-        rivals = [way.startswith(("plain", "transformers")) for way in ways]
-        colours = ["grey" if rival else "tab:blue" for rival in rivals]
-        axis.barh(ways, ratios, xerr=[below, above], color=colours)
-        axis.axvline(1, color="black", linewidth=0.8)
-        axis.invert_yaxis()
-        axis.set(title=rule, xlabel="tokens/s over our plain decoding")
-    return figure
-
-
 def main(config: DecodeConfig) -> None:
     if config.with_peer:
         need("transformers")
     sections = {name: partial(measure_rule, config, name) for name in RULES}
-    measure("decode", config, sections, table, draw)
+    measure("decode", config, sections, table)

@@ -123,20 +123,9 @@ def table(results: dict) -> str:
     return "\n\n".join(parts)
 
 
-def draw(results: dict, pyplot):
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
-    for axis, name in zip(axes, ("tokens/s", "peak MB")):
-        for section, result in results.items():
-            values = [row[name] for row in result["tenths"]]
-            axis.plot(range(1, TENTHS + 1), values, "o-", label=section)
-        axis.set(xlabel="tenth", ylabel=name, ylim=(0, None))
-        axis.legend()
-    return figure
-
-
 def main(config: EnduranceConfig) -> None:
     sections = {
         "greedy": partial(endure, config, 0.0),
         "lossless-0.7": partial(endure, config, 0.7),
     }
-    measure("endurance", config, sections, table, draw)
+    measure("endurance", config, sections, table)

@@ -226,27 +226,6 @@ def table(results: dict) -> str:
     return "\n\n".join(shown[section](result) for section, result in results.items())
 
 
-def draw(results: dict, pyplot):
-    figure, (here, device) = pyplot.subplots(1, 2, figsize=(11, 4.5))
-    for rule, found in results.get("here", {"rules": {}})["rules"].items():
-        rows, x = found["sizes"].values(), [int(n) for n in found["sizes"]]
-        for kind, style in (("predicted", "--"), ("measured", "o-")):
-            y = [row[kind]["speed-up"] for row in rows]
-            here.plot(x, y, style, label=f"{rule}, {kind}")
-    there = results.get("device", {"temperatures": {}, "about": "another device"})
-    for temperature, found in there["temperatures"].items():
-        y = [row["speed-up"] for row in found["sizes"].values()]
-        x = [int(n) for n in found["sizes"]]
-        device.plot(x, y, "--", label=f"temperature {temperature}, predicted")
-    for axis, name in ((here, "this machine"), (device, there["about"])):
-        axis.set_title(name, fontsize=8)
-        axis.set(xscale="log", xlabel="N", ylabel="speed-up")
-        axis.grid(alpha=0.3)
-        if len(axis.lines) > 0:
-            axis.legend(fontsize=8)
-    return figure
-
-
 def main(config: PredictConfig) -> None:
     sections = {"here": partial(predict_here, config), "device": partial(predict_device, config)}
-    measure("predict", config, sections, table, draw, again=True)
+    measure("predict", config, sections, table, again=True)

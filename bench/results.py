@@ -107,36 +107,29 @@ def started(name: str, config: Bench, again: bool) -> dict:
     return content
 
 
-def write(name: str, config: Bench, content: dict, table: Callable, draw: Callable) -> None:
-    """OUT/name.json, .md and .png, each atomically."""
+def write(name: str, config: Bench, content: dict, table: Callable) -> None:
+    """OUT/name.json and .md, each atomically."""
     folder, results = Path(config.out), content["results"]
     write_json(folder / f"{name}.json", content)
     days = ", ".join(sorted({result["date"] for result in results.values()}))
     measured = f"`{content['command']}` on {content['machine']}; {days}."
     text = f"{table(results)}\n\n{measured}\n"
     write_atomically(folder / f"{name}.md", lambda to: to.write_text(text, encoding="utf-8"))
-    pyplot = need("matplotlib.pyplot")
-    figure = draw(results, pyplot)
-    figure.tight_layout()
-    picture = folder / f"{name}.png"
-    write_atomically(picture, lambda to: figure.savefig(to, dpi=110, format="png"))
-    pyplot.close(figure)
 
 
-def measure(name: str, config: Bench, sections: dict, table, draw, again: bool = False) -> None:
+def measure(name: str, config: Bench, sections: dict, table, again: bool = False) -> None:
     """Measure the sections that the results lack (again: all), each written at once."""
     unknown = set(config.only) - sections.keys()
     if unknown:
         raise ValueError(f"--only {' '.join(sorted(unknown))}: there are {', '.join(sections)}")
     check_out(config.out)
-    need("matplotlib").use("Agg")
     content = started(name, config, again)
     for section in config.only or sections:
         if section not in content["results"]:
             content["results"][section] = sections[section]() | {"date": date.today().isoformat()}
-            write(name, config, content, table, draw)
+            write(name, config, content, table)
     print(table(content["results"]))
-    print(f"\n{Path(config.out) / name}.json, .md and .png")
+    print(f"\n{Path(config.out) / name}.json and .md")
 
 
 def read_results(path: str, name: str) -> dict:

@@ -126,18 +126,9 @@ def table(results: dict) -> str:
     return markdown(header, rows)
 
 
-def draw(results: dict, pyplot):
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
-    for axis, name in zip(axes, ("tokens/s", "peak MB")):
-        axis.bar(list(results), [row[name] for row in results.values()])
-        axis.set_ylabel(name)
-        axis.tick_params(axis="x", rotation=20)
-    return figure
-
-
 def main(config: TrainingConfig) -> None:
     sections = {mode: partial(measure_mode, config, mode) for mode in MODES}
-    measure("train", config, sections, table, draw)
+    measure("train", config, sections, table)
 
 
 if __name__ == "__main__":

@@ -98,22 +98,6 @@ def table(results: dict) -> str:
     return "\n\n".join(parts)
 
 
-def draw(results: dict, pyplot):
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
-    for axis, distance in zip(axes, ("KL", "total variation")):
-        for section, result in results.items():
-            x = [row[distance] for row in result["points"].values()]
-            y = [row["tokens/step"] for row in result["points"].values()]
-            axis.plot(x, y, "o", label=section)
-            for name, *at in zip(result["points"], x, y):
-                axis.annotate(name, at, textcoords="offset points", xytext=(4, 4), fontsize=8)
-        axis.set_xlabel(f"{distance} of the emitted token to the base distribution")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("tokens/step")
-    axes[0].legend(loc="lower right")
-    return figure
-
-
 def main(config: TypicalConfig) -> None:
     sections = {f"temperature-{t}": partial(measure_temperature, config, t) for t in TEMPERATURES}
-    measure("typical", config, sections, table, draw)
+    measure("typical", config, sections, table)

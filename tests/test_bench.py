@@ -1,5 +1,6 @@
 """Properties of the measurements: arithmetic by hand and brute force; results on disk."""
 
+import importlib
 import itertools
 import json
 import math
@@ -11,7 +12,7 @@ from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from unittest.mock import MagicMock, patch
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -241,32 +242,19 @@ def test_a_training_run_is_timed_and_leaves_nothing(mode, base, text, shards, tm
 
 
 # ---- results on disk ----
-class Figure(MagicMock):
-    """In place of matplotlib and its plots."""
-
-    def savefig(self, path, **more):
-        path.write_bytes(b"drawn")
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    monkeypatch.setattr(results, "need", lambda package: Figure())
-    for module in (cost, decode, endurance, predict, typical):
-        monkeypatch.setattr(module, "draw", lambda results, pyplot: Figure())
-
-
 def call(*argv) -> None:
     with patch.object(sys, "argv", ["bench/bench.py", *map(str, argv)]):
         train.run(bench.main)
 
 
+STORED = Path(results.__file__).with_name("results")
 SHOWN = {"decode": decode, "typical": typical, "train": training, "endurance": endurance}
 SHOWN |= {f"{folder}/decode": decode for folder in ("fifty", "smollm2", "twenty")}
 
 
 @pytest.mark.parametrize("name", SHOWN)
 def test_a_table_that_is_shipped_is_that_of_its_results(name):
-    path = Path(results.__file__).with_name("results") / f"{name}.json"
+    path = STORED / f"{name}.json"
     content, shown = json.loads(path.read_text()), path.with_suffix(".md").read_text()
     assert shown.startswith(SHOWN[name].table(content["results"]) + "\n\n")
 
@@ -276,7 +264,7 @@ def test_a_table_that_is_shipped_is_that_of_its_results(name):
     ("--device nothing cannot be", ["decode", "--ways", "plain", "--device", "nothing"]),
     ("cost.json does not exist: python bench/bench.py cost", ["predict", "--cost", "no/cost.json"]),
 ])  # fmt: skip
-def test_a_mistake_costs_one_line_and_nothing_else(undrawn, says, argv, tmp_path, capsys):
+def test_a_mistake_costs_one_line_and_nothing_else(says, argv, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         call(*argv, "--out", tmp_path / "out")
     out, errors = capsys.readouterr()
@@ -284,7 +272,7 @@ def test_a_mistake_costs_one_line_and_nothing_else(undrawn, says, argv, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_was_stopped_measures_what_is_missing(undrawn, tmp_path):
+def test_a_run_that_was_stopped_measures_what_is_missing(tmp_path):
     config, taken = decode.DecodeConfig(out=str(tmp_path)), []
 
     def section(name):
@@ -295,7 +283,7 @@ def test_a_run_that_was_stopped_measures_what_is_missing(undrawn, tmp_path):
 
     def measure(config):
         sections = {name: partial(section, name) for name in "abc"}
-        results.measure("decode", config, sections, " ".join, lambda results, pyplot: Figure())
+        results.measure("decode", config, sections, " ".join)
 
     with pytest.raises(KeyboardInterrupt):
         measure(config)
@@ -309,7 +297,7 @@ def test_a_run_that_was_stopped_measures_what_is_missing(undrawn, tmp_path):
 
 
 @pytest.fixture
-def small(tmp_path, monkeypatch, undrawn) -> list:
+def small(tmp_path, monkeypatch) -> list:
     """Flags for a base of a few hundred weights, and what takes long replaced."""
     base, heads = write_base(tmp_path), tmp_path / "heads"
     random_heads(GPT.from_pretrained(base), 2, 0).save_pretrained(heads)
@@ -367,3 +355,74 @@ def test_every_subcommand_measures_and_predict_reads_what_they_wrote(small, caps
     for section in found["endurance"].values():
         rows = [(r["tokens"], r["checked"], r["the plain text"]) for r in section["tenths"]]
         assert rows == [(16, 2, 2)] * 10
+
+
+# ---- figures ----
+def labels_of(path: Path) -> set[str]:
+    """An SVG has text as outlines, each after a comment that says it."""
+    return set(re.findall(r"<!-- (.+) -->", path.read_text(encoding="utf-8")))
+
+
+def stored(name: str) -> dict:
+    return json.loads((STORED / f"{name}.json").read_text())["results"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_figure_that_is_shipped_is_small_and_of_its_results(scheme):
+    expected = {"lossless, temperature 0.7", "lossless, temperature 1.0", "ε = 0.01", "0.09"}
+    assert expected <= labels_of(STORED / f"typical-{scheme}.svg")
+    found = labels_of(STORED / f"speed-{scheme}.svg")
+    assert {"1x", "1.5x", "2x", "plain", "8", "64 nodes", "transformers", "lookup 10"} <= found
+    for rule, title in (("greedy", "Greedy"), ("lossless-0.7", "Temperature 0.7")):
+        ratios = {way: row["ratio"] for way, row in stored("decode")[rule]["ways"].items()}
+        tree = max(ratio for way, ratio in ratios.items() if way.startswith("calibrated"))
+        lookup = max(ratio for way, ratio in ratios.items() if "lookup" in way)
+        assert f"{title}: tree {tree:.2f}x, lookup {lookup:.2f}x" in found
+    assert all(path.stat().st_size < 100_000 for path in STORED.glob("*.svg"))
+
+
+@pytest.fixture
+def plot():
+    pytest.importorskip("matplotlib")
+    return importlib.import_module("bench.plot")
+
+
+@pytest.fixture
+def records() -> list[dict]:
+    """The log of a training run, in which the last two heads come close."""
+    rows = []
+    for step in range(250):
+        losses = [2 + head + 100 / (step + 10) for head in (0, 1, 1.9, 2)]
+        rows.append({"step": step, "base": 3.0, "heads": losses, "top1": [1 / x for x in losses]})
+    return rows
+
+
+def test_figures_are_written_for_light_and_dark_pages(plot, records, tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text("\n".join(map(json.dumps, records)))
+    plot.draw_results(tmp_path)
+    plot.draw_log(log)
+    for scheme in ("light", "dark"):
+        for name in ("speed", "typical"):
+            file = f"{name}-{scheme}.svg"
+            assert labels_of(tmp_path / file) == labels_of(STORED / file), "python bench/plot.py"
+        drawn = tmp_path / f"training-{scheme}.svg"
+        assert {"head 1", "head 4", "base", "top-1 accuracy"} <= labels_of(drawn)
+        assert plot.style(scheme == "dark")["figure.facecolor"] in drawn.read_text()
+
+
+def test_all_points_are_seen_and_no_label_covers_another(plot, records):
+    asked = [(plot.draw_speed, stored("decode")), (plot.draw_typical, stored("typical"))]
+    for draw, data in [*asked, (plot.draw_training, records)]:
+        with plot.pyplot.rc_context(plot.style(dark=False)):
+            figure = draw(data)
+        boxes = [axes.title.get_window_extent() for axes in figure.axes]
+        for axes in figure.axes:
+            boxes += [text.get_window_extent() for text in axes.texts if text.get_text() != ""]
+            for line in axes.lines:
+                if line.get_marker() == "o":
+                    points = axes.transData.transform(line.get_xydata())
+                    assert all(axes.bbox.contains(x, y) for x, y in points)
+        assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 for box in boxes)
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+        plot.pyplot.close(figure)
