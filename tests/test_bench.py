@@ -13,6 +13,7 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ from hypothesis import given, settings, strategies as st
 
 import medusa
 import train
-from bench import bench, cost, decode, endurance, figures, predict, results, roofline
-from bench import training, typical
+from bench import animation, bench, cost, decode, drawing, endurance, figures, predict, results
+from bench import roofline, training, typical
 from bench.dynamic import best_first_tree, dynamic_generate
 from medusa import MedusaConfig, MedusaHeads, Sampling, generate, medusa_generate
 from model import GPT, ModelConfig, write_json
@@ -426,3 +427,70 @@ def test_all_points_are_seen_and_no_label_covers_another(plot, records):
         assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 for box in boxes)
         assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
         plot.pyplot.close(figure)
+
+
+# ---- the README's picture ----
+KEYFRAMES = r"@keyframes (plain|medusa)(\d+){0%{visibility:hidden}([\d.]+)%{visibility:visible}}"
+
+
+def shown_lines(way) -> list[str]:
+    """The text of one way at the places where its characters are drawn."""
+    lines = {}
+    for element in way.iterfind(".//{*}text"):
+        row, column = (float(element.get(name)) for name in "yx")
+        column = round((column - drawing.LEFT) / drawing.CELL)
+        line = lines.setdefault(row, "").ljust(column)
+        assert len(line) == column, "nothing is drawn over something else"
+        lines[row] = line + element.text
+    rows = [round((row - min(lines)) / drawing.LINE) for row in lines]
+    return [dict(zip(rows, lines.values())).get(row, "") for row in range(max(rows) + 1)]
+
+
+def test_the_picture_shows_one_text_twice_in_its_time_and_needs_nothing_from_anywhere(small):
+    base, out = small[1], small[-1]
+    flags = ["bench/animation.py", *map(str, small), "--prompt-tokens", "6", "--new-tokens", "30"]
+    with patch.object(sys, "argv", flags):
+        animation.main()
+        svg = (out / "decoding.svg").read_text()
+        with patch.object(animation, "measure", side_effect=AssertionError("measured twice")):
+            animation.main()
+    assert (out / "decoding.svg").read_text() == svg and len(svg.encode()) < 300_000
+
+    # One file, that every reader of XML understands, in light and dark and without motion.
+    root = ElementTree.fromstring(svg)
+    tags = {element.tag.removeprefix("{http://www.w3.org/2000/svg}") for element in root.iter()}
+    assert tags == set("svg title desc style g rect text tspan path circle".split())
+    assert not re.search(r"url\(|@import|@font-face|href|\bsrc|\bon\w+=", svg)
+    assert svg.count("prefers-color-scheme: dark") == svg.count("prefers-reduced-motion") == 1
+
+    # Both ways show plain decoding's text, wrapped, after the last line of the prompt.
+    content = json.loads((out / "decoding.json").read_text())
+    tokenizer, model, _ = results.load(results.Bench(base=str(base), heads=str(small[3])))
+    prompts = results.held_out_prompts(tokenizer, animation.PROMPTS, 6)
+    prompt = next(p for p in prompts if tokenizer.decode(p) == content["prompt"])
+    text = tokenizer.decode([*prompt, *text_of(generate(model, prompt, 30))])
+    text = text[content["prompt"].rstrip("\n").rfind("\n") + 1 :]
+    text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+    wide, expected = drawing.COLUMNS, []
+    for line in text.split("\n"):
+        expected += [line[i : i + wide] for i in range(0, max(len(line), 1), wide)]
+    while expected[-1] == "":
+        expected.pop()
+    plain, medusa = (root.find(f".//*[@id='{way}']") for way in ("plain", "medusa"))
+    assert shown_lines(plain) == shown_lines(medusa) == expected
+    assert {group.get("class") for group in root.iterfind(".//{*}g")} >= {"on", "now", "now last"}
+
+    # Step i ends after i times the time of a step; the slower way takes all of the race.
+    ways = {way: content[way] for way in ("plain", "medusa")}
+    slowest = max((len(way["steps"]) - 1) * way["seconds"] for way in ways.values())
+    race = 1 - drawing.HOLD / float(re.search(r"--loop:([\d.]+)s", svg)[1])
+    found = re.findall(KEYFRAMES, svg)
+    assert Counter(way for way, _, _ in found) == {way: len(ways[way]["steps"]) for way in ways}
+    for way, i, percent in found:
+        expected = race * int(i) * ways[way]["seconds"] / slowest
+        assert float(percent) / 100 == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_picture_that_is_shipped_is_that_of_its_results():
+    path = Path(results.__file__).with_name("results") / "decoding.json"
+    assert path.with_suffix(".svg").read_text() == drawing.picture(json.loads(path.read_text()))
