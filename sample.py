@@ -284,7 +284,7 @@ def summary(
     tokens_per_step = (len(tokens) - 1) / len(times)
     step_time, plain_step_time = fmean(times), fmean(plain[1])
     step_cost = step_time / plain_step_time
-    counted = f"{len(tokens)} tokens, {len(times)} steps after the prompt"
+    counted = f"{len(tokens) - 1} tokens in {len(times)} steps, after the prompt's own"
     rates = f"{tokens_per_step / step_time:.0f} with Medusa, {1 / plain_step_time:.0f} plain"
     return {
         "tree": f"{len(tree)} nodes, {max(tree.depths)} deep: {why}",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import ablations, figures, fuzz
+from bench import ablations, animation, figures, fuzz
 from bench.bench import SUBCOMMANDS
 from data import smollm2, turns
 from data.command import OneLineParser, add_options
@@ -31,6 +31,15 @@ OF_OTHERS = {
     # The official code's names, in the table that maps them to ours.
     *("medusa_choices", "medusa_buffers", "tree_indices", "retrieve_indices"),
     *("evaluate_posterior", "posterior_threshold", "posterior_alpha", "update_inference_inputs"),
+}
+
+
+SCRIPTS = {
+    "sample.py": SampleConfig,
+    "data/smollm2.py": smollm2.Config,
+    "data/turns.py": turns.Config,
+    "bench/animation.py": animation.AnimationConfig,
+    "bench/fuzz.py": fuzz.FuzzConfig,
 }
 
 
@@ -98,11 +107,7 @@ def config_of(script: str, arguments: list[str]) -> type | None:
         return MODES[mode][0]
     if script == "bench/bench.py":
         return SUBCOMMANDS[arguments.pop(0)][1]
-    scripts = {
-        "sample.py": SampleConfig, "data/smollm2.py": smollm2.Config, "data/turns.py": turns.Config,
-        "bench/fuzz.py": fuzz.FuzzConfig,
-    }  # fmt: skip
-    return scripts.get(script)
+    return SCRIPTS.get(script)
 
 
 @pytest.mark.parametrize("command", commands())
@@ -122,8 +127,7 @@ def test_a_command_has_flags_and_values_that_its_script_takes(command):
 
 
 def test_every_flag_is_one_of_a_script():
-    configs = [SampleConfig, smollm2.Config, turns.Config, fuzz.FuzzConfig]
-    configs += [config for config, _ in MODES.values()]
+    configs = [*SCRIPTS.values(), *(config for config, _ in MODES.values())]
     configs += [config for _, config in SUBCOMMANDS.values()]
     names = {name for config in configs for name in config.__dataclass_fields__}
     flags = {"--" + name.replace("_", "-") for name in names}
