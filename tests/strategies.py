@@ -188,7 +188,8 @@ def decodings(draw, kinds=(*REAL, "cheating", "wrong"), room=1):
     """
     V, seed, context = draw(st.integers(2, 6)), draw(st.integers(0, 99)), draw(st.integers(1, 19))
     context += room
-    eos = draw(st.none() | st.integers(0, V - 1))
+    token = st.integers(0, V - 1)
+    eos = draw(st.none() | token | st.lists(token, min_size=2, max_size=2))
     model = random_gpt(seed, V, context, draw(st.integers(1, 2)), eos)
     prompt = draw(st.lists(st.integers(0, V - 1), min_size=1, max_size=context - room))
     K, J = draw(st.integers(1, 4)), draw(st.integers(1, 2))
@@ -222,7 +223,7 @@ def greedy_text(model: GPT, prompt, max_new_tokens: int) -> list[int]:
     text = list(prompt)
     while len(text) < min(len(prompt) + max_new_tokens, model.config.max_position_embeddings):
         text.append(next_logits(model, text).argmax().item())
-        if text[-1] == model.config.eos_token_id:
+        if text[-1] in model.config.eos_ids:
             break
     return text[len(prompt) :]
 
@@ -250,7 +251,7 @@ def text_distribution(model: GPT, prompt, max_new_tokens: int, sampling) -> dict
     longest = min(max_new_tokens, model.config.max_position_embeddings - len(prompt))
 
     def extend(new: tuple[int, ...], prob: float) -> None:
-        if len(new) == longest or model.config.eos_token_id in new[-1:]:
+        if len(new) == longest or set(model.config.eos_ids) & set(new[-1:]):
             found[new] = prob
             return
         logits = next_logits(model, [*prompt, *new])

@@ -44,8 +44,8 @@ AFTER_EOS = "tokens after EOS were kept, or steps made after EOS: the text ends 
 
 
 def same_text(ours: list[int], plain: list[int], model) -> None:
-    eos, n = model.config.eos_token_id, min(len(ours), len(plain))
-    assert eos is None or eos not in ours[:-1], AFTER_EOS
+    n = min(len(ours), len(plain))
+    assert not set(model.config.eos_ids) & set(ours[:-1]), AFTER_EOS
     if ours[:n] == plain[:n]:
         says = "the text is longer than max_new_tokens or the context: tokens count, not steps"
         assert len(ours) <= len(plain), says
@@ -104,12 +104,12 @@ def test_sequential_heads_guess_after_each_node_and_leave_the_text_alone(case, s
 @given(decodings(), st.floats(0.2, 3), st.integers(0, 2**31))
 def test_typical_decoding_ends_at_the_same_places(case, temperature, seed):
     model, _, _, prompt, n = case
-    eos, before = model.config.eos_token_id, torch.get_rng_state()
+    eos, before = set(model.config.eos_ids), torch.get_rng_state()
     steps = decode(case, Sampling(temperature, typical=True), rng(seed), prompt * 10)
     assert torch.equal(torch.get_rng_state(), before), "the generator alone decides"
     text, room = sum(steps, []), min(n, model.config.max_position_embeddings - len(prompt))
-    assert all(steps) and eos not in text[:-1]
-    assert len(text) == room or (len(text) < room and text[-1] == eos)
+    assert all(steps) and not eos & set(text[:-1])
+    assert len(text) == room or (len(text) < room and text[-1] in eos)
 
 
 TINY = 1e-20, 1e-29, 1e-31, 1e-46, 5e-324
@@ -357,18 +357,36 @@ def test_heads_with_the_distribution_of_the_base_guess_every_token(temperature, 
     assert (len(set(sum(steps, []))) > 1) == (temperature > 0)
 
 
-@properties
-@given(st.integers(0, 99), st.integers(0, 99))
-def test_typical_and_greedy_acceptance_rank_guesses_by_likelihood_alone(seed, noise_seed):
+ranked = st.tuples(st.integers(0, 99), st.integers(0, 99))
+
+
+def scores_to_rank(seed: int, noise_seed: int):
+    """Logits of three heads and the noise of three positions, V = 6."""
     logits = torch.randn(3, 6, generator=rng(seed), dtype=torch.float64)
-    noise = exponential_noise(logits, rng(noise_seed))
+    return logits, exponential_noise(logits, rng(noise_seed))
+
+
+@properties
+@given(ranked)
+def test_typical_and_greedy_acceptance_rank_guesses_by_likelihood_alone(seeds):
+    logits, noise = scores_to_rank(*seeds)
     says = "greedy and typical acceptance ask for the most likely guesses, without noise"
     assert torch.equal(gumbel_scores(logits, GREEDY, None), logits), says
     assert torch.equal(gumbel_scores(logits, Sampling(0.7, typical=True), noise), logits), says
-    probs = torch.tensor([distribution(row, 0.7) for row in logits], dtype=torch.float64)
-    says = "a lossless guess is ranked by probability / noise at the temperature"
-    found = gumbel_scores(logits, Sampling(0.7), noise)
-    assert torch.equal(found.argsort(), (probs / noise).argsort()), says
+
+
+@properties
+@given(ranked, st.floats(0.3, 3), st.none() | st.permutations(range(6)))
+def test_a_lossless_guess_is_ranked_by_probability_over_noise(seeds, temperature, order):
+    """Of all tokens, or of the four in a token_map."""
+    logits, noise = scores_to_rank(*seeds)
+    token_map = None if order is None else torch.tensor(order[:4])
+    tokens = slice(None) if order is None else token_map
+    logits = logits[:, tokens]
+    probs = torch.tensor([distribution(row, temperature) for row in logits], dtype=torch.float64)
+    found = gumbel_scores(logits, Sampling(temperature), noise, token_map)
+    says = "a lossless guess is ranked by its probability / the same noise, at the temperature"
+    assert torch.equal(found.argsort(), (probs / noise[:, tokens]).argsort()), says
 
 
 # ---- acceptance ----
@@ -426,7 +444,8 @@ def check_accepted(found, best: list[int], next_root: int, case) -> None:
     assert emitted[-1] == next_root, says
 
 
-limits = st.tuples(st.floats(0.3, 2), st.integers(0, 4), st.sampled_from((0.6, 1.0)))
+limits = st.just(0.0) | st.floats(0.3, 2), st.integers(0, 4), st.sampled_from((0.6, 1.0))
+limits = st.tuples(*limits)  # temperature, top_k, top_p
 
 
 @settings(properties, max_examples=300)
@@ -449,16 +468,16 @@ def test_typical_acceptance_agrees_with_the_formula(case, chosen, epsilon):
     check_accepted(accept(tree, tokens, logits, sampling, noise), best, next_root, case)
 
 
-@settings(properties, max_examples=100)
-@given(verifications(), st.sampled_from((0.0, 0.5, 1.5)))
-def test_greedy_and_lossless_acceptance_follow_the_samples_of_the_nodes(case, temperature):
+@settings(properties, max_examples=150)
+@given(verifications(), limits)
+def test_greedy_and_lossless_acceptance_follow_the_samples_of_the_nodes(case, chosen):
     tree, tokens, logits, noise = case
-    rows = [distribution(row, temperature) for row in logits.tolist()]
+    rows = [distribution(row, *chosen) for row in logits.tolist()]
     targets, path = [sampled(*pair) for pair in zip(rows, noise)], [0]
     for node in range(1, len(tree)):
         if tree.parents[node] == path[-1] and tokens[node] == targets[path[-1]]:
             path.append(node)
-    found = accept(tree, tokens, logits, Sampling(temperature), noise)
+    found = accept(tree, tokens, logits, Sampling(*chosen), noise)
     check_accepted(found, path, targets[path[-1]], case)
 
 
