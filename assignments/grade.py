@@ -6,7 +6,7 @@
 The project's tests run in this process, against the project's own modules, in which the functions
 of the set are stand-ins that ask a process of the student's (sandbox.py), which runs as another
 user with limits. What passes is decided and written here: RESULTS is Gradescope's results.json,
-rewritten after every test, so that a crash takes away no points. Of a class, RESULTS is a directory,
+rewritten after every test, so that a crash takes away no points. With --class it is a directory,
 which also gets setN.csv. Exit code 2, and a line that says why, if something was not graded.
 """
 

@@ -15,7 +15,6 @@ NOT_FORMULA = "is not W2 (h + SiLU(W1 h + b1))"
 TARGET = "token t+k+1"
 MEAN = "over the targets with loss_mask and only those"
 THRESHOLD = "the threshold is not min(epsilon, delta * exp(-H))"
-AT_PARENTS = "pass the rule at their parents"
 PASSED_OVER = "a deeper node was passed over"
 NEXT_ROOT = "the next root is not the sample of the last accepted node"
 EMITTED = "a step emits the guesses on the path"
@@ -37,6 +36,7 @@ STACKED = f"return torch.stack([{AHEAD})"
 STACKED_MASKED = f"{STACKED}.masked_fill(~mask, IGNORED)"
 COUNTS = "(targets != IGNORED).flatten(1).sum(1) if counts is None else counts"
 ENTROPY = "-torch.xlogy(base_probs, base_probs).sum(-1)"
+PROBS = "logits_to_probs(logits, sampling)"
 TARGETS = "targets = sample(logits, sampling, noise)  #"
 PASSES = "[guess == targets[p] for guess, p in zip(guesses[1:], parents)]"
 AGAIN = "sample(logits[[p]], sampling, exponential_noise(logits[[p]], None)).item()"
@@ -128,28 +128,30 @@ WRONG = {
         "0 log 0": (THRESHOLD, ENTROPY, "-(base_probs * base_probs.log()).sum(-1)"),
         "argmax root": (NEXT_ROOT, TARGETS, "targets = logits.argmax(-1)  #"),
         "root sampled at the root": (NEXT_ROOT, BONUS, "[targets[0]]"),
-        "probability at the child": (AT_PARENTS, "[parents, tok", "[range(1, len(tree)), tok"),
-        "threshold at the child": (AT_PARENTS, "epsilon)[parents]", "epsilon)[1:]"),
-        "sum for product": ("of equally deep", BEST, BEST.replace("scores[i]", "math.exp(scores[i])")),
-        "argmax not alone at 0": ("not pass the rule", "base_probs = logits_to_probs(logits, sampling)",
+        "probability at the child": (
+            "after the guess itself", "[parents, tok", "[range(1, len(tree)), tok"),
+        "threshold at the child": ("the child's own", "epsilon)[parents]", "epsilon)[1:]"),
+        "sum for product": (
+            "of equally deep", BEST, BEST.replace("scores[i]", "math.exp(scores[i])")),
+        "argmax not alone at 0": ("pass at its parent", f"base_probs = {PROBS}",
                                   "base_probs = logits.softmax(-1)"),
         "last token decides": ("of equally deep", BEST, "(len(nodes), scores[nodes[-1]])"),
         "most likely before deepest": (PASSED_OVER, BEST, "sum(scores[i] for i in nodes)"),
-        "parent's rejection forgotten": ("that does not pass the rule", REACHED, UNREACHED),
+        "parent's rejection forgotten": ("although its parent was not", REACHED, UNREACHED),
         "race lost": (NEXT_ROOT, "sampling) / noise).", "sampling) * noise)."),
-        "epsilon of the default": ("not pass the rule", "probs, sampling.epsilon", "probs"),
+        "epsilon of the default": ("epsilon was the default", "probs, sampling.epsilon", "probs"),
     },
     5: {
         "redraw for each child": ("one sample a node", PASSES, REDRAWN),
-        "the child's own": ("pass the rule", PASSES, "[*map(int.__eq__, guesses, targets)][1:]"),
-        "padding 0 accepted": ("that does not pass the rule at its parent", PASSES,
+        "the child's own": ("not pass at its", PASSES, "[*map(int.__eq__, guesses, targets)][1:]"),
+        "padding 0 accepted": ("that does not pass at its parent", PASSES,
                                PASSES.replace("== targets[p]", "in (0, targets[p])")),
         "argmax for a sample": (NEXT_ROOT, TARGETS, "targets = logits.argmax(-1)  #"),
         "next root at the root": (NEXT_ROOT, BONUS, "[targets[0]]"),
         "nothing accepted": (PASSED_OVER, BEST, f"(-{BEST[1:]}"),
         "first root again": (EMITTED, "for node in path[1:]]", "for node in path]"),
         "no next root": (EMITTED, f" + {BONUS}", ""),
-        "top-k forgotten": (AT_PARENTS, TARGETS,
+        "top-k forgotten": (NEXT_ROOT, TARGETS,
                             "targets = sample(logits, Sampling(sampling.temperature), noise)  #"),
         "guesses without the noise": ("the same noise", SCORED, "if True:"),
         "guesses without the temperature": (
@@ -190,7 +192,8 @@ WRONG = {
         "beyond the end": ("after the end is cut off", AT_EOS, AT_EOS.replace(ROOM, "")),
         "heads at every node": ("ran at several nodes", "        tokens = propose(",
             "        heads(hidden.repeat(2), lm_head)\n        tokens = propose("),
-        "heads at the last node": ("head k does not fill depth k", "states[path[-1]]", "states[-1]"),
+        "heads at the last node": (
+            "head k does not fill depth k", "states[path[-1]]", "states[-1]"),
         "noise by index": (NOT_PLAIN, "noise.at(tree.depths)", "noise.at(range(len(tree)))"),
         "one end token": ("after EOS", ENDS, ENDS.replace("in eos_ids", "== eos_ids[0]")),
         "heads at the root": ("head k does not fill depth k", "states[path[-1]]", "states[0]"),
