@@ -38,8 +38,8 @@ import wire  # noqa: E402
 from sets import BLANKED, SETS  # noqa: E402
 
 # For all tests of a submission together: computing in the student's process, and time that passes.
-COMPUTING, PASSING = 40.0, 70.0
-MOST_SECONDS = 80.0  # of a grading: then its process is killed, whatever it is doing
+COMPUTING, PASSING = 40.0, 78.0
+MOST_SECONDS = 85.0  # of a grading: then its process is killed, whatever it is doing
 SPARE_BYTES = 3 << 28  # of memory that a grading may take on top of what is loaded
 TICK = 0.2  # seconds from one look at the clock to the next
 MOST_SOURCE = 1 << 20  # bytes of a student's file
