@@ -307,34 +307,37 @@ def test_a_link_to_the_reference_is_not_taken(tmp_path):
         grade.read_plain(tmp_path / "link", "tree.py")
 
 
-def test_a_grader_that_cannot_grade_says_why_in_a_line(tmp_path):
+def test_a_grader_that_cannot_grade_says_why_in_a_line(tmp_path, monkeypatch):
     command, good = unpack(2, tmp_path)[:-1], str(tmp_path / "results.json")
     (tmp_path / "ada").mkdir()
     ada, none = str(tmp_path / "ada"), str(tmp_path / "none")
-    for script, words, says in (
-        (command, [], "usage: "),
-        (command, ["2", ada], "usage: "),
-        (command, ["2", "--class", ada, good, ada, good], "usage: "),
-        (command, ["3", ada, good], "this autograder.zip is that of set 2, and not of 3"),
-        (command, ["2", ada, f"{none}/ada.json"], f"{none}: not a directory that can be"),
-        (command, ["2", none, good], f"{none}: no such directory"),
-        (command, ["2", ada, ada], f"{ada}: is a directory; name a file"),
-        (command, ["2", "--class", ada, none], f"{none}: not a directory that can be"),
-        ([sys.executable, grade.__file__], ["2", ada, good], "not an unpacked autograder.zip"),
+    with pytest.raises(ValueError, match="not an unpacked autograder.zip"):
+        grade.asked_for(["2", ada, good])
+    monkeypatch.setattr(grade, "HERE", tmp_path / "source")
+    for words, says in (
+        (["2", ada], "usage: "),
+        (["2", "--class", ada, good, ada, good], "usage: "),
+        (["3", ada, good], "this autograder.zip is that of set 2, and not of 3"),
+        (["2", ada, f"{none}/ada.json"], f"{none}: not a directory that can be"),
+        (["2", none, good], f"{none}: no such directory"),
+        (["2", ada, ada], f"{ada}: is a directory; name a file"),
+        (["2", "--class", ada, none], f"{none}: not a directory that can be"),
     ):
-        done = subprocess.run([*script, *words], capture_output=True, text=True)
-        assert done.returncode == 2 and done.stderr.startswith(f"grade.py: {says}"), done.stderr
-        assert done.stderr.count("\n") == 1 and done.stdout == ""
+        with pytest.raises(ValueError, match=f"^{says}"):
+            grade.asked_for(words)
     (tmp_path / "source/project/tests/test_golden.py").unlink()
-    done = subprocess.run([*command, "2", ada, good], capture_output=True, text=True)
-    assert done.returncode == 2 and f"not graded: {ada}\n" in done.stderr
+    for words, says in (([], "usage: "), (["2", ada, good], f"not graded: {ada}")):
+        done = subprocess.run([*command, *words], capture_output=True, text=True)
+        last = done.stderr.splitlines()[-1]
+        assert done.returncode == 2 and last.startswith(f"grade.py: {says}"), done.stderr
 
 
+@pytest.mark.course
 def test_a_class_is_graded_into_a_table(tmp_path):
     handed_in, results = tmp_path / "handed-in", tmp_path / "results"
     results.mkdir()
     build.write_folder(handed_in / "ada", {"tree.py": reference("tree.py").encode()})
-    build.write_folder(handed_in / "emmy", {})
+    (handed_in / "emmy").mkdir()
     (handed_in / "eve").symlink_to(ROOT)
     command = [*unpack(1, tmp_path), "--class", str(handed_in), str(results)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

@@ -437,7 +437,7 @@ def check_accepted(found, best: list[int], next_root: int, case, rule: str) -> N
     assert len(path) <= len(best), says
     says = f"a deeper node was passed over although all on its path pass at their parents: {rule}"
     assert len(path) >= len(best), says
-    says = "the wrong node won: of those that pass the deepest, of equally deep the most likely"
+    says = f"the wrong node won: of the deepest that pass, it is the most likely; {rule}"
     assert path == best, says
     says = "a step emits the guesses on the path, then one sample of its last node"
     assert emitted[:-1] == tokens[path[1:]].tolist() and len(emitted) == len(path), says
@@ -465,7 +465,7 @@ def best_typical(tree, tokens, probs, epsilon, slip="") -> list[int]:
             spread = entropy(probs[child if slip == "threshold" else parent])
             passes = prob > min(epsilon, math.sqrt(epsilon) * math.exp(-spread))
             passes = passes or (slip == "orphan" and child != node)
-            likelihood *= prob if passes else 0.0
+            likelihood *= max(prob, 1e-300) if passes else 0.0
         if likelihood > 0:
             passing.append((len(path), likelihood, path))
     return max(passing)[2]
