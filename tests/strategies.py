@@ -159,20 +159,28 @@ def unit(model: GPT, tokens) -> torch.Tensor:
     return (x / x.square().mean(-1, keepdim=True).sqrt()).flatten(-2)
 
 
+HINTS = {  # words of an error, and where it may come from
+    "do not fit": "what comes after EOS or after the end is cut off, and tokens are counted and not "
+    "steps",
+    "size": "the mask is (N, past + N), without the root in the past",
+    "index": "positions are past + depth, near the end of the context the last one",
+}
+
+
 def follow(steps, heads) -> list[list[int]]:
     """What all steps of a decoding emitted; cheating heads are told how far the text has come."""
     taken = []
     try:
         for step in steps:
+            sizes = {len(step.tree), len(step.tokens), len(step.logits)}
+            assert len(sizes) == 1, "a Step has a token and logits for each node of its tree"
             taken.append(list(step.emitted))
             if isinstance(heads, CheatingHeads):
                 heads.length += len(step.emitted)
     except (IndexError, RuntimeError, ValueError) as error:
-        asked = (
-            "positions are past + depth, the mask is (N, past + N) without the root in the past, "
-            "what comes after EOS or after the end is cut off, tokens are counted and not steps"
-        )
-        raise AssertionError(f"step {len(taken) + 1} breaks off, {error}: {asked}") from error
+        says = f"step {len(taken) + 1} breaks off, {type(error).__name__}: {error}"
+        hints = [hint for word, hint in HINTS.items() if word in str(error)]
+        raise AssertionError("; ".join([says, *hints])) from error
     return taken
 
 

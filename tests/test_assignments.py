@@ -215,7 +215,7 @@ def test_what_the_tests_of_a_set_import_comes_with_it(number):
 def test_every_solution_gets_what_it_is_worth(number, tmp_path):
     results = grade_all(tmp_path, number, solutions(number))
     assert "\n".join(faults(number, results)) == ""
-    assert max(result["execution_time"] for result in results.values()) < 60
+    assert max(result["execution_time"] for result in results.values()) < 90
 
 
 IMPORTS = "\nimport os, sys, time, json, glob, socket, struct\nfrom contextlib import suppress\n"
@@ -351,9 +351,9 @@ def test_a_class_is_graded_into_a_table(tmp_path):
 @pytest.mark.course
 def test_an_endless_loop_or_a_broken_module_costs_its_own_points_alone(tmp_path):
     loop = rewritten({"tree.Tree.depths": "        while True:\n            pass"})
-    result = grade_all(tmp_path, 1, {"loop": loop})["loop"]
-    assert result["score"] == 12 and result["execution_time"] < 60
+    result = grade_all(tmp_path, 1, {"loop": loop}, hurry=True)["loop"]
+    assert result["score"] == 12 and result["execution_time"] < 8 + 10
     assert "still running" in str(result["tests"])
     (tmp_path / "more").mkdir()
-    broken = grade_all(tmp_path / "more", 6, {"broken": {"medusa.py": "def broken(:\n"}})["broken"]
-    assert broken["score"] == 6 and "SyntaxError" in str(broken["tests"])
+    broken = grade_all(tmp_path / "more", 7, {"broken": {"medusa.py": "def broken(:\n"}})["broken"]
+    assert broken["score"] == 5 and "SyntaxError" in str(broken["tests"])
