@@ -160,8 +160,7 @@ def unit(model: GPT, tokens) -> torch.Tensor:
 
 
 HINTS = {  # words of an error, and where it may come from
-    "do not fit": "what comes after EOS or after the end is cut off, and tokens are counted and not "
-    "steps",
+    "do not fit": "what comes after the end is cut off, tokens are counted and not steps",
     "size": "the mask is (N, past + N), without the root in the past",
     "index": "positions are past + depth, near the end of the context the last one",
 }

@@ -20,7 +20,7 @@ from hypothesis import given, settings, strategies as st
 import medusa
 import train
 from bench import bench, cost, decode, endurance, figures, predict, results, roofline
-from bench import training, typical
+from bench import scoreboard, training, typical
 from bench.dynamic import best_first_tree, dynamic_generate
 from medusa import MedusaConfig, MedusaHeads, Sampling, generate, medusa_generate
 from model import GPT, ModelConfig, write_json
@@ -367,3 +367,30 @@ def test_every_subcommand_measures_and_predict_reads_what_they_wrote(small, caps
     for section in found["endurance"].values():
         rows = [(r["tokens"], r["checked"], r["the plain text"]) for r in section["tenths"]]
         assert rows == [(16, 2, 2)] * 10
+
+
+# ---- the scoreboard ----
+def test_a_score_is_of_rows_that_did_not_choose_the_tree(monkeypatch, tmp_path):
+    """Both heads right in every row: 3 tokens a step. Rows 1 and 3 of another rank: 1."""
+    first, other = torch.zeros(6, 2).long(), torch.ones(6, 2).long()
+    for ranks, score in (([first] * 4, 3), ([first, other] * 2, 1)):
+        monkeypatch.setattr(scoreboard, "head_ranks", lambda *_: ranks)
+        heads = random_heads(random_gpt(0), 2, 0)
+        assert scoreboard.tokens_per_step(None, heads, (), 0.0) == score
+    assert [scoreboard.points(score) for score in (1.59, 1.6, 2.85, 4)] == [0, 2, 10, 20]
+    (tmp_path / "model.safetensors").write_bytes(bytes(1_000_001))
+    monkeypatch.setattr(sys, "argv", ["scoreboard.py", str(tmp_path)])
+    with pytest.raises(ValueError, match="1,000,001 bytes, more than 1,000,000"):
+        scoreboard.main()
+
+
+@pytest.mark.course
+@pytest.mark.parametrize("heads", ["data/heads", "data/sequential-heads"])
+def test_the_scoreboard_says_what_its_command_prints(heads, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scoreboard.py", heads])
+    scoreboard.main()
+    lines = (scoreboard.ROOT / "bench/scoreboard.md").read_text().splitlines()
+    line = next(line for line in lines if f"`{heads}`" in line)
+    greedy, sampled, size, points = (part.strip() for part in line.split("|")[2:6])
+    says = f"{points} points; tokens/step {greedy} at 0.0, {sampled} at 0.7; {size} bytes"
+    assert says in capsys.readouterr().out

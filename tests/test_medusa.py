@@ -216,15 +216,6 @@ def test_the_text_runs_up_to_the_context_limit_and_no_further(prompt_length):
     assert len(steps) == 1 + math.ceil((12 - prompt_length - 1) / 4), says
 
 
-@pytest.mark.parametrize("paths", [[[0], [0, 0]], [[0], [1], [2], [0, 1]], [[0], [1], [0, 0]]])
-def test_token_zero_is_never_accepted_without_being_guessed(paths):
-    """Padding with token id 0 would pass wherever the base model's token is 0."""
-    model = markov_gpt(torch.tensor([9.0, 1, 2, 0]).expand(4, 4))
-    heads = CheatingHeads(model, 3, [], 1, lambda: 3)
-    steps = decode((model, heads, tree_from_paths(paths), [1], 9), text=[0] * 30)
-    assert steps == [[0]] * 9, "a token 0 was accepted that no head guessed: padding is no guess"
-
-
 @settings(properties, max_examples=60)
 @given(st.integers(0, 99), trees(max_nodes=8), st.integers(1, 6), st.integers(0, 7))
 def test_a_tree_forward_and_keep_equal_feeding_tokens_one_by_one(seed, tree, S, last):
