@@ -383,9 +383,8 @@ def main() -> None:
 
     print(text, end="\n\n" if config.chat else "", flush=True)
     asked = prompt, config.max_new_tokens, sampling, config.seed
-    ours = timed_run(decode(model, heads, tree, *asked), show)
+    tokens, times = ours = timed_run(decode(model, heads, tree, *asked), show)
     print(stream.rest() + "\n")  # an incomplete character, if any
-    tokens, times = ours
     if len(tokens) == room < config.max_new_tokens:
         print("stopped: the context is full")
     if heads is None:

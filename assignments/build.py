@@ -57,10 +57,10 @@ def body_lines(source: str, name: str) -> range:
     return range(node.body[0].end_lineno, node.end_lineno)
 
 
-def blank(source: str, module: str) -> str:
-    """The source with the body of every function of the sets gone: signature and docstring stay."""
+def blank(source: str, module: str, functions: list[str]) -> str:
+    """The source with the bodies of these functions gone: signature and docstring stay."""
     lines = source.split("\n")
-    names = [name for name in BLANKED if name.startswith(module + ".")]
+    names = [name for name in functions if name.startswith(module + ".")]
     for name in sorted(names, key=lambda name: -body_lines(source, name.partition(".")[2]).start):
         body = body_lines(source, name.partition(".")[2])
         numbers = " and ".join(map(str, sets_of(name)))
@@ -72,7 +72,7 @@ def blank(source: str, module: str) -> str:
 
 
 def starter(name: str) -> str:
-    return blank((ROOT / name).read_text(encoding="utf-8"), name.removesuffix(".py"))
+    return blank((ROOT / name).read_text(encoding="utf-8"), name.removesuffix(".py"), BLANKED)
 
 
 # ---- assembling: {path: content} ----
@@ -105,8 +105,10 @@ def test_files(number: int) -> list[str]:
 def student_files(number: int) -> dict[str, bytes]:
     files = project_files(test_files(number))
     files |= {name: starter(name).encode() for name in MODULES}
-    handout = (ROOT / f"assignments/set{number}.md").read_text(encoding="utf-8")
-    files["README.md"] = f"{handout}\n{points_table(number)}".encode()
+    parts = [
+        (ROOT / f"assignments/{name}.md").read_text("utf-8") for name in (f"set{number}", "every")
+    ]
+    files["README.md"] = "\n".join([*parts, points_table(number)]).encode()
     files["tests.txt"] = "".join(f"tests/{test}\n" for test in SETS[number].tests).encode()
     # The weights, so that sample.py runs on what a student wrote.
     for path in [*(ROOT / "data/base").iterdir(), *(ROOT / "data/heads").iterdir()]:
@@ -120,6 +122,7 @@ def autograder_files(number: int) -> dict[str, bytes]:
     files = {f"project/{name}": content for name, content in project.items()}
     files |= {f"starter/{name}": starter(name).encode() for name in MODULES[:3]}
     files |= {name: (ROOT / "assignments" / name).read_bytes() for name in GRADER}
+    files["set"] = str(number).encode()
     files["requirements.txt"] = project["requirements.txt"]
     files["setup.sh"] = SETUP.encode()
     files["run_autograder"] = RUN.format(number=number).encode()

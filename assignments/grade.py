@@ -1,16 +1,20 @@
 """Grade submissions, in an unpacked autograder.zip:
 
     python grade.py SET SUBMISSION RESULTS [SUBMISSION RESULTS]...
+    python grade.py SET --class SUBMISSIONS RESULTS      every directory in a directory
 
 The project's tests run in this process, against the project's own modules, in which the functions
 of the set are stand-ins that ask a process of the student's (sandbox.py), which runs as another
 user with limits. What passes is decided and written here: RESULTS is Gradescope's results.json,
-rewritten after every test, so that a crash takes away no points.
+rewritten after every test, so that a crash takes away no points. With --class it is a directory,
+which also gets setN.csv. Exit code 2, and a line that says why, if something was not graded.
 """
 
+import csv
 import importlib
 import json
 import os
+import resource
 import signal
 import socket
 import stat
@@ -25,6 +29,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import Phase, settings
+from hypothesis.errors import Flaky
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE)]
@@ -32,10 +37,15 @@ sys.path[:0] = [str(HERE)]
 import wire  # noqa: E402
 from sets import BLANKED, SETS  # noqa: E402
 
-SECONDS = 40.0  # of the student's process, for all tests of a submission together
+# For all tests of a submission together: computing in the student's process, and time that passes.
+COMPUTING, PASSING = 40.0, 78.0
+MOST_SECONDS = 85.0  # of a grading: then its process is killed, whatever it is doing
+SPARE_BYTES = 3 << 28  # of memory that a grading may take on top of what is loaded
 TICK = 0.2  # seconds from one look at the clock to the next
 MOST_SOURCE = 1 << 20  # bytes of a student's file
 MOST_OUTPUT = 3000  # characters of a message
+DRAWS = "your code draws by itself; all that is random is in its arguments"
+USAGE = "usage: python grade.py SET SUBMISSION RESULTS [SUBMISSION RESULTS]..., or SET --class S R"
 
 
 class OutOfTime(wire.Gone):
@@ -52,7 +62,7 @@ def lay_out(folder: Path, submission: Path, files: list[str]) -> list[str]:
     complaints = []
     for name in files:
         try:
-            (folder / name).write_bytes(read_plain(submission / name))
+            (folder / name).write_bytes(read_plain(submission, name))
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             complaints.append(f"{name} was not taken, the starter's is used instead: {reason}")
@@ -62,9 +72,16 @@ def lay_out(folder: Path, submission: Path, files: list[str]) -> list[str]:
     return complaints
 
 
-def read_plain(path: Path) -> bytes:
-    """The content of a regular file. A link could lead to the reference."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+def read_plain(submission: Path, name: str) -> bytes:
+    """The content of a regular file in a directory. A link could lead to the reference."""
+    if submission.is_symlink():
+        raise ValueError("the submission is a link")
+    flags = os.O_RDONLY | os.O_NOFOLLOW
+    directory = os.open(submission, flags | os.O_DIRECTORY)
+    try:
+        descriptor = os.open(name, flags | os.O_NONBLOCK, dir_fd=directory)
+    finally:
+        os.close(directory)
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ValueError("it is no plain file")
@@ -81,6 +98,10 @@ class Sandbox:
     """
 
     def __init__(self):
+        self.functions, self.task, self.peer, self.pid, self.running = {}, b"", None, None, False
+        self.start()
+
+    def start(self) -> None:
         self.control, theirs = socket.socketpair()
         command = [sys.executable, "-I", "-B", HERE / "sandbox.py", str(theirs.fileno())]
         env = {"PATH": os.defpath, "OMP_NUM_THREADS": "1", "HOME": "/nonexistent"}
@@ -88,13 +109,22 @@ class Sandbox:
         silent = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=env, **silent)
         theirs.close()
-        self.functions, self.task, self.peer, self.pid, self.running = {}, b"", None, None, False
 
     def wait_until_ready(self) -> None:
-        if self.control.recv(5) != b"ready":
-            raise RuntimeError(
+        """confined: whether the student's code cannot leave its folder."""
+        answer = self.control.recv(1)
+        if answer == b"":
+            raise ValueError(
                 "sandbox.py did not start: it needs Linux, with torch and safetensors installed"
             )
+        self.confined = answer == b"c"
+
+    def restart(self) -> None:
+        """After a grading that was killed, at whatever it was saying."""
+        self.control.close()  # ends the process, and the child it has
+        self.process.wait()
+        self.start()
+        self.wait_until_ready()
 
     def line(self) -> wire.Peer:
         """The line to the child of the running test, which starts when it is first asked."""
@@ -108,23 +138,21 @@ class Sandbox:
             self.peer = wire.Grader(ours, self.functions)
         return self.peer
 
-    def child(self) -> tuple[float, str]:
-        """The child's seconds of computing, and what it does now: S is sleeping."""
-        if self.peer is None:
-            return 0.0, ""
-        try:
-            state, *numbers = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            return 0.0, ""
-        return (int(numbers[10]) + int(numbers[11])) / os.sysconf("SC_CLK_TCK"), state
+    def computed(self) -> float:
+        """The child's seconds of computing."""
+        with suppress(OSError):
+            if self.peer is not None:
+                stat_line = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+                return (int(stat_line[11]) + int(stat_line[12])) / os.sysconf("SC_CLK_TCK")
+        return 0.0
 
     def end_test(self) -> None:
+        """No process of the student's is left."""
         self.running = False
         if self.peer is not None:
             self.peer.sock.close()
-            for kill in (os.killpg, os.kill):  # it may not lead a group yet, or be gone
-                with suppress(ProcessLookupError):
-                    kill(self.pid, signal.SIGKILL)
+            self.control.send(b"end")
+            self.control.recv(4)
             self.peer = None
 
 
@@ -144,44 +172,32 @@ class Entry:
         right = self.passed > 0 and not self.messages
         shown = {"name": self.name, "number": number, "visibility": "visible"}
         shown |= {"score": self.points if right else 0, "max_score": self.points}
-        message = (self.messages or ["was not run"])[0][:MOST_OUTPUT]
+        message = (self.messages or ["was not run: the time was over, or the grading was ended"])[
+            0
+        ][:MOST_OUTPUT]
         status = "passed" if right else "failed"
         return shown | {"status": status, "output": "" if right else message}
 
 
 class Clock:
-    """Counts down the seconds that the student's process computes or sleeps.
+    """Raises OutOfTime when the student's process has computed, or a test has lasted, too long."""
 
-    Waiting for a busy machine or for the grader costs nothing.
-    """
-
-    def __init__(self, seconds: float, sandbox: Sandbox):
-        self.seconds, self.sandbox = seconds, sandbox
-        self.ours, self.theirs, self.received = time.process_time(), 0.0, 0
+    def __init__(self, computing: float, passing: float, sandbox: Sandbox):
+        self.computing, self.sandbox, self.computed = computing, sandbox, 0.0
+        self.end = time.monotonic() + passing
         signal.signal(signal.SIGALRM, self.tick)
         signal.setitimer(signal.ITIMER_REAL, TICK, TICK)
 
     def tick(self, *_) -> None:
-        self.charge(TICK)
-        if self.seconds <= 0:
+        self.computed = max(self.computed, self.sandbox.computed())
+        if self.computed > self.computing or time.monotonic() > self.end:
             signal.setitimer(signal.ITIMER_REAL, 0)
             raise OutOfTime
 
-    def charge(self, seconds: float) -> None:
-        """seconds have passed since the last look.
-
-        The student's process slept if neither side has computed, and nothing came from it.
-        """
-        ours, (theirs, state) = time.process_time(), self.sandbox.child()
-        received = self.sandbox.peer.received if self.sandbox.peer else 0
-        quiet = received == self.received and ours - self.ours < 0.001
-        self.seconds -= max(theirs - self.theirs, 0.0)
-        self.seconds -= seconds if state == "S" and quiet else 0.0
-        self.ours, self.theirs, self.received = ours, theirs, received
-
-    def stop(self) -> None:
+    def stop(self) -> float:
+        """The seconds that the student's process has computed."""
         signal.setitimer(signal.ITIMER_REAL, 0)
-        self.charge(0.0)
+        return max(self.computed, self.sandbox.computed())
 
 
 class Referee:
@@ -192,7 +208,7 @@ class Referee:
         self.complaints, self.began = complaints, time.monotonic()
         tests = SETS[number].tests.items()
         self.entries = {test: Entry(words(test), points) for test, points in tests}
-        self.seconds, self.waiting = SECONDS, {entry.name for entry in self.entries.values()}
+        self.computing, self.waiting = COMPUTING, {entry.name for entry in self.entries.values()}
         self.write()
 
     def entry(self, nodeid: str) -> Entry:
@@ -200,20 +216,20 @@ class Referee:
         # The whole node, or all cases of a test.
         return self.entries.get(nodeid) or self.entries[nodeid.partition("[")[0]]
 
-    def allowance(self, entry: Entry) -> float:
-        """What a test may take: all that is left, but half an equal share for each later test."""
+    def clock(self, entry: Entry) -> Clock:
+        """A test may take all that is left, but half an equal share for each later test."""
         self.waiting.discard(entry.name)
-        return self.seconds - len(self.waiting) * SECONDS / len(self.entries) / 2
+        kept = len(self.waiting) / len(self.entries) / 2
+        passing = PASSING - (time.monotonic() - self.began)
+        return Clock(self.computing - kept * COMPUTING, passing - kept * PASSING, self.sandbox)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item):
-        allowance = self.allowance(self.entry(item.nodeid))
-        clock, self.sandbox.running = Clock(allowance, self.sandbox), True
+        clock, self.sandbox.running = self.clock(self.entry(item.nodeid)), True
         try:
             return (yield)
         finally:
-            clock.stop()
-            self.seconds -= allowance - clock.seconds
+            self.computing -= clock.stop()
             self.sandbox.end_test()
 
     @pytest.hookimpl(wrapper=True)
@@ -236,7 +252,7 @@ class Referee:
         content = {"score": score, "execution_time": seconds, "tests": tests}
         if self.complaints:
             content["output"] = "\n".join(self.complaints)
-        temporary = self.results.with_name(f".{self.results.name}.{os.getpid()}")
+        temporary = temporary_of(self.results, os.getpid())
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, self.results)
 
@@ -252,6 +268,9 @@ def message_of(error: BaseException) -> str:
         return "your code was still running when the time was over: an endless loop, or too slow"
     if isinstance(error, wire.Gone):
         return "your code ended its process: it left it, crashed, or needed too much memory"
+    if isinstance(error, Flaky):
+        first = [*getattr(error, "exceptions", ()), error][0]
+        return f"the same case, tried again, gave another result: {DRAWS}\n{message_of(first)}"
     said = isinstance(error, (AssertionError, pytest.fail.Exception))
     text = str(error) if said else f"{type(error).__name__}: {error}"
     return "\n".join([text, *getattr(error, "__notes__", ())])
@@ -280,40 +299,114 @@ def prepare(number: int, sandbox: Sandbox) -> None:
     importlib.import_module("strategies")
 
 
-def grade(number: int, submission: Path, results: Path, sandbox: Sandbox) -> None:
+def grade(number: int, folder: Path, submission: Path, results: Path, sandbox: Sandbox) -> int:
+    """Write the results; the exit code of pytest. folder: an empty one, for the student's code."""
+    complaints = lay_out(folder, submission, SETS[number].files)
+    if not sandbox.confined:
+        complaints.append("not graded as root: the student's code could have read the tests")
+    referee = Referee(number, sandbox, results, complaints)
+    sandbox.task = json.dumps([str(folder), number]).encode()
+    project = HERE / "project"
+    tests = [str(project / "tests" / test) for test in SETS[number].tests]
+    options = "-q --no-header --tb=no --disable-warnings -p no:cacheprovider -o addopts=".split()
+    options += ["-c", str(project / "pyproject.toml")]
+    # Functions of other sets run in this process, on whatever a student asks for.
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * os.sysconf("SC_PAGE_SIZE") + SPARE_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    return pytest.main([*options, *tests], [referee])
+
+
+def graded(number: int, submission: Path, results: Path, sandbox: Sandbox) -> bool:
+    """Grade in a process of its own, so that no submission finds what another has left.
+
+    It ends by itself, or is killed; what it has written by then counts.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        complaints = lay_out(Path(folder), submission, SETS[number].files)
-        if os.geteuid() != 0:
-            complaints.append("not graded as root: the student's code could have read the tests")
-        referee = Referee(number, sandbox, results, complaints)
-        sandbox.task = json.dumps([folder, number]).encode()
-        project = HERE / "project"
-        tests = [str(project / "tests" / test) for test in SETS[number].tests]
-        options = (
-            "-q --no-header --tb=no --disable-warnings -p no:cacheprovider -o addopts=".split()
-        )
-        options += ["-c", str(project / "pyproject.toml")]
-        pytest.main([*options, *tests], [referee])
+        pid, end, done, code = os.fork(), time.monotonic() + MOST_SECONDS, 0, 0
+        if pid == 0:
+            code = 3
+            try:
+                code = grade(number, Path(folder), submission, results, sandbox)
+            except Exception as error:
+                print(f"grade.py: {submission}: {error}", file=sys.stderr)
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+        while done == 0 and time.monotonic() < end:
+            done, code = os.waitpid(pid, os.WNOHANG)
+            time.sleep(0.02)
+        if done == 0:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            temporary_of(results, pid).unlink(missing_ok=True)
+            sandbox.restart()
+    # Tests that pass and tests that fail; all else is no grading.
+    return code in (0, 1 << 8)
+
+
+def temporary_of(results: Path, pid: int) -> Path:
+    return results.with_name(f".{results.name}.{pid}")
+
+
+def asked_for(words: list[str]) -> tuple[int, list[tuple[Path, Path]]]:
+    """The set, submissions and results; ValueError says why there is nothing to grade."""
+    of_class = words[1:2] == ["--class"]
+    paths = [Path(word).absolute() for word in words[2 if of_class else 1 :]]
+    if len(paths) == 0 or len(paths) % 2 == 1 or (of_class and len(paths) > 2):
+        raise ValueError(USAGE)
+    if not (HERE / "set").is_file():
+        raise ValueError("not an unpacked autograder.zip: make one with build.py")
+    ours = (HERE / "set").read_text()
+    if words[0] != ours:
+        raise ValueError(f"this autograder.zip is that of set {ours}, and not of {words[0]}")
+    pairs = list(zip(paths[::2], paths[1::2]))
+    for submission, results in pairs:
+        place = results if of_class else results.parent
+        if not submission.is_dir():
+            raise ValueError(f"{submission}: no such directory")
+        if not (place.is_dir() and os.access(place, os.W_OK)):
+            raise ValueError(f"{place}: not a directory that can be written to")
+        if not of_class and results.is_dir():
+            raise ValueError(f"{results}: is a directory; name a file, or use --class")
+    if of_class:
+        submissions, place = pairs[0]
+        found = sorted(path for path in submissions.iterdir() if path.is_dir())
+        pairs = [(path, place / f"{path.name}.json") for path in found]
+    return int(ours), pairs
+
+
+def write_table(path: Path, pairs: list[tuple[Path, Path]]) -> None:
+    """A line for each submission: its points, and those of each test."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        for i, (submission, results) in enumerate(pairs):
+            content = json.loads(results.read_text())
+            if i == 0:
+                names = [test["name"] for test in content["tests"]]
+                writer.writerow(["submission", "score", *names, "output"])
+            scores = [test["score"] for test in content["tests"]]
+            about = submission.name, content["score"], *scores, content.get("output", "")
+            writer.writerow(about)
 
 
 def main() -> None:
-    number, pairs = int(sys.argv[1]), [Path(argument).absolute() for argument in sys.argv[2:]]
+    number, pairs = asked_for(sys.argv[1:])
     # The students' processes are another user's: they must see neither the reference nor the tests.
     HERE.chmod(0o700)
     sandbox = Sandbox()
     prepare(number, sandbox)
     sandbox.wait_until_ready()
-    for submission, results in zip(pairs[::2], pairs[1::2], strict=True):
-        # A process for each, so that none finds what another has left.
-        pid = os.fork()
-        if pid == 0:
-            try:
-                grade(number, submission, results, sandbox)
-            finally:
-                sys.stdout.flush()
-                os._exit(0)
-        os.waitpid(pid, 0)
+    failed = [pair[0] for pair in pairs if not graded(number, *pair, sandbox)]
+    if sys.argv[2] == "--class":
+        write_table(Path(sys.argv[4]) / f"set{number}.csv", pairs)
+    if failed:
+        raise ValueError(f"not graded: {', '.join(map(str, failed))}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        print(f"grade.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -234,7 +234,7 @@ class Peer:
     """One end. resolve(name): the function that the other end may call by this name."""
 
     def __init__(self, sock, resolve):
-        self.sock, self.resolve, self.graphs, self.received = sock, resolve, [], 0
+        self.sock, self.resolve, self.graphs = sock, resolve, []
 
     def encode_object(self, value, encoder: Encoder):
         name = f"{type(value).__module__}.{type(value).__name__}"
@@ -271,7 +271,6 @@ class Peer:
         if size + more > MOST_BYTES:
             raise Gone
         header = json.loads(bytes(self.read(size)))
-        self.received += 1
         return header, memoryview(self.read(more))
 
     # -- asking

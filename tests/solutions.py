@@ -15,7 +15,6 @@ NOT_FORMULA = "is not W2 (h + SiLU(W1 h + b1))"
 TARGET = "token t+k+1"
 MEAN = "over the targets with loss_mask and only those"
 THRESHOLD = "the threshold is not min(epsilon, delta * exp(-H))"
-AT_PARENTS = "pass the rule at their parents"
 PASSED_OVER = "a deeper node was passed over"
 NEXT_ROOT = "the next root is not the sample of the last accepted node"
 EMITTED = "a step emits the guesses on the path"
@@ -37,6 +36,7 @@ STACKED = f"return torch.stack([{AHEAD})"
 STACKED_MASKED = f"{STACKED}.masked_fill(~mask, IGNORED)"
 COUNTS = "(targets != IGNORED).flatten(1).sum(1) if counts is None else counts"
 ENTROPY = "-torch.xlogy(base_probs, base_probs).sum(-1)"
+PROBS = "logits_to_probs(logits, sampling)"
 TARGETS = "targets = sample(logits, sampling, noise)  #"
 PASSES = "[guess == targets[p] for guess, p in zip(guesses[1:], parents)]"
 AGAIN = "sample(logits[[p]], sampling, exponential_noise(logits[[p]], None)).item()"
@@ -128,32 +128,55 @@ WRONG = {
         "0 log 0": (THRESHOLD, ENTROPY, "-(base_probs * base_probs.log()).sum(-1)"),
         "argmax root": (NEXT_ROOT, TARGETS, "targets = logits.argmax(-1)  #"),
         "root sampled at the root": (NEXT_ROOT, BONUS, "[targets[0]]"),
-        "probability at the child": (AT_PARENTS, "[parents, tok", "[range(1, len(tree)), tok"),
-        "threshold at the child": (AT_PARENTS, "epsilon)[parents]", "epsilon)[1:]"),
+        "probability at the child": (
+            "after the guess itself", "[parents, tok", "[range(1, len(tree)), tok"),
+        "threshold at the child": ("the child's own", "epsilon)[parents]", "epsilon)[1:]"),
+        "sum for product": (
+            "of equally deep", BEST, BEST.replace("scores[i]", "math.exp(scores[i])")),
+        "argmax not alone at 0": ("pass at its parent", f"base_probs = {PROBS}",
+                                  "base_probs = logits.softmax(-1)"),
         "last token decides": ("of equally deep", BEST, "(len(nodes), scores[nodes[-1]])"),
         "most likely before deepest": (PASSED_OVER, BEST, "sum(scores[i] for i in nodes)"),
-        "parent's rejection forgotten": ("that does not pass the rule", REACHED, UNREACHED),
+        "parent's rejection forgotten": ("although its parent was not", REACHED, UNREACHED),
         "race lost": (NEXT_ROOT, "sampling) / noise).", "sampling) * noise)."),
-        "epsilon of the default": ("not pass the rule", "probs, sampling.epsilon", "probs"),
+        "epsilon of the default": ("epsilon was the default", "probs, sampling.epsilon", "probs"),
     },
     5: {
         "redraw for each child": ("one sample a node", PASSES, REDRAWN),
-        "the child's own": ("pass the rule", PASSES, "[*map(int.__eq__, guesses, targets)][1:]"),
-        "padding 0 accepted": ("that does not pass the rule at its parent", PASSES,
+        "the child's own": ("not pass at its", PASSES, "[*map(int.__eq__, guesses, targets)][1:]"),
+        "padding 0 accepted": ("that does not pass at its parent", PASSES,
                                PASSES.replace("== targets[p]", "in (0, targets[p])")),
-        "argmax for a sample": (NOT_PLAIN, TARGETS, "targets = logits.argmax(-1)  #"),
+        "argmax for a sample": (NEXT_ROOT, TARGETS, "targets = logits.argmax(-1)  #"),
         "next root at the root": (NEXT_ROOT, BONUS, "[targets[0]]"),
         "nothing accepted": (PASSED_OVER, BEST, f"(-{BEST[1:]}"),
         "first root again": (EMITTED, "for node in path[1:]]", "for node in path]"),
         "no next root": (EMITTED, f" + {BONUS}", ""),
-        "top-k forgotten": ("texts do not have the base model's probabilities", TARGETS,
+        "top-k forgotten": (NEXT_ROOT, TARGETS,
                             "targets = sample(logits, Sampling(sampling.temperature), noise)  #"),
-        "guesses without the noise": ("with the same noise", SCORED, "if True:"),
+        "guesses without the noise": ("the same noise", SCORED, "if True:"),
         "guesses without the temperature": (
             "at the temperature", "/ sampling.temperature - noise.log()", "- noise.log()"),
         "noise for typical too": ("without noise", SCORED, "if noise is None:"),
+        "noise of other tokens": ("the same noise", "noise[..., token_map]",
+                                  "noise[..., : len(token_map)]"),
     },
     6: {
+        "product of marginals": ("do not multiply marginals", RANKED, MARGINALS),
+        "ties to the longer": ("its prefix", KEY, KEY.replace("len", "-len")),
+        "ties to the higher ranks": ("lower ranks", KEY,
+                                     KEY.replace(" path)", " [-rank for rank in path])")),
+        "shortest first": ("another tree of this size", KEY, "(len(path), -counts[path], path)"),
+        "root not counted": ("n_nodes counts the root", "[: n_nodes - 1]", "[:n_nodes]"),
+        "rarest first": ("its prefix", KEY, KEY.replace("-", "")),
+        "no empty prefix": ("the empty prefix counts once", PREFIXES,
+                            PREFIXES.replace("len", "1, len")),
+        "whole rows missing": (EACH_PREFIX, PREFIXES, PREFIXES.replace(" + 1", "")),
+        "whole rows alone": (EACH_PREFIX, PREFIXES, "counts.update([(), ranks])"),
+        "next root forgotten": (EXPECTED, "in tree.paths) / counts", "in tree.paths[1:]) / counts"),
+        "divided by all prefixes": (EXPECTED, "/ counts[()]", "/ sum(counts.values())"),
+        "too few nodes unchecked": (NOT_IN_WORDS, "n_nodes < 2 or len(counts) < 2", "False"),
+    },
+    7: {
         "rows not moved": (NOT_KEPT, KEEP, "pass"),
         "rows from the cache's start": (NOT_KEPT, "data.device) + start", "data.device)"),
         "length to the last row": ("the length is not that", "length = start + len(rows)",
@@ -169,27 +192,15 @@ WRONG = {
         "beyond the end": ("after the end is cut off", AT_EOS, AT_EOS.replace(ROOM, "")),
         "heads at every node": ("ran at several nodes", "        tokens = propose(",
             "        heads(hidden.repeat(2), lm_head)\n        tokens = propose("),
+        "heads at the last node": (
+            "head k does not fill depth k", "states[path[-1]]", "states[-1]"),
+        "noise by index": (NOT_PLAIN, "noise.at(tree.depths)", "noise.at(range(len(tree)))"),
+        "one end token": ("after EOS", ENDS, ENDS.replace("in eos_ids", "== eos_ids[0]")),
         "heads at the root": ("head k does not fill depth k", "states[path[-1]]", "states[0]"),
         "rows of the tree not committed": (NOT_PLAIN, "cache.keep(past, path)\n",
                                            "cache.length = past + len(path)\n"),
         "noise not advanced": (NOT_PLAIN, "noise.advance(len(emitted))", "pass"),
         "root forgotten": ("root in the past", "past = length - 1", "past = length"),
-    },
-    7: {
-        "product of marginals": ("do not multiply marginals", RANKED, MARGINALS),
-        "ties to the longer": ("its prefix", KEY, KEY.replace("len", "-len")),
-        "ties to the higher ranks": ("lower ranks", KEY,
-                                     KEY.replace(" path)", " [-rank for rank in path])")),
-        "shortest first": ("another tree of this size", KEY, "(len(path), -counts[path], path)"),
-        "root not counted": ("n_nodes counts the root", "[: n_nodes - 1]", "[:n_nodes]"),
-        "rarest first": ("its prefix", KEY, KEY.replace("-", "")),
-        "no empty prefix": ("the empty prefix counts once", PREFIXES,
-                            PREFIXES.replace("len", "1, len")),
-        "whole rows missing": (EACH_PREFIX, PREFIXES, PREFIXES.replace(" + 1", "")),
-        "whole rows alone": (EACH_PREFIX, PREFIXES, "counts.update([(), ranks])"),
-        "next root forgotten": (EXPECTED, "in tree.paths) / counts", "in tree.paths[1:]) / counts"),
-        "divided by all prefixes": (EXPECTED, "/ counts[()]", "/ sum(counts.values())"),
-        "too few nodes unchecked": (NOT_IN_WORDS, "n_nodes < 2 or len(counts) < 2", "False"),
     },
 }  # fmt: skip
 
@@ -323,6 +334,31 @@ RIGHT = {
 '''},
     },
     6: {
+        "best first": {"tree.calibrated_tree": '''
+    counts = rank_paths if isinstance(rank_paths, Counter) else prefix_counts(rank_paths)
+    if n_nodes < 2 or len(counts) < 2:
+        raise ValueError(f"n_nodes = {n_nodes}: too few")
+    chosen, more = [()], True
+    while len(chosen) < n_nodes and more:
+        more = [path for path in counts if path not in chosen and path[:-1] in chosen]
+        chosen += sorted(more, key=lambda path: (-counts[path], len(path), path))[:1]
+    return tree_from_paths(chosen[1:])
+'''},
+        "heap": {"tree.ranked_prefixes": '''
+    import heapq
+    heap = [(-count, len(path), path) for path, count in counts.items() if path]
+    return [path for *_, path in heapq.nsmallest(len(heap), heap)]
+''', "tree.prefix_counts": '''
+    counts = Counter()
+    for ranks in rank_paths:
+        for depth in range(len(ranks) + 1):
+            counts[tuple(ranks)[:depth]] += 1
+    return counts
+''', "tree.expected_tokens": '''
+    return 1 + sum(counts[path] / counts[()] for path in tree.paths[1:])
+'''},
+    },
+    7: {
         "row by row": {"model.KVCache.keep": '''
         for to, row in enumerate(rows):
             self.data[..., start + to, :] = self.data[..., start + row, :].clone()
@@ -352,31 +388,6 @@ RIGHT = {
         mask = torch.cat((torch.ones(len(nodes), past, dtype=torch.bool), nodes.mask), dim=1)
         positions = [min(past + depth, end - 1) for depth in nodes.depths]
         states = model(tokens[None], torch.tensor(positions), mask, cache)[0]
-'''},
-    },
-    7: {
-        "best first": {"tree.calibrated_tree": '''
-    counts = rank_paths if isinstance(rank_paths, Counter) else prefix_counts(rank_paths)
-    if n_nodes < 2 or len(counts) < 2:
-        raise ValueError(f"n_nodes = {n_nodes}: too few")
-    chosen, more = [()], True
-    while len(chosen) < n_nodes and more:
-        more = [path for path in counts if path not in chosen and path[:-1] in chosen]
-        chosen += sorted(more, key=lambda path: (-counts[path], len(path), path))[:1]
-    return tree_from_paths(chosen[1:])
-'''},
-        "heap": {"tree.ranked_prefixes": '''
-    import heapq
-    heap = [(-count, len(path), path) for path, count in counts.items() if path]
-    return [path for *_, path in heapq.nsmallest(len(heap), heap)]
-''', "tree.prefix_counts": '''
-    counts = Counter()
-    for ranks in rank_paths:
-        for depth in range(len(ranks) + 1):
-            counts[tuple(ranks)[:depth]] += 1
-    return counts
-''', "tree.expected_tokens": '''
-    return 1 + sum(counts[path] / counts[()] for path in tree.paths[1:])
 '''},
     },
 }  # fmt: skip

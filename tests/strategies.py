@@ -159,20 +159,27 @@ def unit(model: GPT, tokens) -> torch.Tensor:
     return (x / x.square().mean(-1, keepdim=True).sqrt()).flatten(-2)
 
 
+HINTS = {  # words of an error, and where it may come from
+    "do not fit": "what comes after the end is cut off, tokens are counted and not steps",
+    "size": "the mask is (N, past + N), without the root in the past",
+    "index": "positions are past + depth, near the end of the context the last one",
+}
+
+
 def follow(steps, heads) -> list[list[int]]:
     """What all steps of a decoding emitted; cheating heads are told how far the text has come."""
     taken = []
     try:
         for step in steps:
+            sizes = {len(step.tree), len(step.tokens), len(step.logits)}
+            assert len(sizes) == 1, "a Step has a token and logits for each node of its tree"
             taken.append(list(step.emitted))
             if isinstance(heads, CheatingHeads):
                 heads.length += len(step.emitted)
     except (IndexError, RuntimeError, ValueError) as error:
-        asked = (
-            "positions are past + depth, the mask is (N, past + N) without the root in the past, "
-            "what comes after EOS or after the end is cut off, tokens are counted and not steps"
-        )
-        raise AssertionError(f"step {len(taken) + 1} breaks off, {error}: {asked}") from error
+        says = f"step {len(taken) + 1} breaks off, {type(error).__name__}: {error}"
+        hints = [hint for word, hint in HINTS.items() if word in str(error)]
+        raise AssertionError("; ".join([says, *hints])) from error
     return taken
 
 
@@ -188,7 +195,8 @@ def decodings(draw, kinds=(*REAL, "cheating", "wrong"), room=1):
     """
     V, seed, context = draw(st.integers(2, 6)), draw(st.integers(0, 99)), draw(st.integers(1, 19))
     context += room
-    eos = draw(st.none() | st.integers(0, V - 1))
+    token = st.integers(0, V - 1)
+    eos = draw(st.none() | token | st.lists(token, min_size=2, max_size=2))
     model = random_gpt(seed, V, context, draw(st.integers(1, 2)), eos)
     prompt = draw(st.lists(st.integers(0, V - 1), min_size=1, max_size=context - room))
     K, J = draw(st.integers(1, 4)), draw(st.integers(1, 2))
@@ -222,7 +230,7 @@ def greedy_text(model: GPT, prompt, max_new_tokens: int) -> list[int]:
     text = list(prompt)
     while len(text) < min(len(prompt) + max_new_tokens, model.config.max_position_embeddings):
         text.append(next_logits(model, text).argmax().item())
-        if text[-1] == model.config.eos_token_id:
+        if text[-1] in model.config.eos_ids:
             break
     return text[len(prompt) :]
 
@@ -250,7 +258,7 @@ def text_distribution(model: GPT, prompt, max_new_tokens: int, sampling) -> dict
     longest = min(max_new_tokens, model.config.max_position_embeddings - len(prompt))
 
     def extend(new: tuple[int, ...], prob: float) -> None:
-        if len(new) == longest or model.config.eos_token_id in new[-1:]:
+        if len(new) == longest or set(model.config.eos_ids) & set(new[-1:]):
             found[new] = prob
             return
         logits = next_logits(model, [*prompt, *new])

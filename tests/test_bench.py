@@ -22,7 +22,7 @@ from hypothesis import given, settings, strategies as st
 import medusa
 import train
 from bench import animation, bench, cost, decode, drawing, endurance, figures, predict, results
-from bench import roofline, training, typical
+from bench import roofline, scoreboard, training, typical
 from bench.dynamic import best_first_tree, dynamic_generate
 from medusa import MedusaConfig, MedusaHeads, Sampling, generate, medusa_generate
 from model import GPT, ModelConfig, write_json
@@ -494,3 +494,30 @@ def test_the_picture_shows_one_text_twice_in_its_time_and_needs_nothing_from_any
 def test_the_picture_that_is_shipped_is_that_of_its_results():
     path = Path(results.__file__).with_name("results") / "decoding.json"
     assert path.with_suffix(".svg").read_text() == drawing.picture(json.loads(path.read_text()))
+
+
+# ---- the scoreboard ----
+def test_a_score_is_of_rows_that_did_not_choose_the_tree(monkeypatch, tmp_path):
+    """Both heads right in every row: 3 tokens a step. Rows 1 and 3 of another rank: 1."""
+    first, other = torch.zeros(6, 2).long(), torch.ones(6, 2).long()
+    for ranks, score in (([first] * 4, 3), ([first, other] * 2, 1)):
+        monkeypatch.setattr(scoreboard, "head_ranks", lambda *_: ranks)
+        heads = random_heads(random_gpt(0), 2, 0)
+        assert scoreboard.tokens_per_step(None, heads, (), 0.0) == score
+    assert [scoreboard.points(score) for score in (1.59, 1.6, 2.85, 4)] == [0, 2, 10, 20]
+    (tmp_path / "model.safetensors").write_bytes(bytes(1_000_001))
+    monkeypatch.setattr(sys, "argv", ["scoreboard.py", str(tmp_path)])
+    with pytest.raises(ValueError, match="1,000,001 bytes, more than 1,000,000"):
+        scoreboard.main()
+
+
+@pytest.mark.course
+@pytest.mark.parametrize("heads", ["data/heads", "data/sequential-heads"])
+def test_the_scoreboard_says_what_its_command_prints(heads, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scoreboard.py", heads])
+    scoreboard.main()
+    lines = (scoreboard.ROOT / "bench/scoreboard.md").read_text().splitlines()
+    line = next(line for line in lines if f"`{heads}`" in line)
+    greedy, sampled, size, points = (part.strip() for part in line.split("|")[2:6])
+    says = f"{points} points; tokens/step {greedy} at 0.0, {sampled} at 0.7; {size} bytes"
+    assert says in capsys.readouterr().out

@@ -131,7 +131,8 @@ def test_of_equally_deep_paths_the_most_likely_wins(likely):
     # 0.5 * 0.5 = 0.25 beats 0.2 * 0.9 = 0.18: the product counts, neither the last token alone, 0.5
     # against 0.9, nor the sum, 1.0 against 1.1. With equal noise the next token is the argmax.
     path, emitted = accept(tree, tokens, logits, sampling, torch.ones_like(logits))
-    assert (path, emitted) == ([0, likely, likely + 2], [likely, 0, 0])
+    says = "of equally deep paths the most likely one wins: the product of its probabilities counts"
+    assert (path, emitted) == ([0, likely, likely + 2], [likely, 0, 0]), says
 
 
 def test_lossless_acceptance_samples_with_the_noise():

@@ -65,14 +65,14 @@ def test_a_record_says_what_base_and_heads_say_at_each_node(case, sampling):
             assert record["thresholds"][node] == pytest.approx(threshold, abs=1e-6)
         # The path is the text; the cache holds all of it but the root.
         everything = [tokens[node] for node in path[1:]] + [targets[path[-1]]]
-        emitted, eos = record["emitted"], model.config.eos_token_id
+        emitted, eos = record["emitted"], model.config.eos_ids
         assert tokens[0] == text[-1]
         assert emitted == everything[: len(emitted)]
         text += emitted
-        ended = emitted[-1] == eos or len(text) == len(prompt) + 14
+        ended = emitted[-1] in eos or len(text) == len(prompt) + 14
         assert emitted == everything or ended
         shown += "".join(record["text"])
-    ids = [*prompt[-1:], *(token for token in text[len(prompt) :] if token != eos)]
+    ids = [*prompt[-1:], *(token for token in text[len(prompt) :] if token not in eos)]
     assert shown == TOKENIZER.decode(ids)
 
 
