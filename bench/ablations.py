@@ -63,7 +63,7 @@ LESSONS = {
         "medusa2, naive: one rate, one stage", "this ruins the base"
     ),
     SLOW_BASE.format("28th"): (
-        "medusa2, KL, the base at a 28th of the rate", "the base hardly changes; no gain in 400 steps"
+        "medusa2, KL, the base at a 28th of the rate", "the base hardly changes; no gain so soon"
     ),
 }  # fmt: skip
 

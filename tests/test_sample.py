@@ -306,7 +306,7 @@ def test_worked_example_of_a_summary():
         "tokens/s": "7 with Medusa, 5 plain", "text": "identical, token for token",
         "speed-up": "1.33x",
     }  # fmt: skip
-    assert "9 tokens, 4 steps after" in lines["tokens/step"]
+    assert "8 tokens in 4 steps" in lines["tokens/step"]
     said = [sample.summary(ours, plain, (4, 2e-7), lossy, tree, "")["text"] for lossy in (0, 1)]
     assert said[0] == "differs from token 5 on: there the two were 2.0e-07 apart"
     assert said[1] == "differs from token 5 on: typical acceptance is lossy"
