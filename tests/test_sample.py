@@ -362,10 +362,13 @@ def test_the_prompt_comes_first_and_the_text_is_that_of_plain_decoding(main, fla
     flags = [*flags.split(), "--prompt-file", str(tmp_path / "prompt.txt"), "--max-new-tokens"]
     out = main(*flags, "16")
     assert out.startswith(prompt) and "\ntext         identical, token for token\n" in out
-    assert " 16 tokens, " in out and "context" not in out
+    assert " 15 tokens in " in out and "context" not in out
     room = 96 - len(tokenizer().opening(prompt))
     out_of_room = main(*flags, "500")
-    assert f" {room} tokens, " in out_of_room and "\nstopped: the context is full\n" in out_of_room
+    assert (
+        f" {room - 1} tokens in " in out_of_room
+        and "\nstopped: the context is full\n" in out_of_room
+    )
     assert "nothing to compare" in main(*flags, "1")
     # Without heads, the same text; a tree needs heads.
     (tmp_path / "base" / "heads").rename(tmp_path / "elsewhere")
