@@ -351,8 +351,8 @@ def test_a_class_is_graded_into_a_table(tmp_path):
 @pytest.mark.course
 def test_an_endless_loop_or_a_broken_module_costs_its_own_points_alone(tmp_path):
     loop = rewritten({"tree.Tree.depths": "        while True:\n            pass"})
-    result = grade_all(tmp_path, 1, {"loop": loop}, hurry=True)["loop"]
-    assert result["score"] == 12 and result["execution_time"] < 8 + 10
+    result = grade_all(tmp_path, 1, {"loop": loop})["loop"]
+    assert result["score"] == 12 and result["execution_time"] < 90
     assert "still running" in str(result["tests"])
     (tmp_path / "more").mkdir()
     broken = grade_all(tmp_path / "more", 7, {"broken": {"medusa.py": "def broken(:\n"}})["broken"]
