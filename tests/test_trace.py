@@ -175,7 +175,7 @@ def test_the_command_writes_the_generation_that_it_printed(main, flags, tmp_path
     text = "".join(part for record in content["steps"] for part in record["text"])
     assert out.startswith(content["prompt"] + text + "\n\n")
     tokens = sum(len(record["emitted"]) for record in content["steps"])
-    assert f" {tokens} tokens, {len(content['steps']) - 1} steps " in out
+    assert f" {tokens - 1} tokens in {len(content['steps']) - 1} steps" in out
     assert f"text         {content['difference']}\n" in out and f": {content['why']}\n" in out
     ours, plain = map(fmean, content["times"])
     assert f"step cost    {ours / plain:.2f} " in out
