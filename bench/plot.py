@@ -158,9 +158,9 @@ def draw_typical(results: dict):
 
 
 def draw_training(records: list[dict]):
-    """Loss and accuracy on training rows; a point is the mean over a hundredth of the steps."""
+    """Loss and accuracy on training rows; a point is the mean over a thirtieth of the steps."""
     figure, panels = pyplot.subplots(2, 1, figsize=(WIDTH, 6), sharex=True)
-    n, labels = max(1, len(records) // 100), {axes: [] for axes in panels}
+    n, labels = max(1, len(records) // 30), {axes: [] for axes in panels}
     ends = range(n, len(records) + 1, n)
     for axes, name in zip(panels, ("heads", "top1")):
         of_heads = zip(*(record[name] for record in records))
