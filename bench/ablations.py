@@ -13,23 +13,21 @@ import sys
 import tempfile
 from datetime import date
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from torch import Tensor
 
 import train
 from bench.figures import machine, replace_between
+from bench.scoreboard import tokens_per_step
 from data.command import OneLineParser
 from data.corpus import documents, packed
 from data.tokenizer import Tokenizer
 from medusa import MedusaHeads, medusa_loss
 from model import GPT, read_json, write_json
-from tree import calibrated_tree, expected_tokens, prefix_counts, replay
 
 SEEDS, STEPS, NODES = (0, 1, 2), 400, 8
 
@@ -68,26 +66,13 @@ LESSONS = {
 }  # fmt: skip
 
 
-def tokens_per_step(model: GPT, heads: MedusaHeads, rows: tuple[Tensor, Tensor]) -> float:
-    """Greedy, replayed: the tree of each half of the rows on the other half."""
-    texts = [ranks.tolist() for ranks in train.head_ranks(model, heads, *rows)]
-    tokens, steps = 0.0, 0
-    for mine, others in ((texts[::2], texts[1::2]), (texts[1::2], texts[::2])):
-        tree = calibrated_tree(chain.from_iterable(others), NODES)
-        tree = calibrated_tree(replay(others, tree), NODES)
-        counts = prefix_counts(replay(mine, tree))
-        tokens += expected_tokens(tree, counts) * counts[()]
-        steps += counts[()]
-    return tokens / steps
-
-
 def measure(name: str, seed: int) -> dict:
     """Train, and in place of the calibration look at what heads and base reached."""
     found = {}
 
     def look(model: GPT, heads: MedusaHeads, held_out: dict) -> dict:
         text = packed(documents(True), Tokenizer.load(ROOT / "data/base"))
-        found["tokens/step"] = tokens_per_step(model, heads, held_out["0.0"])
+        found["tokens/step"] = tokens_per_step(model, heads, held_out["0.0"], NODES)
         found["perplexity"] = train.perplexity(model, text)
         found["head parameters"] = sum(p.numel() for p in heads.parameters())
         return {}

@@ -143,7 +143,8 @@ WRONG = {
     },
     5: {
         "redraw for each child": ("one sample a node", PASSES, REDRAWN),
-        "the child's own": ("not pass at its", PASSES, "[*map(int.__eq__, guesses, targets)][1:]"),
+        "the child's own": (
+            "its parent's sample", PASSES, "[*map(int.__eq__, guesses, targets)][1:]"),
         "padding 0 accepted": ("that does not pass at its parent", PASSES,
                                PASSES.replace("== targets[p]", "in (0, targets[p])")),
         "argmax for a sample": (NEXT_ROOT, TARGETS, "targets = logits.argmax(-1)  #"),
