@@ -15,6 +15,7 @@ NOT_FORMULA = "is not W2 (h + SiLU(W1 h + b1))"
 TARGET = "token t+k+1"
 MEAN = "over the targets with loss_mask and only those"
 THRESHOLD = "the threshold is not min(epsilon, delta * exp(-H))"
+SAMPLE = "its parent's sample"  # told with whichever case was found
 PASSED_OVER = "a deeper node was passed over"
 NEXT_ROOT = "the next root is not the sample of the last accepted node"
 EMITTED = "a step emits the guesses on the path"
@@ -144,15 +145,15 @@ WRONG = {
     5: {
         "redraw for each child": ("one sample a node", PASSES, REDRAWN),
         "the child's own": (
-            "its parent's sample", PASSES, "[*map(int.__eq__, guesses, targets)][1:]"),
+            SAMPLE, PASSES, "[*map(int.__eq__, guesses, targets)][1:]"),
         "padding 0 accepted": ("that does not pass at its parent", PASSES,
                                PASSES.replace("== targets[p]", "in (0, targets[p])")),
-        "argmax for a sample": (NEXT_ROOT, TARGETS, "targets = logits.argmax(-1)  #"),
+        "argmax for a sample": (SAMPLE, TARGETS, "targets = logits.argmax(-1)  #"),
         "next root at the root": (NEXT_ROOT, BONUS, "[targets[0]]"),
         "nothing accepted": (PASSED_OVER, BEST, f"(-{BEST[1:]}"),
         "first root again": (EMITTED, "for node in path[1:]]", "for node in path]"),
         "no next root": (EMITTED, f" + {BONUS}", ""),
-        "top-k forgotten": (NEXT_ROOT, TARGETS,
+        "top-k forgotten": (SAMPLE, TARGETS,
                             "targets = sample(logits, Sampling(sampling.temperature), noise)  #"),
         "guesses without the noise": ("the same noise", SCORED, "if True:"),
         "guesses without the temperature": (
