@@ -22,7 +22,6 @@ from pathlib import Path
 from statistics import fmean, median
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -86,34 +85,22 @@ class SampleConfig:
 
 
 # ---- faster products on a CPU: layouts in memory, no idea of Medusa ----
-AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
-
-
-def few_rows(weight: Tensor, bias: Tensor | None, packed: Tensor | None, input: Tensor) -> Tensor:
-    """input W^T + b, for the few rows input (..., in) of a decoding step."""
-    rows = input.shape[:-1].numel()
-    if packed is not None and rows > 2:
-        return torch.ops.mkldnn._linear_pointwise(input, packed, bias, "none", [], "")
-    if rows > 16 or not AVX2:
-        return F.linear(input, weight, bias)
-    # On AVX2, (W input^T)^T is faster: it reads W in memory order. Two columns beat a single one.
-    columns = input.reshape(rows, -1) if rows > 1 else torch.cat((input, input)).view(2, -1)
-    y = (weight @ columns.mT).mT[:rows].contiguous().view(*input.shape[:-1], -1)
-    return y if bias is None else y + bias
-
-
 def pack_linears(model: GPT) -> None:
-    """On a CPU with oneDNN, give every nn.Linear a faster forward; for inference only."""
+    """On a CPU with oneDNN, give every large nn.Linear a faster forward; for inference only."""
     if model.lm_head.weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return
     bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     dtypes = [torch.float32, torch.bfloat16] if bfloat16 else [torch.float32]
+
+    def product(weight: Tensor, bias: Tensor | None, input: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+
     for linear in [module for module in model.modules() if isinstance(module, nn.Linear)]:
-        weight, packed = linear.weight.detach(), None
-        # A second copy of a large matrix in oneDNN's layout: best for 8 rows, right for any number.
+        weight = linear.weight.detach()
+        # A second copy in oneDNN's layout: best for 8 rows, right for any number.
         if weight.numel() >= 1 << 18 and weight.dtype in dtypes:
             packed = torch.ops.mkldnn._reorder_linear_weight(weight, 8)
-        linear.forward = partial(few_rows, weight, linear.bias, packed)
+            linear.forward = partial(product, packed, linear.bias)
 
 
 @torch.inference_mode()

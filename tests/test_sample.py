@@ -316,11 +316,10 @@ EXACT = [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 0.1)]
 
 
 @pytest.mark.parametrize("dtype, tolerance", EXACT, ids=str)
-@pytest.mark.parametrize("kind, avx2", [("llama", False), ("llama", True), ("qwen2", True)])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @torch.inference_mode()
-def test_packed_matrices_give_the_same_logits(dtype, tolerance, kind, avx2, monkeypatch):
+def test_packed_matrices_give_the_same_logits(dtype, tolerance, kind):
     """Tied embeddings, biases (qwen2), matrices above and below the size that is packed."""
-    monkeypatch.setattr(sample, "AVX2", avx2)
     model = GPT(ModelConfig(512, 512, 64, 1, 2, 1, 64, model_type=kind)).to(dtype).eval()
     for weight in model.parameters():
         weight.copy_(0.05 * torch.randn(weight.shape, generator=rng(0)))
@@ -330,7 +329,11 @@ def test_packed_matrices_give_the_same_logits(dtype, tolerance, kind, avx2, monk
     for tokens, logits in zip(inputs, expected):
         torch.testing.assert_close(model.lm_head(model(tokens)), logits, rtol=0, atol=tolerance)
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    assert linears and all(isinstance(linear.forward, partial) for linear in linears)
+    packed = [linear for linear in linears if isinstance(linear.forward, partial)]
+    large = [linear for linear in linears if linear.weight.numel() >= 1 << 18]
+    # bfloat16 needs hardware for it.
+    assert packed == {torch.float32: large, torch.float64: []}.get(dtype, packed)
+    assert 0 < len(large) < len(linears)
     assert model.lm_head.weight is model.embed_tokens.weight
 
 
