@@ -184,6 +184,10 @@ class MedusaHeads(nn.Module):
         has_bias = raw.get("medusa_fc_bias") or any(name.endswith(".bias") for name in disk)
         heads = cls(config_of(MedusaConfig, raw, config))
         tensors = {n: t for n, t in heads.tensors().items() if has_bias or n[-5:] != ".bias"}
+        # A layer that config.json does not name would be left out silently.
+        for name in disk:
+            is_known = name in tensors or not name.startswith("blocks.0.")
+            check(is_known, f"{weights}: tensor {name}: {config} names no such layer")
         fill(tensors, disk, weights)
         if heads.token_map is not None:
             valid = set(heads.token_map.tolist()) & set(range(heads.config.vocab_size))

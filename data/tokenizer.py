@@ -202,5 +202,6 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
             sentence_iterator=iter(blocks), model_writer=model, vocab_size=vocab_size, **options
         )
     except RuntimeError as error:
-        raise ValueError(f"--vocab-size {vocab_size} does not suit this text: {error}") from None
+        says = str(error).rpartition("] ")[2]  # after its place in the library's source
+        raise ValueError(f"--vocab-size {vocab_size} does not suit this text: {says}") from None
     return Tokenizer(model.getvalue())
