@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 
 import train
-from bench.figures import machine, replace_between
+from bench.figures import machine, replace_between, wrapped
 from bench.scoreboard import tokens_per_step
 from data.command import OneLineParser
 from data.corpus import documents, packed
@@ -136,7 +136,8 @@ def main() -> None:
             write_json(path, content)
     about = f"{STEPS} steps each and seeds {', '.join(map(str, SEEDS))}, where no other number is "
     about += "named (there seed 0). Measured by `bench/ablations.py` on "
-    text = f"{table(content['results'])}\n\n{about}{content['machine']}; {content['date']}."
+    about = wrapped(f"{about}{content['machine']}; {content['date']}.")
+    text = f"{table(content['results'])}\n\n{about}"
     replace_between("bench/README.md", "ablations", text)
     if LESSONS.keys() <= content["results"].keys():
         replace_between("README.md", "lessons", lessons_table(content["results"]))

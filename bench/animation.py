@@ -55,10 +55,12 @@ def typical(runs: list[list[Step]]) -> int:
     """Which decoding is nearest to the mean tokens/step of all; none that loops, if possible."""
     texts = [sum((step.emitted for step in steps), []) for steps in runs]
     counts = [(len(text) - 1, len(steps) - 1) for text, steps in zip(texts, runs)]
-    mean = sum(tokens for tokens, _ in counts) / sum(steps for _, steps in counts)
+    mean = sum(tokens for tokens, _ in counts) / max(sum(steps for _, steps in counts), 1)
     strange = []
     for text, (tokens, steps) in zip(texts, counts):
-        strange.append(math.inf if distinct([text]) < 0.5 else abs(tokens / steps - mean))
+        # A text may end with the prompt's own step.
+        is_fit = steps > 0 and distinct([text]) >= 0.5
+        strange.append(abs(tokens / steps - mean) if is_fit else math.inf)
     return strange.index(min(strange))
 
 

@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from dataclasses import replace
 from datetime import date
@@ -295,6 +296,12 @@ def ladder_table(figures: dict) -> str:
     return "\n".join([*lines, "", about, f"on {machine}; {day}."])
 
 
+def wrapped(text: str) -> str:
+    """A paragraph, or an item of a list, at 100 columns."""
+    indent = "  " if text.startswith("- ") else ""
+    return textwrap.fill(text, 100, subsequent_indent=indent, break_on_hyphens=False)
+
+
 SHOWN = "base", "decoding", "half", "command", "tests"
 
 
@@ -303,10 +310,10 @@ def table(figures: dict) -> str:
     base, decoding, half, command, tests = (figures[name]["result"] for name in SHOWN)
     rows = [decoding_row(t, run) for t, run in decoding.items()]
     lines = [HEADER, "|---|---|---|---|---|---|---|", *rows, ""]
-    lines += [base_line(base), half_line(half), command_line(command, decoding), tests_line(tests)]
+    notes = [base_line(base), half_line(half), command_line(command, decoding), tests_line(tests)]
     measured = {(figures[name]["machine"], figures[name]["date"]) for name in SHOWN}
     about = [f"Measured by `bench/figures.py` on {name}; {day}." for name, day in sorted(measured)]
-    return "\n".join([*lines, "", *about])
+    return "\n".join([*lines, *map(wrapped, notes), "", wrapped(" ".join(about))])
 
 
 def replace_between(file: str, mark: str, content: str) -> None:

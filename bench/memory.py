@@ -5,13 +5,18 @@ Each step runs in a process of its own: that of Medusa-2, base and heads, with t
 as train.py has them, and with all logits at once; and that of Medusa-1, on a frozen base.
 """
 
-import json
 import resource
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.figures import machine
+from model import write_json
+
+RESULTS = Path(__file__).with_suffix(".json")
 
 
 def step(mode: str, K: int, chunk_logits: int) -> None:
@@ -48,5 +53,7 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         step(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
     else:
-        found = {"chunks": compare("medusa2", 0), "all at once": compare("medusa2", 1 << 40)}
-        print(json.dumps(found | {"medusa1, chunks": compare("medusa1", 0)}, indent=1))
+        content: dict = {"machine": machine(), "date": date.today().isoformat()}
+        content |= {"chunks": compare("medusa2", 0), "all at once": compare("medusa2", 1 << 40)}
+        write_json(RESULTS, content | {"medusa1, chunks": compare("medusa1", 0)})
+        print(RESULTS.read_text())

@@ -187,7 +187,9 @@ def draw_results(out: Path) -> None:
 
 
 def draw_log(log: Path) -> None:
-    records = [json.loads(line) for line in log.read_text().splitlines()]
+    records = [json.loads(line) for line in log.read_text().splitlines() if line]
+    if len(records) == 0:
+        sys.exit(f"{log} has no steps yet")
     save(draw_training, records, log.with_name("training"))
 
 

@@ -55,6 +55,13 @@ def definition(file: str, name: str) -> ast.AST:
     return node
 
 
+BENCH = "bench/README.md"
+
+
+def results(name: str) -> dict:
+    return json.loads((ROOT / f"bench/results/{name}.json").read_text(encoding="utf-8"))["results"]
+
+
 LINE_LINKS = re.findall(r"\[`([\w.]+)`\]\((?:\.\./)?([\w/]+\.py)#L(\d+)\)", ALL)
 
 
@@ -191,6 +198,26 @@ def test_the_first_screen_says_what_was_measured():
     assert f"{ours['identical texts']} of {figures.PROMPTS}" in " ".join(first.split())
     n = sum(len((ROOT / f"{name}.py").read_text().splitlines()) for name in FIVE)
     assert f"about {round(n, -2):,} lines" in first
+
+
+def test_the_prose_says_what_was_measured():
+    words = {file: " ".join(text.split()) for file, text in DOCUMENTS.items()}
+    ways = {}
+    for rule, result in results("decode").items():
+        ways[rule] = {way: row["ratio"] for way, row in result["ways"].items()}
+    lookup = {rule: max(v for way, v in of.items() if "lookup" in way) for rule, of in ways.items()}
+    plain = f"plain loop has {ways['greedy']['transformers']:.2f}"
+    assert plain + " times our plain speed" in words["README.md"]
+    assert f"(guesses copied from the text) {lookup['greedy']:.2f}." in words["README.md"]
+    assert f"{plain} of our plain speed, its prompt lookup {lookup['greedy']:.2f}:" in words[BENCH]
+    assert f"0.7 lookup has {lookup['lossless-0.7']:.2f}, and" in words[BENCH]
+
+    points = results("typical")["temperature-0.7"]["points"]
+    lossless, typical = points["lossless"], points["0.09"]
+    both = f"{typical['tokens/step']:.2f} tokens a step where lossless emits"
+    assert f"{both} {lossless['tokens/step']:.2f}, and" in words["README.md"]
+    distance = f"{typical['total variation']:.2f} (total variation) and {typical['KL']:.2f} nats"
+    assert distance in words["README.md"]
 
 
 def test_it_begins_with_the_two_commands():
