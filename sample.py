@@ -105,22 +105,22 @@ def pack_linears(model: GPT) -> None:
 
 @torch.inference_mode()
 def pick_threads(model: GPT) -> None:
-    """On a busy CPU threads wait for each other, longer than they compute: then take one."""
+    """On a busy CPU threads wait for each other: take one, unless several are clearly faster."""
     several, context = torch.get_num_threads(), model.config.max_position_embeddings
     if model.lm_head.weight.device.type != "cpu" or several == 1:
         return
     tokens, times = torch.zeros(1, min(context, 16), dtype=torch.long), {several: [], 1: []}
     begin = time.perf_counter()
-    while len(times[1]) < 5 and time.perf_counter() - begin < 2:
+    while len(times[1]) < 15 and time.perf_counter() - begin < 2:
         for threads, seconds in times.items():
             torch.set_num_threads(threads)
             start = time.perf_counter()
             model(tokens)
             seconds.append(time.perf_counter() - start)
-    # One thread must be clearly faster.
-    torch.set_num_threads(1 if median(times[1]) < 0.8 * median(times[several]) else several)
-    if torch.get_num_threads() == 1:
-        print(f"one thread is faster here than {several}", file=sys.stderr)
+    is_faster = median(times[several]) < 0.8 * median(times[1])
+    torch.set_num_threads(several if is_faster else 1)
+    if not is_faster:
+        print(f"decoding with one thread: {several} are not clearly faster", file=sys.stderr)
 
 
 # ---- one decoding, timed and streamed ----
