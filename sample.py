@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, linear_regression, median
 
 import torch
 from torch import Tensor, nn
@@ -197,12 +197,14 @@ def step_costs(
         for tree, seconds in times.items():
             steps = decode(endless, heads, tree, prompt, n, sampling, seed=0)
             seconds.extend(timed_run(islice(steps, 1 + STEPS))[1])  # without the prompt's
-    # The median: on a busy machine the fastest step is a rare one. A larger tree cannot cost less.
-    costs, most = {}, 0.0
-    for tree, seconds in times.items():
-        most = max(most, median(seconds))
-        costs[len(tree)] = most
-    return costs
+    # Every node costs about the same: a line through the medians. On a busy machine the median of
+    # one size is far off, but hardly the line.
+    plain, *of_trees = [median(seconds) for seconds in times.values()]
+    _, *sizes = [len(tree) for tree in times]
+    slope = linear_regression(sizes, of_trees).slope if len(sizes) > 1 else 0.0
+    middle, mean_size = fmean(of_trees), fmean(sizes)
+    line = {N: middle + max(slope, 0.0) * (N - mean_size) for N in sizes}
+    return {1: plain} | {N: max(seconds, plain) for N, seconds in line.items()}
 
 
 def pick_tree(
