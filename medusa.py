@@ -94,34 +94,49 @@ class MedusaHeads(nn.Module):
         # The tokens of a truncated vocabulary: the first v, until training chooses.
         self.register_buffer("token_map", torch.arange(v) if v < V else None)
 
-    def forward(self, hidden, lm_head, between: Tensor | None = None, heads=slice(None)) -> Tensor:
+    def forward(self, hidden, lm_head, between: Tensor | None = None) -> Tensor:
         """hidden (..., D) -> logits (K, ..., V); (K, ..., v) if lm_head is `truncated`.
 
         between: (..., K * D), the `embed` of tokens t+1 to t+K, if the heads are sequential.
-        heads: a slice, if not all K guess; up to head k, `between` may end at token t+k.
         """
-        D, weights = self.config.hidden_size, self.weight[:, heads]  # (J, K, D, D)
-        biases = list(self.bias[:, heads])  # J times (K, 1, D); the first may grow to (K, n, D)
+        K, D = self.config.num_heads, self.config.hidden_size
+        biases = list(self.bias)  # J times (K, 1, D); the first may grow to (K, n, D)
         if self.token_weights is not None:
             assert between is not None, "sequential heads see the tokens between"
             seen = between.reshape(-1, between.shape[-1])  # (n, K * D): head k sees the first k * D
-            terms = [F.linear(seen[:, : R.shape[1]], R) for R in list(self.token_weights)[heads]]
+            terms = [F.linear(seen[:, : R.shape[1]], R) for R in self.token_weights]
             biases[0] = biases[0] + torch.stack(terms)
-        x = hidden.reshape(1, -1, D).expand(weights.shape[1], -1, -1)  # (K, n, D)
+        x = hidden.reshape(1, -1, D).expand(K, -1, -1)  # (K, n, D)
         # Layer by layer, the same layer of all heads at once.
-        for weight, bias in zip(weights, biases):
+        for weight, bias in zip(self.weight, biases):
             x = x + F.silu(torch.baddbmm(bias, x, weight.mT))  # (K, n, D)
         # (K, n, V), by the shared LM head or by one for each head.
-        logits = lm_head(x) if self.lm_heads is None else torch.bmm(x, self.lm_heads[heads].mT)
-        return logits.view(len(x), *hidden.shape[:-1], logits.shape[-1])
+        logits = lm_head(x) if self.lm_heads is None else torch.bmm(x, self.lm_heads.mT)
+        return logits.view(K, *hidden.shape[:-1], logits.shape[-1])
 
-    def embed(self, embed_tokens: nn.Embedding, tokens: Tensor) -> Tensor | None:
-        """What `forward` takes as `between`: tokens (..., K) -> (..., K * D), each of unit RMS."""
+    def one_head(self, k: int, hidden: Tensor, lm_head, between: Tensor) -> Tensor:
+        """What `forward` makes of sequential head k, without the others, for `propose`.
+
+        hidden (n, D); between (n, k * D), the embeddings of tokens t+1 to t+k -> logits (n, V).
+        """
+        i, x = k - 1, hidden
+        seen = F.linear(between, self.token_weights[i])  # (n, D), for the first layer
+        for j in range(self.config.num_hidden_layers):
+            inner = F.linear(x, self.weight[j, i], self.bias[j, i, 0])
+            x = x + F.silu(inner + seen if j == 0 else inner)  # (n, D)
+        return lm_head(x) if self.lm_heads is None else F.linear(x, self.lm_heads[i])
+
+    def embed(self, embed_tokens: nn.Embedding, tokens: Tensor | None = None) -> Tensor | None:
+        """What `forward` takes as `between`: tokens (..., K) -> (..., K * D), each of unit RMS.
+
+        Without tokens: the whole vocabulary, (V, D). None if the heads are not sequential.
+        """
         if self.token_weights is None:
             return None
-        x = embed_tokens(tokens).detach()  # the base does not learn from it
-        x = F.rms_norm(at_least_float32(x), x.shape[-1:], eps=1e-12)
-        return x.flatten(-2).to(self.weight.dtype)
+        # The base does not learn from it.
+        x = embed_tokens.weight.detach() if tokens is None else embed_tokens(tokens).detach()
+        x = F.rms_norm(at_least_float32(x), x.shape[-1:], eps=1e-12).to(self.weight.dtype)
+        return x if tokens is None else x.flatten(-2)
 
     def truncated(self, lm_head: nn.Linear) -> Callable[[Tensor], Tensor]:
         """The LM head that `forward` takes: only the rows in token_map, if there is one."""
@@ -585,9 +600,10 @@ class TreeBuffers:
         return self.bias[:, -width:].clone(memory_format=torch.contiguous_format)
 
 
-def propose(model: GPT, heads, heads_lm_head, hidden: Tensor, root: int, buffers, noise):
+def propose(embeddings, heads, heads_lm_head, hidden: Tensor, root: int, buffers, noise):
     """The tokens at the nodes, (N,): the root, and the heads' best guesses after it.
 
+    embeddings (V, D): `heads.embed` of the whole vocabulary; None unless they are sequential.
     hidden (D,): the state that predicted the root; buffers: TreeBuffers; noise: SharedGumbelNoise.
     """
 
@@ -607,9 +623,9 @@ def propose(model: GPT, heads, heads_lm_head, hidden: Tensor, root: int, buffers
     # have children, given the tokens from the root to it.
     tokens = torch.full_like(buffers.index, root)  # (N,), to be filled in
     for k, (nodes, paths, rows, ranks) in enumerate(buffers.levels, start=1):
-        between = heads.embed(model.embed_tokens, tokens[paths])  # (P, k * D)
+        between = F.embedding(tokens[paths], embeddings).flatten(-2)  # (P, k * D)
         states = hidden.expand(len(paths), -1)  # (P, D)
-        logits = heads(states, heads_lm_head, between, slice(k - 1, k))[0]  # (P, v)
+        logits = heads.one_head(k, states, heads_lm_head, between)  # (P, v)
         tokens[nodes] = best(logits, [k - 1])[rows, ranks]
     return tokens
 
@@ -620,14 +636,14 @@ def medusa_generate(
 ) -> Iterator[Step]:
     """Decoding with Medusa heads, several tokens a step; ends where `generate` ends.
 
-    Unless sampling.typical the text is that of `generate` with the same seed, except where two
-    tokens are so close that rounding decides.
+    Unless typical, the text is that of `generate` with the same seed, but for ties in rounding.
     """
     check_compatible(model, heads, tree)
     length, end = len(prompt), max_length(model, prompt, max_new_tokens)
     if length == end:
         return
     lm_head, heads_lm_head = model.lm_head, heads.truncated(model.lm_head)
+    embeddings = heads.embed(model.embed_tokens) if heads.config.sequential else None  # (V, D)
     cache, eos_ids = model.new_cache(end + len(tree)), model.config.eos_ids  # text, then tree
     last_position = model.config.max_position_embeddings - 1
     buffers = TreeBuffers(tree, end, like=lm_head.weight)
@@ -649,7 +665,7 @@ def medusa_generate(
         past = length - 1  # rows in the cache: all of the text but the root
 
         # 1. Propose: the heads guess what follows the root; the tree arranges their guesses.
-        tokens = propose(model, heads, heads_lm_head, hidden, root, buffers, noise)  # (N,)
+        tokens = propose(embeddings, heads, heads_lm_head, hidden, root, buffers, noise)  # (N,)
 
         # 2. Verify: one pass of the base model over all nodes, under tree attention. Nodes beyond
         #    the context take its last position: step 3 drops their tokens, as all after `end`.

@@ -386,7 +386,7 @@ RIGHT = {
             return
         nodes, hidden = tree, states[path[-1]]
         past, buffers = len(text) - 1, TreeBuffers(nodes, end, model.lm_head.weight)
-        tokens = propose(model, heads, model.lm_head, hidden, text[-1], buffers, noise)
+        tokens = propose(None, heads, model.lm_head, hidden, text[-1], buffers, noise)
         mask = torch.cat((torch.ones(len(nodes), past, dtype=torch.bool), nodes.mask), dim=1)
         positions = [min(past + depth, end - 1) for depth in nodes.depths]
         states = model(tokens[None], torch.tensor(positions), mask, cache)[0]

@@ -93,7 +93,8 @@ def test_sequential_heads_guess_after_each_node_and_leave_the_text_alone(case, s
         hidden = model(torch.tensor([text[:-1] or text]))[0, -1]
         for node, parent in enumerate(step.tree.parents[1:], start=1):
             k, path = tree.depths[node], tree.mask[parent]
-            logits = heads(hidden, lm_head, unit(model, step.tokens[path]), slice(k - 1, k))[0]
+            between = unit(model, step.tokens[path])[None]
+            logits = heads.one_head(k, hidden[None], lm_head, between)[0]
             if sampling.temperature > 0:
                 logits = logits / sampling.temperature - step.noise[parent][known].log()
             assert step.tokens[node] == known[logits.argsort(descending=True)[tree.ranks[node]]]
@@ -583,8 +584,9 @@ def test_sequential_heads_add_what_is_between_state_and_guess(private, layers, t
             alone.bias.data[0, k, 0] += added[n]
             close(logits.flatten(1, 2)[k, n], alone(state, lm_head)[k])
         # A head alone needs no more tokens than it sees.
-        one = heads(hidden, lm_head, between[:, :, : k + 1].flatten(-2), slice(k, k + 1))
-        close(one[0], logits[k], f"head {k + 1} alone gives other logits than among all")
+        seen = between[:, :, : k + 1].flatten(-2)
+        one = heads.one_head(k + 1, hidden.flatten(0, 1), lm_head, seen.flatten(0, 1))
+        close(one, logits[k].flatten(0, 1), f"head {k + 1} alone gives other logits than among all")
     assert R == {}
     new = MedusaHeads(replace(heads.config), lm_head).double()
     close(new(hidden, lm_head, between.flatten(-2)), lm_head(hidden).expand(3, 2, 4, 5))
