@@ -5,6 +5,7 @@ The oracles are written from definitions, without the code under test.
 
 import json
 import math
+import os
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -359,6 +360,13 @@ def write_base(folder: Path) -> Path:
     tokenizer.save(folder / "base")
     model.save_pretrained(folder / "base")
     return folder / "base"
+
+
+class Code:
+    """What a pickle that is opened carelessly runs."""
+
+    def __reduce__(self):
+        return os.mkdir, ("code-has-run",)
 
 
 def contents(directory) -> dict[str, bytes]:

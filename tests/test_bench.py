@@ -177,7 +177,6 @@ def test_a_training_run_is_timed_and_leaves_nothing(mode, base, text, shards, tm
     with patch.dict(training.MODES, {mode: training.MODES[mode] | more}):
         found = training.time_loop(mode, str(base), 4)
     assert 3 <= found["tokens in a step"] <= 3 * 13
-    assert found["tokens/s"] == found["tokens in a step"] / found["seconds of a step"]
     assert contents(tmp_path) == before and train.train_loop is loop
 
 

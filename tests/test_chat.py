@@ -397,9 +397,7 @@ FAILING += [("{{ range(999999999) | list }}", "fails"), ("{{ 'a' * 10 ** 18 }}",
 
 
 @pytest.mark.parametrize("text, says", FAILING, ids=str)
-def test_a_missing_broken_or_hostile_template_is_refused_and_runs_nothing(
-    text, says, tmp_path, monkeypatch
-):
+def test_a_bad_or_hostile_template_is_refused_and_runs_nothing(text, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     directory = chat_directory.__wrapped__(text)
     assert str(directory) in refused(says, lambda: chat_template(directory)(TURNS, True))

@@ -17,7 +17,7 @@ import torch
 import train
 from data.rows import base_digest, read_shards, write_shard
 from model import read_safetensors, write_safetensors
-from strategies import contents, run_of
+from strategies import Code, contents, run_of
 from train import train_medusa2
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -87,13 +87,6 @@ def refused(config, *says) -> None:
 
 BROKEN = ["nothing", "garbage", "cut", "a directory", "a list", "no settings", "no log", "shape"]
 BROKEN += ["name", "no base", "no optimizer", "fewer groups", "code"]
-
-
-class Code:
-    """What a pickle that is opened carelessly runs."""
-
-    def __reduce__(self):
-        return os.mkdir, ("code-has-run",)
 
 
 @pytest.mark.parametrize("what", BROKEN)

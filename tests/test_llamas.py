@@ -17,7 +17,7 @@ from data.rows import base_digest
 from data.tokenizer import copy_tokenizer, disk_dtype, load_tokenizer
 from llamas import ROPES, fill, plain_text
 from model import GPT, ModelConfig, read_config, read_json, write_json, write_safetensors
-from strategies import contents, properties, random_heads, refused, small_tokenizer
+from strategies import Code, contents, properties, random_heads, refused, small_tokenizer
 
 PEERS = json.loads((Path(__file__).parent / "peers.json").read_text())
 
@@ -174,7 +174,7 @@ def test_an_unsupported_config_is_refused_by_file_field_and_value(field, changes
 
 # ---- files and tokenizers ----
 SAVED = {"model.safetensors": save_file, "pytorch_model.bin": torch.save}
-NO_TABLES = [[1], {"a": 1}, {3: torch.ones(2)}, {"a": torch.ones(2).to_sparse()}]
+NO_TABLES = [[1], {"a": 1}, {3: torch.ones(2)}, {"a": torch.ones(2).to_sparse()}, {"a": Code()}]
 
 
 @pytest.fixture(params=SAVED)
@@ -212,6 +212,7 @@ def test_a_file_of_torch_with_anything_but_tensors_by_name_is_refused(content, b
     refused("model.safetensors does not exist", GPT.from_pretrained, base)
     torch.save(content, base / "pytorch_model.bin")
     refused(r"pytorch_model.bin .*tensors", GPT.from_pretrained, base)
+    assert not Path("code-has-run").exists()
 
 
 # The file, or the number of its name; its content, CUT being half of it.

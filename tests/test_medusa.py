@@ -639,10 +639,8 @@ def save_small(directory, layers=2, *kind, dtype=torch.float32) -> MedusaHeads:
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("private, truncated, sequential", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saved_heads_come_back_from_a_directory_of_vllms_form(
-    layers, private, truncated, sequential, dtype, tmp_path
-):
-    """Every bit of it; vLLM opens it as a speculator, unless the heads are sequential."""
+def test_saved_heads_come_back_bit_for_bit(layers, private, truncated, sequential, dtype, tmp_path):
+    """From a directory of the form that vLLM opens as a speculator, unless they are sequential."""
     path = tmp_path / "new" / "heads"
     heads = save_small(path, layers, private, truncated, sequential, dtype=dtype)
     expected = {"token_map": (truncated,)} if truncated else {}

@@ -129,9 +129,7 @@ def llama_by_hand(disk, c: ModelConfig, tokens, positions, mask) -> torch.Tensor
 
 @settings(properties, max_examples=50)
 @given(gpts(), batches(high=5), st.booleans(), st.integers(0, 99))
-def test_the_gpt_equals_the_llama_formulas_of_its_file(
-    tmp_path_factory, model, tokens, plain, seed
-):
+def test_the_gpt_equals_the_formulas_of_its_file(tmp_path_factory, model, tokens, plain, seed):
     """With the default positions and mask, and with any others."""
     (B, T), directory = tokens.shape, tmp_path_factory.mktemp("llama")
     model.save_pretrained(directory)
@@ -171,6 +169,16 @@ def test_keep_moves_the_chosen_rows_down_and_forgets_the_others(B, start, chosen
     cache.keep(start, rows)
     assert cache.length == start + len(rows)
     assert torch.equal(cache.data[..., : cache.length, :], expected), "moved down, all at once"
+
+
+@properties
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=3))
+def test_keep_batch_keeps_these_sequences_in_their_order(rows):
+    cache, rows = KVCache(SMALL, 3, 4), torch.tensor(rows)
+    cache.data.copy_(torch.randn(cache.data.shape, generator=rng(0)))
+    expected = cache.data[:, :, rows]
+    cache.keep_batch(rows)
+    assert torch.equal(cache.data, expected)
 
 
 def test_more_than_the_cache_or_the_context_holds_is_refused_and_changes_nothing():

@@ -158,9 +158,7 @@ def write_gguf(path: Path, model: GPT) -> None:
 
 @settings(properties, max_examples=20)
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.booleans())
-def test_a_gguf_file_becomes_the_directory_that_it_was_made_of(
-    tmp_path_factory, nkv, group, half, tied
-):
+def test_a_gguf_file_becomes_the_model_it_was_made_of(tmp_path_factory, nkv, group, half, tied):
     folder, heads = tmp_path_factory.mktemp("gguf"), nkv * group
     model = GPT(ModelConfig(5, 2 * half * heads, 6, 2, heads, nkv, 16, 1e-5, 500.0, tied, 0, 1))
     write_gguf(folder / "model.gguf", model)

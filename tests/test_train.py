@@ -341,8 +341,7 @@ def test_dialogues_train_up_to_their_last_answer_on_both_sides(empty, base, tmp_
     monkeypatch.setattr(train, "dialogue_rows", rows)
     for name in ("distilled_rows", "held_out_rows"):
         monkeypatch.setattr(train, name, lambda *_: None)
-    sides = {"train": "train", "validation": "validation"}
-    monkeypatch.setattr(train, "split_dialogues", lambda _: sides)
+    monkeypatch.setattr(train, "split_dialogues", lambda _: {s: s for s in ("train", "validation")})
     config = Medusa1Config(base=str(base), out=str(tmp_path / "out"), data="chat", context=4)
     given = config, *load_base(base), 2
     if empty:
