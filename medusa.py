@@ -119,6 +119,7 @@ class MedusaHeads(nn.Module):
 
         hidden (n, D); between (n, k * D), the embeddings of tokens t+1 to t+k -> logits (n, V).
         """
+        assert self.token_weights is not None, "only sequential heads run one by one"
         i, x = k - 1, hidden
         seen = F.linear(between, self.token_weights[i])  # (n, D), for the first layer
         for j in range(self.config.num_hidden_layers):

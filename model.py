@@ -468,10 +468,10 @@ def read_pickle(path: Path):
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors, by name, of a safetensors file or of one that torch.save wrote."""
     disk = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
-    named = isinstance(disk, dict) and set(map(type, disk)) <= {str}
-    for t in disk.values() if named else [None]:
-        plain = isinstance(t, Tensor) and t.is_cpu and t.layout is torch.strided
-        check(plain and not t.is_nested, f"{path} holds no tensors by name")
+    tensors = disk.values() if isinstance(disk, dict) else [None]
+    kinds = {(t.is_cpu, t.is_nested, t.layout) if isinstance(t, Tensor) else () for t in tensors}
+    plain = kinds <= {(True, False, torch.strided)} and set(map(type, disk)) <= {str}
+    check(plain, f"{path} holds no tensors by name")
     return disk
 
 

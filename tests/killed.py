@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +25,7 @@ import torch
 import torch._dynamo  # noqa: F401  an optimiser asks for it: once, not in every child
 
 import train
-from strategies import distilling, training, write_base, write_text
+from strategies import distilling, run_of, write_base, write_text
 
 WAYS = ("at any moment", "in the middle of a file", "before a rename", "after a rename")
 
@@ -72,16 +73,10 @@ def survives(work, way: str = "", n: int = 0, seconds: float = 0.0) -> bool:
 def run(what: str, directory: Path, out: Path) -> None:
     """Start the run, or go on with it."""
     texts = sorted(directory.glob("*.txt"), key=lambda path: path.stat().st_size)
-    base, text = str(directory / "base"), list(map(str, texts))
-    if what == "distill":
-        train.distill(distilling(base, text, shards=5, out=str(out)))
-        return
-    more = {"distilled": str(directory / "rows"), "lr": 0.01}
-    more["resume"] = (out / "checkpoint.pt").exists()
-    if what == "states":
-        train.train_medusa1(training(base, text, out, steps=6, keep_states=True, **more))
-    else:
-        train.train_medusa2(training(base, text, out, train.Medusa2Config, heads_steps=2, **more))
+    text, rows = list(map(str, texts)), directory / "rows"
+    go, config = run_of(what, directory / "base", text, rows, out)
+    resume = {"resume": True} if (out / "checkpoint.pt").exists() else {}
+    go(replace(config, **resume))
 
 
 def main(folder: str, what: str, kills: str, seed: str) -> None:

@@ -5,18 +5,22 @@ The oracles are written from definitions, without the code under test.
 
 import json
 import math
+import os
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from itertools import count
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings, strategies as st
 
+import train
 from data.corpus import is_validation
 from data.tokenizer import Tokenizer, train_tokenizer
 from medusa import MedusaConfig, MedusaHeads
-from model import GPT, ModelConfig, write_safetensors
+from model import GPT, ModelConfig
 from train import BaseConfig, DistillConfig, Medusa1Config, Medusa2Config
 from tree import Tree, calibrated_tree, cartesian_tree, tree_from_paths
 
@@ -31,8 +35,28 @@ for factor, low, high, context in ((8.0, 1.0, 4.0, 16), (2.0, 0.5, 9.0, 8)):
     ROPES.append({"rope_type": "llama3", "original_max_position_embeddings": context} | rope)
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def rng(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def refused(says: str, call, *given, **named) -> str:
+    """call(...) raises ValueError, and its message, which is returned, matches `says`."""
+    with pytest.raises(ValueError, match=says) as error:
+        call(*given, **named)
+    return str(error.value)
+
+
+def close(found, expected, says="") -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9, msg=lambda m: f"{says}\n{m}")
 
 
 @st.composite
@@ -310,12 +334,15 @@ def small_tokenizer() -> Tokenizer:
     return train_tokenizer([source(0, 40)], 290)
 
 
+def named(sides: list[bool], stem="") -> str:
+    """A file name under which the pieces of a text fall on these sides, True for validation."""
+    names = (f"{stem}{n}.txt" for n in count())
+    return next(s for s in names if [is_validation(f"{s}:{i}") for i in range(len(sides))] == sides)
+
+
 def write_text(folder: Path) -> list[str]:
     """Two files, one on each side of the split: training, then validation, in other words."""
-    paths = []
-    for side in (False, True):
-        name = next(f"{i}.txt" for i in count() if is_validation(f"{i}.txt:0") == side)
-        paths.append(folder / name)
+    paths = [folder / named([side]) for side in (False, True)]
     paths[0].write_text(source(0, 40))
     other = source(40, 20).replace("def f", "def g").replace("x", "y").replace("*", "-")
     paths[1].write_text(other)
@@ -333,6 +360,13 @@ def write_base(folder: Path) -> Path:
     tokenizer.save(folder / "base")
     model.save_pretrained(folder / "base")
     return folder / "base"
+
+
+class Code:
+    """What a pickle that is opened carelessly runs."""
+
+    def __reduce__(self):
+        return os.mkdir, ("code-has-run",)
 
 
 def contents(directory) -> dict[str, bytes]:
@@ -365,8 +399,15 @@ def training(base, text, out, config=Medusa1Config, **more) -> Medusa1Config | M
     return config(**{"base": str(base), "text": text, "out": str(out)} | sizes | CPU | more)
 
 
-def write_shard(directory, name: str, tokens, loss=None) -> None:
-    tokens = torch.as_tensor(tokens)
-    directory.mkdir(parents=True, exist_ok=True)
-    loss = torch.ones(tokens.shape, dtype=torch.bool) if loss is None else torch.as_tensor(loss)
-    write_safetensors(directory / name, {"tokens": tokens, "loss": loss})
+def run_of(what: str, base, text, rows, out) -> tuple:
+    """The function and the config of a run of five steps; Medusa-2 has two stages of them."""
+    if what == "distill":
+        return train.distill, distilling(base, text, shards=5, out=str(out))
+    if what == "base":
+        return train.train_base, base_config(out.parent, text, out.name, steps=5)
+    more = {"distilled": str(rows), "lr": 0.01}
+    if what in ("medusa1", "states"):
+        more |= {"data": "corpus"} if what == "medusa1" else {"keep_states": True}
+        return train.train_medusa1, training(base, text, out, steps=5, **more)
+    more |= {"heads_steps": 2, "steps": 3, "lora": what == "lora", "weight_decay": 0.1}
+    return train.train_medusa2, training(base, text, out, Medusa2Config, **more)

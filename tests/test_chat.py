@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import data.turns
-from data.chat import Dialogue, chat_template, dialogue_rows, given_turns, read_dialogues
-from data.chat import split_dialogues, token_runs
+from data.chat import Dialogue, chat_prompt, chat_template, dialogue_rows, given_turns
+from data.chat import read_dialogues, split_dialogues, token_runs
 from data.corpus import is_validation
 from data.smollm2 import CONTROL, tokenizer_json
 from data.tokenizer import JsonTokenizer, load_base
 from data.turns import written_turns
 from model import GPT, ModelConfig, write_json
-from strategies import properties
+from strategies import properties, refused, small_tokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot|>", "<turn|>", "[INST]"]
 
@@ -85,11 +85,9 @@ def test_a_token_that_the_tokenizer_has_alone_is_never_fed(added, tmp_path):
     tok, _ = load_base(tmp_path)
     assert max(tok.opening("h <pa")) < n < tok.vocab_size
     for encode in (tok.encode, tok.opening):
-        with pytest.raises(ValueError, match=f"holds {added[-1]}, a token that the model lacks"):
-            encode(f"h{added[-1]}")
+        refused(f"holds {added[-1]}, a token that the model lacks", encode, f"h{added[-1]}")
     write_json(tmp_path / "special_tokens_map.json", {"eos_token": added[0]})
-    with pytest.raises(ValueError, match="no piece, known to the model, that begins or ends"):
-        load_base(tmp_path)
+    refused("no piece, known to the model, that begins or ends", load_base, tmp_path)
 
 
 def change_json(directory: Path, change) -> None:
@@ -125,8 +123,7 @@ def test_a_tokenizer_that_cannot_encode_is_refused(kind, tmp_path):
         content["model"] = lacking | ({"merges": []} if kind == "BPE" else {})
 
     change_json(json_tokenizer(tmp_path), change)
-    with pytest.raises(ValueError, match="tokenizer.json cannot be read as a tokenizer: .*UNK"):
-        JsonTokenizer(tmp_path)
+    refused("tokenizer.json cannot be read as a tokenizer: .*UNK", JsonTokenizer, tmp_path)
 
 
 # ---- which tokens carry loss ----
@@ -195,7 +192,8 @@ def oracle(style: str, turns: list[dict]) -> list[tuple[str, bool]]:
 
 
 @cache
-def chat_directory(text: str) -> Path:
+def chat_directory(text) -> Path:
+    """Special tokens may be texts, objects or missing."""
     about = {"chat_template": text, "bos_token": "<s>", "eos_token": {"content": "</s>"}}
     directory = Path(mkdtemp())
     write_json(directory / "tokenizer_config.json", about)
@@ -278,8 +276,7 @@ def test_a_dialogue_that_cannot_be_written_is_refused_by_its_line(text, ends, sa
     turns = {"messages": turns_of(["a", "b"], ["system"])}
     (tmp_path / "a.jsonl").write_text("\n" + json.dumps(turns))
     found = read_dialogues([tmp_path / "a.jsonl"])
-    with pytest.raises(ValueError, match=says):
-        dialogue_rows(found, chat_directory(text), tokenizer("merges"), ends, 99)
+    refused(says, dialogue_rows, found, chat_directory(text), tokenizer("merges"), ends, 99)
 
 
 # ---- files of dialogues ----
@@ -306,12 +303,8 @@ def test_dialogues_are_the_same_in_every_form_of_a_file(tmp_path_factory, found,
     ("why?", ", line 1: Expecting value"), ("[" * 9999, "cannot be read as JSON"),
     ('"a"\n{"a": 1}\n', ", line 2: must be a string, or have turns"), ("[[]]", ", item 1: must"),
     ('"a"\n\n"half \\ud83d"', ", line 3: .*surrogates not allowed"), ("0", ", line 1: must be"),
-    ('{"messages": [{"role": "user", "content": "\\udc00"}]}', ", line 1: .*surrogates"),
-    ('["a", {"conversations": []}]', ", item 2: must be a string"),
     ('{"messages": ["a"]}', "line 1: a turn must have"), ('{"messages": {}}', "line 1: must be"),
-    ('{"messages": [{"role": "tool", "content": "a"}]}', "role 'tool': must be system, user or"),
-    ('{"messages": [{"role": ["user"], "content": "a"}]}', "role .*: must be system"),
-    ('{"messages": [{"content": "a"}]}', "line 1: role None: must be system"),
+    ('{"messages": [{"role": ["user"], "content": "a"}]}', "role .*: must be system, user or"),
     ('{"conversations": [{"from": "gpt", "value": null}]}', "the content of gpt must be text"),
     ('{"messages": [{"role": "user", "content": "a", "weight": 0}]}', "line 1: weight: cannot"),
     ('{"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}', "1: tool_calls"),
@@ -322,9 +315,7 @@ def test_a_file_that_holds_other_things_is_refused_by_its_line(content, says, tm
     path = tmp_path / "other.jsonl"
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*{says}") as error:
-        read_dialogues([path])
-    assert "\n" not in str(error.value)
+    assert "\n" not in refused(f"{re.escape(str(path))}.*{says}", read_dialogues, [path])
 
 
 def test_what_changes_nothing_may_be_there_and_a_system_prompt_may_stand_apart(tmp_path):
@@ -357,14 +348,12 @@ def test_a_turn_is_on_one_side_and_too_long_ones_are_left_out(tmp_path):
     first, *later = given_turns(read_dialogues([path]), directory, tok, [2], 99)[0]
     assert tok.decode(first) == "system:system</s>user:a</s>assistant:"
     assert [tok.decode(ids) for ids in later] == [f"user:{c}</s>assistant:" for c in "bc"]
-    with pytest.raises(ValueError, match="no turn has at most 5 tokens"):
-        given_turns(dialogues, directory, tok, [2], 5)
+    refused("no turn has at most 5 tokens", given_turns, dialogues, directory, tok, [2], 5)
     path.write_text('"a?"\n"b?"\n"c?"')
     assert [len(split_dialogues([path])[side]) for side in ("train", "validation")] == [2, 1]
     path.write_text('"why?"')
     for paths, says in (([path], "the validation side of the dialogues"), ([], "must name files")):
-        with pytest.raises(ValueError, match=says):
-            split_dialogues(paths)
+        refused(says, split_dialogues, paths)
 
 
 # ---- templates ----
@@ -374,6 +363,8 @@ RENDERED = {
     "{% if not tools %}{{ tools }}{% endif %}{% for d in documents or [] %}x{% endfor %}": "None",
     "{% set x = 1 %}{% generation %}\n{% set x = 2 %}{{ x }}{% endgeneration %}\n {{ x }}": "2 1",
     LOOP + "{%- generation -%} {{ loop.index }} {% endgeneration %}{% endfor %}": "1 2 ",
+    LOOP + "\n  {% if m['role'] == 'user' %}\n<u>{{ m.content }}{{ eos_token }}\n  {% else %}\n<a>"
+    "{{ m['content'] | upper }}\n  {% endif %}\n{% endfor %}": "<u>a</s>\n<a><\u00c9>\n",
     "{{ messages[1] | tojson }}": '{"role": "assistant", "content": "<\u00e9>"}',
     "{{ ['\u00e9'] | tojson(ensure_ascii=true, indent=1) }}": '[\n "\\u00e9"\n]',
     LOOP + "{% if loop.first %}{% break %}{% endif %}{% endfor %}{{ pad_token }}": "",
@@ -385,6 +376,32 @@ TURNS = turns_of(["a", "<\u00e9>"], [])
 @pytest.mark.parametrize("text", RENDERED)
 def test_templates_are_rendered_as_transformers_does(text):
     assert chat_template(chat_directory(text))(TURNS, True) == RENDERED[text]
+
+
+def test_of_several_templates_the_default_is_taken_and_a_file_goes_before_them():
+    templates = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "plain"}]
+    directory = chat_directory.__wrapped__(templates)
+    assert chat_template(directory)(TURNS, True) == "plain"
+    (directory / "chat_template.jinja").write_text("file {{ eos_token }}")
+    assert chat_template(directory)(TURNS, True) == "file </s>"
+    refused("tokenizer.json", chat_prompt, directory, small_tokenizer(), TURNS)
+
+
+FAILING = [(none, "no chat template") for none in (None, [], [{"name": "other"}], {"a": 1})]
+FAILING += [("{{ raise_exception('roles must alternate') }}", "roles must alternate")]
+FAILING += [("{% for %}", "fails"), ("{{ 1 // 0 }}", "ZeroDivisionError")]
+FAILING += [("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError")]
+FAILING += [("{{ messages.append(1) }}", "SecurityError")]
+FAILING += [("{{ cycler.__init__.__globals__.os.system('touch owned') }}", "fails")]
+FAILING += [("{{ range(999999999) | list }}", "fails"), ("{{ 'a' * 10 ** 18 }}", "MemoryError")]
+
+
+@pytest.mark.parametrize("text, says", FAILING, ids=str)
+def test_a_bad_or_hostile_template_is_refused_and_runs_nothing(text, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    directory = chat_directory.__wrapped__(text)
+    assert str(directory) in refused(says, lambda: chat_template(directory)(TURNS, True))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.peers
@@ -415,5 +432,4 @@ def test_turns_are_written_for_all_tasks_alike_as_long_as_their_words_last(tmp_p
     assert sorted(turns[::2]) == sorted(f"Few {x} {n}" for x in "abc" for n in (8, 9, 10))
     many = {f"Many {x} and {y}" for x in "abc" for y in "abc"}
     assert set(turns[1::2]) <= many | {f"Many: {x} is one" for x in "ABC"}
-    with pytest.raises(ValueError, match="--written 19: the grammar has too few different turns"):
-        written_turns(19, seed=0)
+    refused("--written 19: the grammar has too few different turns", written_turns, 19, seed=0)

@@ -9,34 +9,24 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 import train
-from data.rows import read_shards
+from data.rows import base_digest, read_shards, write_shard
 from model import read_safetensors, write_safetensors
-from strategies import base_config, contents, training, write_shard
-from train import Medusa2Config, train_base, train_medusa1, train_medusa2
+from strategies import Code, contents, run_of
+from train import train_medusa2
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
 def run(base, text, shards, tmp_path):
-    """The function and the config of a run of five steps; Medusa-2 has two stages of them."""
-
-    def a_run(what: str, name="whole"):
-        out, more = tmp_path / name, {"distilled": shards, "lr": 0.01}
-        if what == "base":
-            return train_base, base_config(tmp_path, text, name, steps=5)
-        if what in ("medusa1", "states"):
-            more |= {"data": "corpus"} if what == "medusa1" else {"keep_states": True}
-            return train_medusa1, training(base, text, out, **more, steps=5)
-        more |= {"heads_steps": 2, "steps": 3, "lora": what == "lora", "weight_decay": 0.1}
-        return train_medusa2, training(base, text, out, Medusa2Config, **more)
-
-    return a_run
+    """The function and the config of a run of five steps."""
+    return lambda what, name="whole": run_of(what, base, text, shards, tmp_path / name)
 
 
 class Stop(BaseException):
@@ -53,13 +43,8 @@ def stopped(go, config, steps: int) -> int:
         taken.append(arguments[-1])
         return make_batch(*arguments)
 
-    def stop(*arguments):
-        raise Stop
-
-    with pytest.MonkeyPatch.context() as patch, suppress(Stop):
-        patch.setattr(train, "make_batch", counted)
-        if steps == 5:
-            patch.setattr(train, "write_heads", stop)
+    last = patch.object(train, "write_heads", side_effect=Stop) if steps == 5 else suppress()
+    with patch.object(train, "make_batch", counted), last, suppress(Stop):
         go(config)
     return len(taken)
 
@@ -104,13 +89,6 @@ BROKEN = ["nothing", "garbage", "cut", "a directory", "a list", "no settings", "
 BROKEN += ["name", "no base", "no optimizer", "fewer groups", "code"]
 
 
-class Code:
-    """What a pickle that is opened carelessly runs."""
-
-    def __reduce__(self):
-        return os.mkdir, ("code-has-run",)
-
-
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_checkpoint_that_is_broken_is_refused_by_name(what, half):
     path = Path(half.out) / "checkpoint.pt"
@@ -149,8 +127,9 @@ def test_a_run_goes_on_with_its_own_settings_or_not_at_all(name, value, half):
 @pytest.mark.parametrize("data", ["rows", "base"])
 def test_a_run_does_not_go_on_with_other_data(data, half, base, shards):
     if data == "rows":
-        tokens, loss = read_shards(Path(shards), "train-00000.safetensors", 290)
-        write_shard(Path(shards), "train-00000.safetensors", tokens.roll(1, 0), loss)
+        path = Path(shards, "train-00000.safetensors")
+        tokens, loss = read_shards(path.parent, path.name, 290)
+        write_shard(path, tokens.roll(1, 0), loss, 290, base_digest(base))
     else:
         state = read_safetensors(base / "model.safetensors")
         state["model.norm.weight"] *= 1.01

@@ -8,35 +8,22 @@ import pytest
 import torch
 
 from medusa import MedusaConfig, MedusaHeads, Sampling, TreeBuffers, generate, medusa_generate
-from medusa import targets_ahead
 from model import GPT, ModelConfig
 from sample import first_difference
-from strategies import random_gpt, random_heads, rng
-from train import Batch, calibrate, medusa2_loss, perplexity, sample_rows
+from strategies import default_dtype, random_gpt, random_heads, rng, text_of
+from train import Batch, TrainConfig, calibrate, make_batch, medusa2_loss, perplexity, sample_rows
 from tree import ROOT_ONLY, cartesian_tree
 
 TREE = cartesian_tree((3, 2))
 RULES = [Sampling(), Sampling(0.8), Sampling(0.8, 3, 0.9), Sampling(0.8, typical=True, epsilon=0.2)]
-SAMPLING = pytest.mark.parametrize("sampling", RULES, ids=str)
 
 
 def texts(model: GPT, heads: MedusaHeads, sampling: Sampling, n: int = 16) -> list[list[int]]:
     """n tokens after one prompt, from one seed: through a tree, and plainly."""
     device, prompt = model.lm_head.weight.device, [1, 2, 3]
     first, second = (torch.Generator(device).manual_seed(0) for _ in range(2))
-    ways = (
-        medusa_generate(model, heads, TREE, prompt, n, sampling, first),
-        generate(model, prompt, n, sampling, second),
-    )
-    return [[token for step in way for token in step.emitted] for way in ways]
-
-
-@pytest.fixture
-def wider():
-    """A default dtype that is not the model's."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+    tree_steps = medusa_generate(model, heads, TREE, prompt, n, sampling, first)
+    return [text_of(steps) for steps in (tree_steps, generate(model, prompt, n, sampling, second))]
 
 
 def small(dtype=torch.float32, private=False, truncated=0) -> tuple[GPT, MedusaHeads]:
@@ -44,12 +31,10 @@ def small(dtype=torch.float32, private=False, truncated=0) -> tuple[GPT, MedusaH
     return model, random_heads(model, 2, 1, private=private, truncated=truncated).to(dtype)
 
 
-def batch_on(device) -> Batch:
-    """All tokens of four rows, as make_batch lays them out."""
-    rows, tokens = torch.arange(4), torch.randint(6, (4, 12), generator=rng(0))
-    targets = targets_ahead(tokens, None, 2).permute(1, 2, 0)[:, :-1]  # (B, T, K+1)
-    counts = (targets >= 0).flatten(0, 1).sum(0)  # (K+1,)
-    return Batch(0, *(t.to(device) for t in (rows, tokens[:, :-1], targets, counts)))
+def batch_on(device, heads: MedusaHeads) -> Batch:
+    """All tokens of four rows."""
+    rows = torch.randint(6, (4, 12), generator=rng(0)), torch.ones(4, 12, dtype=torch.bool)
+    return make_batch(TrainConfig(batch=4), rows, heads, torch.device(device), 0)
 
 
 def gradients(model: GPT, heads: MedusaHeads, batch: Batch) -> list[torch.Tensor]:
@@ -61,7 +46,7 @@ def gradients(model: GPT, heads: MedusaHeads, batch: Batch) -> list[torch.Tensor
 
 def test_training_measuring_and_sampling_follow_the_models_device():
     (model, heads), (_, short) = small(), small(truncated=4)
-    batch, tokens = batch_on("cpu"), torch.randint(6, (4, 12), generator=rng(0))
+    batch, tokens = batch_on("cpu", heads), torch.randint(6, (4, 12), generator=rng(0))
     held_out = {t: (tokens, torch.ones_like(tokens, dtype=torch.bool)) for t in ("0.0", "0.7")}
 
     def all_of_it():
@@ -75,20 +60,19 @@ def test_training_measuring_and_sampling_follow_the_models_device():
     assert all(map(torch.equal, found[0], expected[0])) and found[1] == expected[1]
 
 
-@SAMPLING
+@pytest.mark.parametrize("sampling", RULES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_decoding_follows_the_models_device_and_dtype(dtype, sampling, request):
+def test_decoding_follows_the_models_device_and_dtype(dtype, sampling):
     """In half precision a tree and plain decoding may part at a near-tie: each is its own rival."""
     model, heads = small(dtype)
     expected = texts(model, heads, sampling)
     with torch.device("meta"):
         assert texts(model, heads, sampling) == expected
-    request.getfixturevalue("wider")
-    assert texts(model, heads, sampling) == expected
-    cache = model.new_cache(4)
-    with torch.no_grad():
+    with default_dtype(torch.float64), torch.no_grad():
+        assert texts(model, heads, sampling) == expected
+        cache = model.new_cache(4)
         hidden = model(torch.tensor([[1, 2]]), cache=cache)
-    logits = model.lm_head(hidden), heads(hidden, model.lm_head)
+        logits = model.lm_head(hidden), heads(hidden, model.lm_head)
     assert {tensor.dtype for tensor in (hidden, cache.data, *logits)} == {dtype}
 
 
@@ -129,5 +113,5 @@ def test_gradients_on_an_accelerator_are_those_of_the_cpu(device):
     found = []
     for place in ("cpu", device):
         model, heads = (part.float().to(place) for part in small())
-        found.append([t.cpu() for t in gradients(model, heads, batch_on(place))])
+        found.append([t.cpu() for t in gradients(model, heads, batch_on(place, heads))])
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(*found))

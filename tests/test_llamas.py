@@ -1,11 +1,9 @@
-"""Properties of checkpoints that others made: configs, shards, end tokens, chat, heads for vLLM."""
+"""Properties of checkpoints that others made: configs, shards, end tokens, heads for vLLM."""
 
 import json
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,16 +13,11 @@ from torch import nn
 
 from bench import serve_vllm
 from bench.serve_vllm import write_served
-from data.chat import chat_prompt, chat_template
 from data.rows import base_digest
 from data.tokenizer import copy_tokenizer, disk_dtype, load_tokenizer
-from llamas import ROPES, plain_text, write_recorded
-from medusa import MedusaHeads, Sampling, medusa_generate
-from model import GPT, ModelConfig, read_config, read_json, write_json
-from strategies import CheatingHeads, contents, follow, greedy_text, properties
-from strategies import random_gpt, random_heads, rng, small_tokenizer
-from train import sample_rows
-from tree import cartesian_tree
+from llamas import ROPES, fill, plain_text
+from model import GPT, ModelConfig, read_config, read_json, write_json, write_safetensors
+from strategies import Code, contents, properties, random_heads, refused, small_tokenizer
 
 PEERS = json.loads((Path(__file__).parent / "peers.json").read_text())
 
@@ -32,8 +25,10 @@ PEERS = json.loads((Path(__file__).parent / "peers.json").read_text())
 # ---- the family ----
 @pytest.mark.parametrize("case", PEERS["cases"], ids=lambda case: case["config"]["model_type"])
 def test_recorded_checkpoints_give_the_logits_and_text_of_transformers(case, tmp_path):
-    """tests/record_peers.py wrote the records; `pytest -m peers` compares many more."""
-    write_recorded(tmp_path, case)
+    """tests/llamas.py wrote the records; `pytest -m peers` compares many more."""
+    (tmp_path / "config.json").write_text(json.dumps(case["config"]))
+    shapes = {name: torch.empty(shape) for name, shape in case["shapes"].items()}
+    write_safetensors(tmp_path / "model.safetensors", fill(shapes))
     model = GPT.from_pretrained(tmp_path, torch.float64).requires_grad_(False)
     tokens = torch.tensor(PEERS["tokens"])
     hidden = model(tokens)
@@ -139,7 +134,11 @@ HALF = {"partial_rotary_factor": 0.5}
 VALUES = {"model_type": ["bloom", None, ["llama"]], "quantization_config": [{"bits": 4}]}
 VALUES |= {"layer_types": [["sliding_attention"], 3, "x"], "eos_token_id": ["x", [2, "x"]]}
 VALUES |= {"attention_bias": [True], "mlp_bias": [True], "hidden_act": ["gelu"]}
-VALUES |= {"rope_scaling": [["default"]], "rope_parameters": ["default"], "rope_theta": [0, "1"]}
+VALUES |= {
+    "rope_scaling": [["default"]],
+    "rope_parameters": ["default"],
+    "rope_theta": [0, "1", None],
+}
 VALUES |= {"hidden_size": [0, 18, "16"], "head_dim": [7, 0, 4.0]}
 VALUES |= {"intermediate_size": [1 << 31, True], "bos_token_id": [[1]], "rms_norm_eps": [1 << 63]}
 # The field that is refused by its name and value, and the change that it takes.
@@ -168,35 +167,15 @@ for name in ("rope_type", "factor"):
 @pytest.mark.parametrize("field, changes", REFUSED, ids=str)
 def test_an_unsupported_config_is_refused_by_file_field_and_value(field, changes, tmp_path):
     path = write_config(tmp_path, **changes)
-    with pytest.raises(ValueError) as error:
-        read_config(path)
-    assert str(error.value).startswith(f"{path}: {field} = "), str(error.value)
-    assert field != "model_type" or str(error.value).endswith("llama, mistral, qwen2, qwen3")
-    assert "\n" not in str(error.value) and len(str(error.value)) <= len(f"{path}: ") + 120
+    error = refused(f"^{re.escape(f'{path}: {field} = ')}", read_config, path)
+    assert field != "model_type" or error.endswith("llama, mistral, qwen2, qwen3")
+    assert "\n" not in error and len(error) <= len(f"{path}: ") + 120
 
 
-@properties
-@given(st.integers(0, 99), st.sets(st.integers(0, 4), min_size=1, max_size=3), st.booleans())
-def test_a_text_ends_at_the_first_of_several_end_tokens(seed, ends, right):
-    """In plain decoding, in the middle of an accepted path, and in sampled rows."""
-    model = random_gpt(seed, context=16)
-    text = greedy_text(model, [1, 2], 12)
-    last = next((n for n, token in enumerate(text) if token in ends), len(text) - 1)
-    expected = text[: last + 1]
-    model.config = replace(model.config, eos_token_id=list(ends))
-    assert plain_text(model, [1, 2], 12) == expected
-    heads = CheatingHeads(model, 3, [1, 2, *text], 3) if right else random_heads(model, 3, seed)
-    steps = follow(medusa_generate(model, heads, cartesian_tree([2, 1, 1]), [1, 2], 12), heads)
-    assert [token for emitted in steps for token in emitted] == expected
-    rows, loss_mask = sample_rows(model, [[1, 2]], 14, Sampling(), rng(0))
-    assert rows[0, loss_mask[0]].tolist() == expected
-
-
-# ---- files, tokenizers, chat ----
-
-
+# ---- files and tokenizers ----
 SAVED = {"model.safetensors": save_file, "pytorch_model.bin": torch.save}
-NO_TABLES = [[1], {"a": 1}, {3: torch.ones(2)}, {"a": torch.ones(2).to_sparse()}]
+NO_TABLES = [[1], {"a": 1}, {3: torch.ones(2)}, {"a": torch.ones(2).to_sparse()}, {"a": Code()}]
+NO_TABLES += [{"a": [1]}]
 
 
 @pytest.fixture(params=SAVED)
@@ -231,16 +210,14 @@ def test_shards_and_files_of_torch_are_the_model_in_one_file(sharded):
 @pytest.mark.parametrize("content", NO_TABLES)
 def test_a_file_of_torch_with_anything_but_tensors_by_name_is_refused(content, base):
     (base / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="model.safetensors does not exist"):
-        GPT.from_pretrained(base)
+    refused("model.safetensors does not exist", GPT.from_pretrained, base)
     torch.save(content, base / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model.bin .*tensors"):
-        GPT.from_pretrained(base)
+    refused(r"pytorch_model.bin .*tensors", GPT.from_pretrained, base)
+    assert not Path("code-has-run").exists()
 
 
 # The file, or the number of its name; its content, CUT being half of it.
 BROKEN = [(1, None), (1, ""), (1, "garbage"), (1, "CUT"), (3, "[]"), ("config.json", None)]
-BROKEN += [("config.json", content) for content in ("", "\x80\x04", "[1, 2]", "null", "CUT")]
 WEIGHT_MAPS = None, ["a"], {"a": 3}, {"a": "../model.safetensors"}, {"a": "NAME"}
 BROKEN += [(3, json.dumps({"weight_map": weight_map})) for weight_map in WEIGHT_MAPS]
 BROKEN += [("generation_config.json", ends) for ends in ("{", "[2]", '{"eos_token_id": [1.5]}')]
@@ -256,8 +233,7 @@ def test_a_missing_or_malformed_file_is_refused_by_name(sharded, name, content):
         file.unlink()
     else:
         file.write_text(content.replace("NAME", names[0]))
-    with pytest.raises(ValueError, match=f"^{file}"):
-        GPT.from_pretrained(folder)
+    refused(f"^{file}", GPT.from_pretrained, folder)
 
 
 def test_a_model_opens_in_the_dtype_asked_for_and_shares_nothing_with_its_file(base):
@@ -275,8 +251,7 @@ def test_a_model_opens_in_the_dtype_asked_for_and_shares_nothing_with_its_file(b
 def test_a_tokenizer_json_without_the_package_names_the_file_to_install(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ValueError, match=r"tokenizers.*pip install -r data/requirements\.txt"):
-        load_tokenizer(tmp_path)
+    refused(r"tokenizers.*pip install -r data/requirements\.txt", load_tokenizer, tmp_path)
 
 
 def test_all_that_belongs_to_a_tokenizer_is_copied(tmp_path):
@@ -291,133 +266,49 @@ def test_all_that_belongs_to_a_tokenizer_is_copied(tmp_path):
     assert contents(target) == expected
 
 
-TURNS = [("user", "2 < 3?"), ("assistant", "yes"), ("user", "why")]
-TURNS = [{"role": role, "content": content} for role, content in TURNS]
-TEMPLATE = """{{ bos_token }}{{ pad_token }}{% for message in messages %}
-    {% if message['role'] == 'user' %}
-<u>{{ message['content'] }}{{ eos_token }}
-    {% else %}
-<a>{{ message.content | upper }}
-    {% endif %}
-{% endfor %}
-{% if add_generation_prompt %}<a>{% endif %}"""
-
-
-def chat_directory(directory, template) -> Path:
-    """Special tokens may be texts or objects."""
-    special = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": None}
-    write_json(directory / "tokenizer_config.json", special | {"chat_template": template})
-    return directory
-
-
-def test_turns_are_written_as_the_template_says_and_block_lines_leave_no_trace(tmp_path):
-    text = chat_template(chat_directory(tmp_path, TEMPLATE))(TURNS, True)
-    assert text == "<s><u>2 < 3?</s>\n<a>YES\n<u>why</s>\n<a>"
-
-
-def test_of_several_templates_the_default_is_taken_and_a_file_goes_before_them(tmp_path):
-    templates = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "plain"}]
-    assert chat_template(chat_directory(tmp_path, templates))(TURNS, True) == "plain"
-    (tmp_path / "chat_template.jinja").write_text("file {{ eos_token }}")
-    assert chat_template(tmp_path)(TURNS, True) == "file </s>"
-
-
-FAILING = [(none, "no chat template") for none in (None, [], [{"name": "other"}], {"a": 1})]
-FAILING += [("{{ raise_exception('roles must alternate') }}", "roles must alternate")]
-FAILING += [("{% for %}", "fails"), ("{{ 1 // 0 }}", "ZeroDivisionError")]
-FAILING += [("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError")]
-FAILING += [("{{ messages.append(1) }}", "SecurityError")]
-FAILING += [("{{ cycler.__init__.__globals__.os.system('touch owned') }}", "fails")]
-FAILING += [("{{ range(999999999) | list }}", "fails"), ("{{ 'a' * 10 ** 18 }}", "MemoryError")]
-
-
-@pytest.mark.parametrize("template, says", FAILING, ids=str)
-def test_a_missing_broken_or_hostile_template_is_one_line_and_runs_nothing(
-    template, says, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=says) as error:
-        chat_template(chat_directory(tmp_path, template))(TURNS, True)
-    assert str(tmp_path) in str(error.value) and not (tmp_path / "owned").exists()
-
-
-def test_a_directory_without_template_or_with_only_a_sentencepiece_model_cannot_chat(base):
-    with pytest.raises(ValueError, match="no chat template"):
-        chat_prompt(base, small_tokenizer(), TURNS)
-    chat_directory(base, TEMPLATE)
-    with pytest.raises(ValueError, match="tokenizer.json"):
-        chat_prompt(base, small_tokenizer(), TURNS)
-
-
 # ---- heads as vLLM expects them ----
-@pytest.mark.parametrize("tied, private, truncated", [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 0, 4)])
-def test_served_heads_hold_the_lm_head_that_they_share_and_guess_among_all_tokens(
-    tied, private, truncated, tmp_path
+def test_heads_of_another_model_are_not_served_and_none_are_overwritten(
+    base, tmp_path, monkeypatch
 ):
-    model = GPT(ModelConfig(7, 8, 4, 1, 2, 1, 16, tie_word_embeddings=bool(tied)))
-    model.save_pretrained(tmp_path / "base", torch.float16)
-    random_heads(model, 3, 0, 2, bool(private), truncated).save_pretrained(tmp_path / "heads")
-    write_served(tmp_path / "base", tmp_path / "heads", tmp_path / "served")
-    config = read_json(tmp_path / "heads" / "config.json") | {"truncated_vocab_size": 7}
-    assert read_json(tmp_path / "served" / "config.json") == config
-    expected = load_file(tmp_path / "heads" / "model.safetensors")
+    heads, served = str(tmp_path / "heads"), tmp_path / "served"
+    random_heads(GPT.from_pretrained(base), 2, 0, sequential=True).save_pretrained(heads)
+    refused("sequential heads, which vLLM does not know", write_served, base, heads, served)
+    random_heads(GPT(ModelConfig(290, 8, 4, 1, 2, 1, 16)), 2, 0).save_pretrained(heads)
+    refused("hidden_size", write_served, base, heads, served)
+    assert not served.exists()
+    monkeypatch.setattr(sys, "argv", ["serve_vllm.py", "--heads", heads, "--out", heads])
+    refused(f"--out {heads} would overwrite", serve_vllm.main)
+
+
+@pytest.mark.parametrize("private, truncated", [(False, 0), (False, 40), (True, 0)])
+def test_vllm_gets_heads_that_are_whole_and_its_texts_are_compared_with_ours(
+    private, truncated, base, tmp_path, monkeypatch, capsys
+):
+    """In its place our own plain decoding, up to the tokens that it is told end a text."""
+    heads, served, model = tmp_path / "heads", tmp_path / "served", GPT.from_pretrained(base)
+    model.save_pretrained(base, torch.float16)
+    random_heads(model, 3, 0, 2, private, truncated).save_pretrained(heads)
+
+    def of_vllm(vllm, config, prompts, K, eos_ids):
+        model = GPT.from_pretrained(base)
+        assert (K, eos_ids) == (3, model.config.eos_ids)
+        texts = [plain_text(model, prompt, config.new_tokens) for prompt in prompts]
+        return [*texts[:3], [*texts[3][:4], 0]], {"vllm:spec_decode_num_drafts": 5}
+
+    monkeypatch.setattr(serve_vllm, "import_vllm", lambda: None)
+    monkeypatch.setattr(serve_vllm, "run_vllm", of_vllm)
+    monkeypatch.setattr(serve_vllm, "held_out_prompts", lambda *_: [[n] * 6 for n in range(4)])
+    flags = f"--base {base} --heads {heads} --out {served} --new-tokens 12"
+    monkeypatch.setattr(sys, "argv", ["serve_vllm.py", *flags.split()])
+    serve_vllm.main()
+    # The file holds the LM head that the heads share, and they guess among all tokens.
+    config = read_json(heads / "config.json") | {"truncated_vocab_size": 290}
+    assert read_json(served / "config.json") == config
+    expected = load_file(heads / "model.safetensors")
     expected.pop("token_map", None)
     if not private:
         expected["lm_heads.0.weight"] = model.lm_head.weight.detach().half()
-    served = load_file(tmp_path / "served" / "model.safetensors")
-    torch.testing.assert_close(served, expected, rtol=0, atol=0)
-
-
-def test_heads_of_another_model_are_not_served_and_none_are_overwritten(tmp_path, monkeypatch):
-    base, heads, served = (str(tmp_path / name) for name in ("base", "heads", "served"))
-    model, other = (GPT(ModelConfig(7, width, 4, 1, 2, 1, 16)) for width in (8, 16))
-    model.save_pretrained(base)
-    random_heads(model, 2, 0, sequential=True).save_pretrained(heads)
-    with pytest.raises(ValueError, match="sequential heads, which vLLM does not know"):
-        write_served(base, heads, served)
-    random_heads(other, 2, 0).save_pretrained(heads)
-    with pytest.raises(ValueError, match="hidden_size"):
-        write_served(base, heads, served)
-    assert not Path(served).exists()
-    monkeypatch.setattr(sys, "argv", ["serve_vllm.py", "--heads", heads, "--out", heads])
-    with pytest.raises(ValueError, match=f"--out {heads} would overwrite"):
-        serve_vllm.main()
-
-
-class Engine:
-    """In place of vLLM's: greedy decoding of a base up to the tokens that end a text."""
-
-    def __init__(self, base, speculative_config, **more):
-        self.model = GPT.from_pretrained(base)
-        heads = MedusaHeads.from_pretrained(speculative_config["model"])
-        assert speculative_config["num_speculative_tokens"] == heads.config.num_heads
-        assert more["dtype"] == "float32"
-
-    def generate(self, prompts, asked):
-        self.model.config = replace(self.model.config, eos_token_id=asked.stop_token_ids)
-        texts = [plain_text(self.model, p["prompt_token_ids"], asked.max_tokens) for p in prompts]
-        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=text)]) for text in texts]
-
-    def get_metrics(self):
-        return [SimpleNamespace(name="vllm:spec_decode_num_drafts", value=5)]
-
-
-def test_vllm_is_asked_for_the_texts_that_we_decode_and_its_counters_are_shown(
-    base, tmp_path, monkeypatch, capsys
-):
-    # With so many ends, texts end soon.
-    ends = {"eos_token_id": list(range(0, 290, 3))}
-    write_json(base / "config.json", read_json(base / "config.json") | ends)
-    random_heads(GPT.from_pretrained(base), 3, 0, truncated=40).save_pretrained(tmp_path / "heads")
-    vllm = SimpleNamespace(LLM=Engine, SamplingParams=SimpleNamespace)
-    monkeypatch.setattr(serve_vllm, "import_vllm", lambda: vllm)
-    prompts = [[token] * 6 for token in range(4)]
-    monkeypatch.setattr(serve_vllm, "held_out_prompts", lambda *_: prompts)
-    flags = f"--base {base} --heads {tmp_path}/heads --out {tmp_path}/served --new-tokens 12"
-    monkeypatch.setattr(sys, "argv", ["serve_vllm.py", *flags.split()])
-    serve_vllm.main()
+    torch.testing.assert_close(load_file(served / "model.safetensors"), expected, rtol=0, atol=0)
     out = capsys.readouterr().out
-    assert "equals ours on 4 of 4 prompts" in out
-    assert re.search(r"spec_decode_num_drafts +5\n", out)
-    steps, accepted = re.findall(r"same chain: steps, accepted +(\d+), (\[.*\])", out)[0]
-    assert 0 < int(steps) < 4 * 11 and len(json.loads(accepted)) == 3
+    assert "equals ours on 3 of 4 prompts" in out and "prompt 3: differs from token 5 on" in out
+    assert re.search(r"spec_decode_num_drafts +5\n.*accepted +\d+, \[\d+, \d+, \d+\]", out)

@@ -4,6 +4,7 @@ import copy
 import json
 from collections import defaultdict
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import train
 from data.corpus import documents, packed, shuffled
 from data.tokenizer import load_base
 from medusa import MedusaConfig, MedusaHeads, Sampling, generate
-from model import GPT, read_safetensors
+from model import GPT
 from strategies import KINDS, base_config, contents, log_of, properties, random_gpt, random_heads
 from strategies import rate, rng, training, unit
 from train import Adapter, Medusa2Config, TrainConfig, add_adapters
@@ -74,8 +75,7 @@ def gradients_of(loss, *modules) -> tuple[torch.Tensor, ...]:
 def batches(rows, heads, processes: int) -> list[train.Batch]:
     found = []
     for rank in range(processes):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "rank_and_world_size", lambda: (rank, processes))
+        with patch.object(train, "rank_and_world_size", lambda: (rank, processes)):
             config = TrainConfig(batch=len(rows[0]))
             found.append(make_batch(config, rows, heads, torch.device("cpu"), 0))
     return [batch for batch in found if len(batch.rows)]
@@ -93,8 +93,7 @@ def test_the_losses_in_chunks_and_parts_equal_the_formulas(case, lambda_0, chunk
         loss = means[0] + lambda_0 * loss
         expected = [means[0].item()] + [value * (lambda_0 > 0) for value in expected[1:]]
     found, total = 0.0, 0.0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "CHUNK_LOGITS", chunk)
+    with patch.object(train, "CHUNK_LOGITS", chunk):
         for batch in batches(rows, heads, processes):
             if lambda_0 is None:
                 part, metrics = medusa1_loss(heads, model, model(batch.tokens), batch)
@@ -140,8 +139,7 @@ def test_the_base_learns_with_heads_whose_weight_rises_along_a_sine(text, tmp_pa
 
 # ---- adapters ----
 def hidden_of(model, adapters=True):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Adapter, "on", adapters)
+    with patch.object(Adapter, "on", adapters):
         return model(torch.randint(5, (2, 7), generator=rng(0))).detach()
 
 
@@ -173,12 +171,8 @@ def test_adapters_start_as_the_base_are_it_when_off_and_merge_to_a_plain_model(s
 @pytest.fixture
 def joint(base, text, shards):
     """The config of a run of a few steps."""
-
-    def config(out, **more) -> Medusa2Config:
-        more = {"distilled": shards, "heads_steps": 0, "lr": 0.01} | more
-        return training(base, text, out, Medusa2Config, **more)
-
-    return config
+    fixed = {"distilled": shards, "heads_steps": 0, "lr": 0.01}
+    return lambda out, **more: training(base, text, out, Medusa2Config, **fixed | more)
 
 
 def state_of(directory) -> dict[str, torch.Tensor]:
@@ -197,7 +191,7 @@ def test_the_teacher_is_the_base_as_it_was_and_the_corpus_needs_none(lora, joint
 
 
 def test_weights_under_adapters_stay_until_they_are_merged(base, joint, tmp_path, monkeypatch):
-    """And the merged base has the files of a plain one."""
+    """And the merged base opens as a plain one."""
     old, checked = state_of(base), []
 
     def check(model):
@@ -208,11 +202,9 @@ def test_weights_under_adapters_stay_until_they_are_merged(base, joint, tmp_path
 
     monkeypatch.setattr(train, "merge_adapters", check)
     train_medusa2(joint(tmp_path / "out", lora=True, lr=0.05))
-    new, files = state_of(tmp_path / "out" / "base"), (base, tmp_path / "out" / "base")
-    one, two = (read_safetensors(folder / "model.safetensors").keys() for folder in files)
-    assert all(checked) and one == two
+    new = state_of(tmp_path / "out" / "base")
     moved = [name for name, t in old.items() if not torch.equal(new[name], t)]
-    assert len(moved) == 7 and all("_proj" in name for name in moved)
+    assert all(checked) and len(moved) == 7 and all("_proj" in name for name in moved)
 
 
 def test_without_the_loss_of_the_heads_it_is_plain_fine_tuning(base, text, joint, tmp_path):
@@ -240,17 +232,6 @@ def test_without_the_loss_of_the_heads_it_is_plain_fine_tuning(base, text, joint
     train_medusa1(training(base, text, tmp_path / "one", **more, **same))
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     assert one["model.safetensors"] == two["heads/model.safetensors"]
-
-
-def test_in_stage_1_the_base_stays(base, joint, tmp_path, monkeypatch):
-    """As the checkpoint shows that stage 1 ends with."""
-    monkeypatch.setattr(train, "medusa2_loss", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        train_medusa2(joint(tmp_path / "out", heads_steps=3, weight_decay=0.1))
-    found = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["parts"]["base"]
-    weights = dict(GPT.from_pretrained(base).named_parameters())
-    assert found.keys() == weights.keys()
-    assert all(torch.equal(found[name], t) for name, t in weights.items())
 
 
 def test_trained_heads_learn_on_and_are_measured_again(base, text, shards, joint, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import model as model_module
 from model import GPT, KVCache, ModelConfig, read_config, write_atomically, write_json
-from strategies import ROPES, properties, rng
+from strategies import ROPES, close, default_dtype, properties, refused, rng
 
 SMALL = ModelConfig(5, 16, 12, 2, 4, 2, 16, rope_theta=700.0, tie_word_embeddings=False)
 SENTENCE = torch.tensor([[1, 2, 3, 4, 0]])
@@ -21,11 +22,8 @@ TIED = pytest.mark.parametrize("tied", [False, True])
 
 def make_gpt(config: ModelConfig, seed=0, dtype=torch.float64) -> GPT:
     """Weights so large that every formula shows; its table of angles is as exact as its dtype."""
-    torch.set_default_dtype(dtype)
-    try:
+    with default_dtype(dtype):
         model = GPT(config).eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(torch.float32)
     generator = rng(seed)
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=generator, dtype=dtype)
@@ -37,21 +35,16 @@ def make_gpt(config: ModelConfig, seed=0, dtype=torch.float64) -> GPT:
 @st.composite
 def gpts(draw):
     nkv, group, half = (draw(st.integers(1, 3)) for _ in range(3))
-    config = ModelConfig(
-        vocab_size=5,
-        hidden_size=draw(st.just(2 * half * nkv * group) | st.integers(1, 9)),
-        intermediate_size=draw(st.integers(1, 9)),
-        num_hidden_layers=draw(st.integers(1, 3)),
-        num_attention_heads=nkv * group,
-        num_key_value_heads=nkv,
-        max_position_embeddings=12,
-        rms_norm_eps=draw(st.sampled_from((1e-5, 0.1))),
-        rope_theta=draw(st.sampled_from((10000.0, 3.0))),
-        tie_word_embeddings=draw(st.booleans()),
-        head_dim=2 * half,
-        rope_scaling=draw(st.sampled_from((None, *ROPES[1:]))),
-        model_type=draw(st.sampled_from(("llama", "qwen2", "qwen3"))),
-    )
+    drawn = {
+        "hidden_size": st.just(2 * half * nkv * group) | st.integers(1, 9),
+        "intermediate_size": st.integers(1, 9), "num_hidden_layers": st.integers(1, 3),
+        "rms_norm_eps": st.sampled_from((1e-5, 0.1)), "rope_theta": st.sampled_from((10000.0, 3.0)),
+        "tie_word_embeddings": st.booleans(), "rope_scaling": st.sampled_from((None, *ROPES[1:])),
+        "model_type": st.sampled_from(("llama", "qwen2", "qwen3")),
+    }  # fmt: skip
+    sizes = {"num_attention_heads": nkv * group, "num_key_value_heads": nkv, "head_dim": 2 * half}
+    more = draw(st.fixed_dictionaries(drawn)) | sizes
+    config = ModelConfig(vocab_size=5, max_position_embeddings=12, **more)
     return make_gpt(config, draw(st.integers(0, 99)))
 
 
@@ -59,19 +52,6 @@ def batches(low=1, high=8):
     """Tokens (B, T), T from low to high."""
     drawn = st.tuples(st.integers(1, 3), st.integers(low, high), st.integers(0, 99))
     return drawn.map(lambda drawn: torch.randint(5, drawn[:2], generator=rng(drawn[2])))
-
-
-def causal(T: int, S=0) -> torch.Tensor:
-    return torch.ones(T, S + T, dtype=torch.bool).tril(S)
-
-
-def added(mask: torch.Tensor) -> torch.Tensor:
-    """A boolean mask as what it adds to the scores."""
-    return torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -math.inf)
-
-
-def close(ours, theirs) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 def llama_shapes(c: ModelConfig) -> dict[str, tuple]:
@@ -149,15 +129,13 @@ def llama_by_hand(disk, c: ModelConfig, tokens, positions, mask) -> torch.Tensor
 
 @settings(properties, max_examples=50)
 @given(gpts(), batches(high=5), st.booleans(), st.integers(0, 99))
-def test_the_gpt_equals_the_llama_formulas_of_its_file(
-    tmp_path_factory, model, tokens, plain, seed
-):
+def test_the_gpt_equals_the_formulas_of_its_file(tmp_path_factory, model, tokens, plain, seed):
     """With the default positions and mask, and with any others."""
     (B, T), directory = tokens.shape, tmp_path_factory.mktemp("llama")
     model.save_pretrained(directory)
     disk = load_file(directory / "model.safetensors")
     assert {name: tuple(t.shape) for name, t in disk.items()} == llama_shapes(model.config)
-    positions, mask = torch.arange(T).expand(B, T), added(causal(T))
+    positions, mask = torch.arange(T).expand(B, T), torch.full((T, T), -math.inf).triu(1)
     if not plain:
         positions = torch.randint(12, (B, T), generator=rng(seed))
         mask = torch.randn(T, T, generator=rng(seed), dtype=torch.float64)
@@ -180,38 +158,6 @@ def test_cached_decoding_in_any_chunks_equals_one_forward(model, tokens, data):
     assert not at_once.data[..., T:, :].any(), "only these slots are written"
 
 
-@settings(properties, max_examples=60)
-@given(gpts(), batches(low=2), st.booleans(), st.integers(0, 99), st.data())
-def test_positions_and_masks_mean_the_same_in_every_form(model, tokens, cached, seed, data):
-    """Left out, given once or for each sequence; a boolean mask, or what it adds to the scores."""
-    B, both = tokens.shape
-    S = data.draw(st.integers(1, both - 1)) if cached else 0
-    T = both - S
-
-    def run(positions=None, mask=None):
-        cache = model.new_cache(both, B) if cached else None
-        if cached:
-            model(tokens[:, :S], cache=cache)
-        return model(tokens[:, S:], positions, mask, cache)
-
-    order, default = torch.arange(S, both), run()
-    for form in (run(order), run(order.expand(B, T)), run(mask=causal(T, S))):
-        close(form, default)
-    mask = torch.rand(T, both, generator=rng(seed)) > 0.5
-    mask |= torch.eye(T, both).roll(S, 1).bool()
-    close(run(mask=mask), run(mask=added(mask)))
-
-
-@properties
-@given(gpts(), batches(), st.data())
-def test_the_future_never_influences_the_past_and_the_past_does_the_future(model, tokens, data):
-    t = data.draw(st.integers(0, tokens.shape[1] - 1))
-    other = tokens.clone()
-    other[:, t] = (tokens[:, t] + 1) % 5
-    change = (model(tokens) - model(other)).abs().amax(-1)  # (B, T)
-    assert (change[:, :t] < 1e-12).all() and (change[:, t:] > 1e-9).all()
-
-
 @properties
 @given(st.integers(1, 3), st.integers(0, 4), st.lists(st.booleans(), max_size=6))
 def test_keep_moves_the_chosen_rows_down_and_forgets_the_others(B, start, chosen):
@@ -226,35 +172,29 @@ def test_keep_moves_the_chosen_rows_down_and_forgets_the_others(B, start, chosen
 
 
 @properties
-@given(st.lists(st.integers(0, 2), min_size=1, max_size=3), st.integers(1, 4), st.integers(0, 99))
-def test_keep_batch_keeps_only_these_sequences_and_decoding_goes_on(rows, S, seed):
-    model, rows = make_gpt(SMALL, seed), torch.tensor(rows)
-    tokens = torch.randint(5, (3, S + 3), generator=rng(seed))
-    cache = model.new_cache(S + 3, 3)
-    model(tokens[:, :S], cache=cache)
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=3))
+def test_keep_batch_keeps_these_sequences_in_their_order(rows):
+    cache, rows = KVCache(SMALL, 3, 4), torch.tensor(rows)
+    cache.data.copy_(torch.randn(cache.data.shape, generator=rng(0)))
     expected = cache.data[:, :, rows]
     cache.keep_batch(rows)
-    assert torch.equal(cache.data, expected) and cache.length == S
-    for chunk in tokens[rows, S:].split((1, 2), dim=1):
-        hidden = model(chunk, cache=cache)
-    close(hidden, model(tokens[rows])[:, -2:])
+    assert torch.equal(cache.data, expected)
 
 
 def test_more_than_the_cache_or_the_context_holds_is_refused_and_changes_nothing():
     model, tokens = make_gpt(SMALL), torch.randint(5, (2, 17), generator=rng(0))
     whole = model(tokens[:, :16])
     # A tree may be wider than the rest of the context: its positions are given.
-    close(model(tokens, torch.tensor([*range(16), 15]), causal(17))[:, :16], whole)
+    seen = torch.ones(17, 17, dtype=torch.bool).tril()
+    close(model(tokens, torch.tensor([*range(16), 15]), seen)[:, :16], whole)
     for capacity, room, says in ((7, 7, "cache of 7"), (20, 16, "context of 16")):
         cache = model.new_cache(capacity, 2)
         model(tokens[:, : room - 1], cache=cache)
         before = cache.data.clone()
-        with pytest.raises(ValueError, match=says):
-            model(tokens[:, room - 1 : room + 1], cache=cache)
+        refused(says, model, tokens[:, room - 1 : room + 1], cache=cache)
         assert cache.length == room - 1 and torch.equal(cache.data, before)
         close(model(tokens[:, room - 1 : room], cache=cache), whole[:, room - 1 : room])
-    with pytest.raises(ValueError, match="context of 16"):
-        model(tokens)
+    refused("context of 16", model, tokens)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -300,8 +240,9 @@ def test_a_saved_model_is_a_llama_directory_and_comes_back_bit_for_bit(tied, dty
     extra |= {"attention_bias": False, "mlp_bias": False, "head_dim": 4}
     assert written == asdict(config) | extra | {"dtype": str(dtype).removeprefix("torch.")}
     disk = load_file(first / "model.safetensors")
-    assert {name: tuple(t.shape) for name, t in disk.items()} == llama_shapes(config)
-    assert {t.dtype for t in disk.values()} == {dtype}
+    assert disk.keys() == llama_shapes(config).keys() and {t.dtype for t in disk.values()} == {
+        dtype
+    }
 
     loaded = GPT.from_pretrained(first)
     for weight in model.parameters():
@@ -322,12 +263,6 @@ def saved(tmp_path):
     return tmp_path
 
 
-def refuses(directory, *says) -> None:
-    with pytest.raises(ValueError) as error:
-        GPT.from_pretrained(directory)
-    assert all(word in str(error.value) for word in says), str(error.value)
-
-
 @pytest.mark.parametrize("name", [name for name in llama_shapes(SMALL) if "layers.0" not in name])
 def test_a_missing_or_misshapen_tensor_is_refused_by_name(saved, name):
     """Also one that could be broadcast, or whose neighbour makes up for the missing rows."""
@@ -335,23 +270,21 @@ def test_a_missing_or_misshapen_tensor_is_refused_by_name(saved, name):
     state = load_file(file)
     weight = state.pop(name)
     save_file(state, file)
-    refuses(saved, str(saved), name, "missing")
+    refused(f"{saved}: {name} is missing in the file", GPT.from_pretrained, saved)
     for other in (weight[:1], weight[1:], weight[..., :1], weight[None], weight.tile(2)):
         save_file(state | {name: other.contiguous()}, file)
-        refuses(saved, str(saved), name, str(tuple(other.shape)), str(tuple(weight.shape)))
+        sizes = f"{tuple(other.shape)} in the file, {tuple(weight.shape)} in the model"
+        refused(re.escape(f"{saved}: {name} is {sizes}"), GPT.from_pretrained, saved)
     for quantized in (torch.float8_e4m3fn, torch.int32, torch.bool):
         save_file(state | {name: weight.to(quantized)}, file)
-        refuses(saved, f"{saved}: {name} is {quantized}")
+        refused(f"{saved}: {name} is {quantized}", GPT.from_pretrained, saved)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["layers.2.mlp.up_proj.weight", "layers.0.self_attn.q_proj.bias", "lm_head.weight", "x.bias"],
-)
+@pytest.mark.parametrize("name", ["layers.2.x", "layers.0.self_attn.q_proj.bias", "lm_head.weight"])
 def test_an_unexpected_tensor_is_refused_by_name(saved, name):
     file = saved / "model.safetensors"
     save_file(load_file(file) | {f"model.{name}": torch.ones(8)}, file)
-    refuses(saved, str(saved), name)
+    refused(f"{saved}: .*{name}", GPT.from_pretrained, saved)
 
 
 @TIED
@@ -366,7 +299,8 @@ def test_tensors_that_say_nothing_new_are_passed_over_and_another_tied_head_is_n
     assert torch.equal(loaded.lm_head(loaded(SENTENCE)), model.lm_head(model(SENTENCE)))
     for other in (head * 1.001, head * 0, torch.ones(3)) if tied else ():
         save_file(more | {"lm_head.weight": other}, file)
-        refuses(tmp_path, f"{tmp_path}: lm_head.weight", "tie_word_embeddings")
+        says = f"{tmp_path}: lm_head.weight differs: tie_word_embeddings"
+        refused(says, GPT.from_pretrained, tmp_path)
 
 
 def write_half(temporary):
@@ -374,15 +308,12 @@ def write_half(temporary):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda directory: write_atomically(directory / "config.json", write_half),
-        lambda directory: write_atomically(directory / "another", write_half),
-        lambda directory: write_json(directory / "config.json", {"a": 1}),
-        lambda directory: make_gpt(replace(SMALL, hidden_size=32)).save_pretrained(directory),
-    ],
-)
+@pytest.mark.parametrize("write", [
+    lambda directory: write_atomically(directory / "config.json", write_half),
+    lambda directory: write_atomically(directory / "another", write_half),
+    lambda directory: write_json(directory / "config.json", {"a": 1}),
+    lambda directory: make_gpt(replace(SMALL, hidden_size=32)).save_pretrained(directory),
+])  # fmt: skip
 def test_a_write_that_ends_midway_leaves_the_old_files_and_nothing_else(saved, write, monkeypatch):
     def contents():
         return {file.name: file.read_bytes() for file in saved.iterdir()}

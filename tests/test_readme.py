@@ -32,15 +32,9 @@ OF_OTHERS = {
     *("medusa_choices", "medusa_buffers", "tree_indices", "retrieve_indices"),
     *("evaluate_posterior", "posterior_threshold", "posterior_alpha", "update_inference_inputs"),
 }
-
-
-SCRIPTS = {
-    "sample.py": SampleConfig,
-    "data/smollm2.py": smollm2.Config,
-    "data/turns.py": turns.Config,
-    "bench/animation.py": animation.AnimationConfig,
-    "bench/fuzz.py": fuzz.FuzzConfig,
-}
+SCRIPTS = {"sample.py": SampleConfig, "data/smollm2.py": smollm2.Config}
+SCRIPTS |= {"data/turns.py": turns.Config, "bench/fuzz.py": fuzz.FuzzConfig}
+SCRIPTS |= {"bench/animation.py": animation.AnimationConfig}
 
 
 def sources(*folders: str) -> list[str]:
@@ -70,23 +64,19 @@ def test_a_link_to_a_line_leads_to_the_definition(name, file, line):
     assert definition(file, name).lineno == int(line)
 
 
-def headings(text: str) -> set[str]:
-    """The anchors of a document's headings, as GitHub makes them."""
-    names = "\n".join(re.findall(r"^#+ (.*)$", text, re.M)).lower()
-    return set(re.sub(r"[^\w\n -]", "", names).replace(" ", "-").split())
-
-
 @pytest.mark.parametrize("file", DOCUMENTS)
 def test_links_lead_to_files_and_sections(file):
-    links = re.findall(
-        r"(?:\]\(|(?:src|srcset)=\")(?!https?:)([^)#\"]*)(?:#([^)]+))?", DOCUMENTS[file]
-    )
+    link = r"(?:\]\(|(?:src|srcset)=\")(?!https?:)([^)#\"]*)(?:#([^)]+))?"
+    links = re.findall(link, DOCUMENTS[file])
     assert links or file == "tests/README.md"
     for target, anchor in links:
         path = (ROOT / file).parent / target if target else ROOT / file
         assert path.exists(), target
         if anchor and path.suffix == ".md":
-            assert anchor in headings(path.read_text(encoding="utf-8")), (target, anchor)
+            # As GitHub makes them of the document's headings.
+            names = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
+            anchors = {re.sub(r"[^\w -]", "", name.lower()).replace(" ", "-") for name in names}
+            assert anchor in anchors, (target, anchor)
 
 
 @pytest.mark.parametrize("module", ["tree", "medusa", "train"])
@@ -183,14 +173,11 @@ def test_the_figures_are_those_that_were_measured():
     measured = json.loads((ROOT / "bench/figures.json").read_text(encoding="utf-8"))
     assert between("figures", "bench/README.md") == figures.table(measured)
     assert between("ladder") == figures.ladder_table(measured)
+    runs = measured["ladder"]["result"]
     measured = json.loads((ROOT / "bench/ablations.json").read_text(encoding="utf-8"))
     assert ablations.table(measured["results"]) in between("ablations", "bench/README.md")
     assert between("lessons") == ablations.lessons_table(measured["results"])
-
-
-def test_the_first_screen_says_what_was_measured():
-    measured = json.loads((ROOT / "bench/figures.json").read_text(encoding="utf-8"))
-    runs = measured["ladder"]["result"]
+    # The first screen has some of them.
     ours, sequential = runs["calibrated tree"], runs["calibrated tree, sequential heads"]
     first = README[: README.index("## ")]
     for figure in (f"{ours['speed-up']:.2f} times", f"{sequential['speed-up']:.2f} times"):

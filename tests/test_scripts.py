@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import MISSING, fields
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -17,11 +16,10 @@ import torch
 import sample
 import train
 from data.command import pick_device
-from data.corpus import is_validation
 from data.tokenizer import Tokenizer
 from medusa import MedusaHeads
-from model import read_json, write_json
-from strategies import contents, log_of
+from model import read_json
+from strategies import contents, log_of, named
 from train import pick_precision
 
 ROOT = Path(__file__).parent.parent
@@ -30,12 +28,6 @@ SHAPE = """--vocab-size 300 --hidden-size 16 --intermediate-size 24 --num-hidden
            --num-attention-heads 2 --num-key-value-heads 1""".split()
 ROWS = "--shards 1 --rows 6 --prompt-tokens 6 --new-tokens 18".split()
 STEPS = "--steps 4 --batch 2 --warmup 1".split()
-
-
-def named(sides: list[bool], stem: str) -> str:
-    """A file name under which the pieces of a text fall on these sides, True for validation."""
-    names = (f"{stem}{n}.txt" for n in count())
-    return next(s for s in names if [is_validation(f"{s}:{i}") for i in range(len(sides))] == sides)
 
 
 def script(work: Path, *argv, encoding="utf-8") -> subprocess.CompletedProcess:
@@ -74,7 +66,7 @@ def made(tmp_path_factory):
 
 
 # ---- what works ----
-def test_each_mode_writes_its_files_and_names_the_command_that_comes_next(made):
+def test_each_mode_writes_its_files_reports_what_is_in_them_and_names_the_next_command(made):
     work, said = made
     found = {name: set(contents(work / name)) for name in ("base", "rows", "heads", "medusa2")}
     weights = {"config.json", "model.safetensors"}
@@ -93,10 +85,6 @@ def test_each_mode_writes_its_files_and_names_the_command_that_comes_next(made):
         "medusa1": f"next: python sample.py {of_base} --heads {work}/heads",
         "medusa2": f"next: python sample.py {both}",
     }
-
-
-def test_what_the_modes_report_is_what_is_on_disk(made):
-    work, said = made
     text = r"^perplexity( of the base)? on held-out text: \d+\.\d{3}"
     rest = {"base": "", "medusa1": ", frozen", "medusa2": r", \S+ before training"}
     assert all(re.search(f"{text}{rest[mode]}$", said[mode], re.M) for mode in rest)
@@ -126,11 +114,7 @@ def test_what_was_trained_samples_the_text_of_plain_decoding(call, made, where, 
     more += ["--base", work / "base", "--heads", work / "heads", "--dtype", "float64"]
     code, out, err = call("sample.py", *more, "--tree", tree, *flags.split())
     assert (code, err) == (0, "") and out.startswith("def \u20ac(") and "\033" not in out
-    lines = summary(out)
-    assert "typical" in flags or lines["text"] == "identical, token for token"
-    ours, plain = re.match(r"(\d+) with Medusa, (\d+) plain", lines["tokens/s"]).groups()
-    speed_up = float(lines["speed-up"].removesuffix("x"))
-    assert abs(speed_up - int(ours) / int(plain)) < 0.02 * max(speed_up, 1)
+    assert "typical" in flags or summary(out)["text"] == "identical, token for token"
 
 
 def test_a_fresh_clone_samples_with_what_is_shipped(tmp_path):
@@ -245,11 +229,6 @@ def test_a_device_that_cannot_be_used_is_refused_by_name(name, monkeypatch):
 
 
 # ---- what is refused ----
-def one_line(name: str, says: str, code: int, out: str, err: str) -> None:
-    assert (code, out) == (2, "") and says in err, err
-    assert re.fullmatch(rf"{name}: error: [^\n]+\n", err), err
-
-
 @pytest.fixture
 def copy(made, tmp_path):
     """Copies of what was trained, to be broken, and the flags that name base and heads."""
@@ -266,8 +245,9 @@ def refused(call, tmp_path):
         return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
     def check(says, name, *argv):
-        before = files()
-        one_line(name, says, *call(name, *argv))
+        before, (code, out, err) = files(), call(name, *argv)
+        assert (code, out) == (2, "") and says in err, err
+        assert re.fullmatch(rf"{name}: error: [^\n]+\n", err), err
         assert files() == before
 
     return check
@@ -280,6 +260,8 @@ SAMPLE += [("--tree oak", "--tree oak: must be"), ("--top-k 4", "--temperature a
 SAMPLE += [("--accept loosely", "loosely"), ("--max-new-tokens 0", "max_new_tokens")]
 SAMPLE += [("--device fpga", "--device fpga"), ("--dtype int8", "int8"), ("stray", "stray")]
 SAMPLE += [("--prompt " + 2000 * "x", "prompt"), ("--seed -1", "--seed -1"), ("--blue", "--blue")]
+SAMPLE += [("--top-p 0.9", "--top-p"), ("--accept typical", "--temp"), ("--epsilon 0.2", "--eps")]
+SAMPLE += [("--temperature 1 --epsilon 0.2", "--epsilon"), ("--prompt x --chat y", "--chat")]
 
 
 @pytest.mark.parametrize("flags, says", SAMPLE, ids=str)
@@ -290,31 +272,23 @@ def test_sample_refuses_bad_flags(refused, made, flags, says):
 
 FILES = ["base/config.json", "base/model.safetensors", "base/tokenizer.model"]
 FILES += ["heads/config.json", "heads/model.safetensors", "heads/calibration.json"]
+FILES += [f"rows/{name}.safetensors" for name in ("train-00000", "validation-0.0")]
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("content", [None, "directory", b"", b"\x80\x04garbage \xff", b"[1]"])
-def test_sample_refuses_a_broken_file_by_name(refused, copy, name, content):
-    path = copy[0] / name
+def test_a_broken_file_is_refused_by_name(refused, copy, made, name, content):
+    """Of rows, by their directory."""
+    path, argv = copy[0] / name, ["sample.py", *copy[1]]
+    if path.parent.name == "rows":
+        argv = ["train.py", *train_flags(made[0], "medusa1"), "--out", copy[0] / "out"]
+        argv += ["--distilled", path.parent]
     path.unlink()
     if content == "directory":
         path.mkdir()
     elif content is not None:
         path.write_bytes(content)
-    refused(str(path), "sample.py", *copy[1])
-
-
-FIELDS = [("base", "hidden_size", "16"), ("base", "hidden_size", 20), ("base", "rope_theta", None)]
-FIELDS += [("base", "num_attention_heads", 0), ("base", "model_type", "gpt2")]
-FIELDS += [("base", "eos_token_id", [2, "x"]), ("base", "vocab_size", 299)]
-FIELDS += [("heads", "num_heads", 4)]
-
-
-@pytest.mark.parametrize("name, field, value", FIELDS)
-def test_sample_refuses_a_field_of_config_that_does_not_fit(refused, copy, name, field, value):
-    path = copy[0] / name / "config.json"
-    write_json(path, read_json(path) | {field: value})
-    refused(str(path.parent), "sample.py", *copy[1])
+    refused(str(path.parent if "rows" in name else path), *argv)
 
 
 def test_sample_refuses_a_tokenizer_of_another_model(refused, copy):
@@ -324,24 +298,22 @@ def test_sample_refuses_a_tokenizer_of_another_model(refused, copy):
 
 TRAIN = [("--mode medusa3", "medusa3"), ("--mode", "--mode"), ("--fast", "--fast")]
 TRAIN += [("stray", "stray"), ("--steps few", "few"), ("--steps 0", "steps"), ("--text", "--text")]
-TRAIN += [("--lr 0", "--lr"), ("--lr nan", "--lr"), ("--precision int8", "int8")]
-TRAIN += [("--batch -3", "batch"), ("--warmup 0", "warmup"), ("--data dreams", "dreams")]
-TRAIN += [("--context 100", "--context"), ("--lora", "--lora")]
-TRAIN += [("--num-heads 0", "--num-heads"), ("--truncated-vocab-size 301", "truncated_vocab_size")]
+TRAIN += [("--lr nan", "--lr"), ("--precision int8", "int8"), ("--data dreams", "dreams")]
+TRAIN += [("--context 100", "--context"), ("--lora", "--lora"), ("--num-heads 0", "--num-heads")]
+TRAIN += [("--truncated-vocab-size 301", "truncated_vocab_size"), ("--out {base}", "overwrite")]
 TRAIN += [("--base none/base", "none/base"), ("--distilled none/rows", "none/rows")]
-TRAIN += [("--out {base}", "would overwrite"), ("--warmup 9 --steps 8", "--warmup 9")]
-TRAIN += [("--mode medusa2 --heads-steps 99", "--warmup"), ("--data chat", "line 1")]
+TRAIN += [("--warmup 9 --steps 8", "--warmup 9"), ("--mode medusa2 --heads-steps 99", "--warmup")]
 TRAIN += [("--heads {heads} --num-hidden-layers 3", "num_hidden_layers"), ("--heads none", "none")]
 TRAIN += [("--mode base --num-heads 3", "--num-heads"), ("--mode base --context 1", "--context 1")]
 TRAIN += [("--mode base --vocab-size 10", "ocabulary size"), ("--mode base --out {heads}", "--out")]
-TRAIN += [("--mode base --num-attention-heads 3", "heads"), ("--mode base --mtp-weight -1", "mtp")]
-TRAIN += [("--mode base --vocab-size 30000", "ocabulary size"), ("--mode base --base x", "--base")]
-TRAIN += [("--mode medusa2 --heads none/heads", "none/heads"), ("--mode distill --steps 3", "ps")]
-TRAIN += [("--mode medusa2 --lambda-0 -1", "--lambda-0"), ("--mode medusa2 --heads-steps -1", "ps")]
-TRAIN += [("--mode medusa2 --lr-ratio 0", "--lr-ratio"), ("--mode medusa2 --out {heads}", "--out")]
+TRAIN += [
+    ("--mode base --num-attention-heads 3", "heads"),
+    ("--mode medusa2 --out {heads}", "--out"),
+]
+TRAIN += [("--mode medusa2 --lambda-0 -1", "--lambda-0"), ("--mode medusa2 --lr-ratio 0", "ratio")]
 TRAIN += [("--mode distill --shards -1", "--shards -1"), ("--mode distill --rows 0", "rows")]
 TRAIN += [("--mode distill --prompt-tokens 250", "--prompt-tokens"), ("--device fpga", "fpga")]
-TRAIN += [("--mode distill --top-p 0", "--top-p"), ("--mode distill --temperature nan", "temperat")]
+TRAIN += [("--mode distill --top-p 0", "--top-p"), ("--data chat", "line 1")]
 
 
 def train_flags(work: Path, mode: str) -> list:
@@ -374,24 +346,3 @@ def test_train_refuses_a_text_that_it_cannot_use(call, made, mode, says, tmp_pat
     code, _, err = call("train.py", "--mode", mode, *train_flags(made[0], mode), *more)
     assert code == 2 and "train.py: error: " in err.splitlines()[-1] and says in err
     assert set(tmp_path.iterdir()) <= {path}
-
-
-@pytest.mark.parametrize("name", ["train-00000", "validation-0.0", "validation-1.0"])
-def test_medusa1_refuses_broken_rows_by_name(refused, copy, made, name):
-    rows = copy[0] / "rows"
-    more = [*train_flags(made[0], "medusa1"), "--distilled", rows, "--out", copy[0] / "out"]
-    (rows / f"{name}.safetensors").write_bytes(b"\x80\x04garbage \xff")
-    refused(str(rows), "train.py", *more)
-    (rows / f"{name}.safetensors").unlink()
-    refused(str(rows), "train.py", *more)
-
-
-MISTAKES = [("sample.py --base none/base", "none/base"), ("train.py --mode calibrate", "--heads:")]
-MISTAKES += [("train.py --mode base --text none.txt --device cpu", "none.txt cannot be read")]
-
-
-@pytest.mark.parametrize("argv, says", MISTAKES)
-def test_a_mistake_in_a_process_of_its_own_costs_one_line(argv, says, tmp_path):
-    run = script(tmp_path, *argv.split())
-    one_line(argv.split()[0], says, run.returncode, run.stdout, run.stderr)
-    assert not list(tmp_path.iterdir())

@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 
@@ -51,9 +52,8 @@ FLAGS = ["--tree 8", "--tree 64 --temperature 0.7", "--tree 24 --temperature 1 -
 @pytest.fixture(scope="module", params=FLAGS)
 def file(request, tmp_path_factory):
     file = tmp_path_factory.mktemp("page") / "page.html"
-    with pytest.MonkeyPatch.context() as patch:
-        flags = f"sample.py --device cpu --trace {file} {request.param}"
-        patch.setattr(sys, "argv", flags.split())
+    flags = f"sample.py --device cpu --trace {file} {request.param}"
+    with patch.object(sys, "argv", flags.split()):
         sample.main()
     return file
 
