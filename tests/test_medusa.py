@@ -15,8 +15,8 @@ from torch import nn
 
 import medusa
 from medusa import GREEDY, IGNORED, MedusaConfig, MedusaHeads, Sampling, accept, check_compatible
-from medusa import exponential_noise, generate, gumbel_scores, logits_to_probs, medusa_generate
-from medusa import medusa_loss, targets_ahead, typical_threshold
+from medusa import cross_entropy, exponential_noise, generate, gumbel_scores, logits_to_probs
+from medusa import medusa_generate, medusa_loss, targets_ahead, typical_threshold
 from strategies import KINDS, SEQUENTIAL, CheatingHeads, chi_square, close, decodings, distribution
 from strategies import follow, greedy_text, markov_gpt, next_logits, properties, random_gpt
 from strategies import random_heads, refused, rng, text_distribution, text_of, trees, unit
@@ -594,6 +594,8 @@ def test_medusa_loss_equals_the_sum_taken_one_target_at_a_time(batch):
     loss, means = medusa_loss(logits, targets, decay)
     says = "the mean of head k is not the cross-entropy at t against token t+k+1, over the targets "
     close(means, torch.stack(expected), says + "with loss_mask and only those")
+    says = "without a count cross_entropy is not the mean over its own targets"
+    close(cross_entropy(logits[0], targets[0]), expected[0], says)
     says = "the loss is not the sum over heads k = 1, 2, ... of decay^k times head k's mean"
     close(loss, sum(decay**k * mean for k, mean in enumerate(expected, start=1)), says)
     says = "without targets the gradient is not finite: a mean over nothing"
