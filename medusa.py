@@ -121,10 +121,11 @@ class MedusaHeads(nn.Module):
         """
         assert self.token_weights is not None, "only sequential heads run one by one"
         i, x = k - 1, hidden
-        seen = F.linear(between, self.token_weights[i])  # (n, D), for the first layer
         for j in range(self.config.num_hidden_layers):
-            inner = F.linear(x, self.weight[j, i], self.bias[j, i, 0])
-            x = x + F.silu(inner + seen if j == 0 else inner)  # (n, D)
+            inner = F.linear(x, self.weight[j, i], self.bias[j, i, 0])  # (n, D)
+            if j == 0:
+                inner = inner + F.linear(between, self.token_weights[i])
+            x = x + F.silu(inner)
         return lm_head(x) if self.lm_heads is None else F.linear(x, self.lm_heads[i])
 
     def embed(self, embed_tokens: nn.Embedding, tokens: Tensor | None = None) -> Tensor | None:
@@ -637,7 +638,7 @@ def medusa_generate(
 ) -> Iterator[Step]:
     """Decoding with Medusa heads, several tokens a step; ends where `generate` ends.
 
-    Unless typical, the text is that of `generate` with the same seed, but for ties in rounding.
+    Unless typical, the text is that of `generate` with the same seed (rounding decides near-ties).
     """
     check_compatible(model, heads, tree)
     length, end = len(prompt), max_length(model, prompt, max_new_tokens)
