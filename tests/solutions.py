@@ -334,6 +334,14 @@ RIGHT = {
     noise = noise if token_map is None else noise[..., token_map]
     return (logits / sampling.temperature).log_softmax(-1) - noise.log()
 '''},
+        "every node's whole path": {"medusa.accept": '''
+    targets, best = sample(logits, sampling, noise), []
+    for row in tree.mask:
+        path = row.nonzero()[:, 0].tolist()
+        if len(path) > len(best) and torch.equal(tokens[path[1:]], targets[path[:-1]]):
+            best = path
+    return best, tokens[best[1:]].tolist() + targets[best[-1:]].tolist()
+'''},
     },
     6: {
         "best first": {"tree.calibrated_tree": '''
