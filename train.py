@@ -468,8 +468,10 @@ def train_loop(
         losses, top1 = metrics[1 : K + 1], metrics[K + 1 :]
         record = {"step": step, "base": metrics[0], "heads": losses, "top1": top1}
         run.log.append(json.dumps(record | {"lr": rates, "norm": norms}))
-        shown = " ".join(f"{value:.2f}" for value in losses)
-        bar.set_postfix(base=f"{metrics[0]:.2f}", heads=shown, refresh=False)
+        shown = {"heads": " ".join(f"{value:.2f}" for value in losses)}
+        if metrics[0] > 0:  # a frozen base has no loss
+            shown["base"] = f"{metrics[0]:.2f}"
+        bar.set_postfix(shown, refresh=False)
         if is_main and (run.step % SAVE_EVERY == 0 or run.step == until):
             run.save()
 
