@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "assignments")]
 
-from sets import BLANKED, SETS, sets_of  # noqa: E402
+from sets import BLANKED, HIDDEN, SETS, sets_of  # noqa: E402
 
 from data.command import OneLineParser, run  # noqa: E402
 
@@ -64,15 +64,15 @@ def blank(source: str, module: str, functions: list[str]) -> str:
     for name in sorted(names, key=lambda name: -body_lines(source, name.partition(".")[2]).start):
         body = body_lines(source, name.partition(".")[2])
         numbers = " and ".join(map(str, sets_of(name)))
+        says = f"set {numbers}: {name} is yours to write" if numbers else f"no set has {name}"
         indent = " " * find(ast.parse(source), name.partition(".")[2]).body[0].col_offset
-        lines[body.start : body.stop] = [
-            f'{indent}raise NotImplementedError("set {numbers}: {name} is yours to write")'
-        ]
+        lines[body.start : body.stop] = [f'{indent}raise NotImplementedError("{says}")']
     return "\n".join(lines)
 
 
 def starter(name: str) -> str:
-    return blank((ROOT / name).read_text(encoding="utf-8"), name.removesuffix(".py"), BLANKED)
+    source = (ROOT / name).read_text(encoding="utf-8")
+    return blank(source, name.removesuffix(".py"), [*BLANKED, *HIDDEN])
 
 
 # ---- assembling: {path: content} ----

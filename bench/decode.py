@@ -108,7 +108,8 @@ def step_starts(config: DecodeConfig, temperature: float) -> list[tuple[int, ...
     device = pick_device(config.device)
     model = GPT.from_pretrained(config.base, device=device)
     heads = MedusaHeads.from_pretrained(config.heads, device=device)
-    shards = distilled_rows(Medusa1Config(base=config.base, distilled=config.distilled))
+    asked = Medusa1Config(base=config.base, distilled=config.distilled)
+    shards = distilled_rows(asked, asked.out, 0)
     held_out = held_out_rows(shards, model.config.vocab_size, heads.config.num_heads)
     rows = [part.to(device) for part in held_out[str(temperature)]]
     ranks = head_ranks(model, heads, *rows, Sampling(temperature))

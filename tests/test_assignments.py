@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "assignments"))
 
 import build
 import grade
-from sets import BLANKED, SETS, sets_of
+from sets import BLANKED, HIDDEN, SETS, sets_of
 
 EACH_SET = pytest.mark.parametrize("number", SETS)
 
@@ -35,8 +35,9 @@ def reference(name: str) -> str:
 
 # ---- what students get ----
 def blanked(name: str) -> list[str]:
-    """The functions of a module that the sets blank."""
-    return [function.partition(".")[2] for function in BLANKED if function.startswith(name[:-2])]
+    """The functions of a module that students get blank."""
+    every = [*BLANKED, *HIDDEN]
+    return [function.partition(".")[2] for function in every if function.startswith(name[:-2])]
 
 
 @pytest.mark.parametrize("name", build.MODULES)
