@@ -245,10 +245,12 @@ def small(tmp_path, monkeypatch) -> list:
     counts = {"steps": 9, "prefixes": {"0": 5, "1": 2, "0 0": 3, "0 1": 1, "2": 1}}
     write_json(heads / "calibration.json", dict.fromkeys(("0.0", "0.7", "1.0"), counts))
     tree = calibrated_tree([(0, 0), (1, 0)], 3)
+    rows = torch.randint(9, (6, 20), generator=rng(0)), torch.ones(6, 20, dtype=torch.bool)
     for module, name, value in [
         (results, "documents", lambda validation: ["def f(x):\n    return x\n" * 30]),
         (results, "packed", lambda texts, tokens: torch.tensor(tokens.encode(texts[0]))),
-        (decode, "step_starts", lambda *_: [(0, 0), (0, 1), (1, 0), (2, 2)] * 3),
+        (decode, "distilled_rows", lambda config, out, shards: shards),
+        (decode, "held_out_rows", lambda *_: dict.fromkeys(("0.0", "0.7", "1.0"), rows)),
         (decode, "pick_tree", lambda *_: (tree, "so")),
         (cost, "CONTEXTS", (4, 8)),
         (cost, "measured_bandwidth", lambda n_bytes: 1e9),
