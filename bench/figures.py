@@ -213,6 +213,7 @@ def measure_command() -> dict:
         "minutes of training": (stamps[1] - stamps[0]) / 60,
         "seconds to the first token of sample.py": first,
         "tokens/step": {temperature: run["tokens/step"] for temperature, run in trained.items()},
+        "shipped": {temperature: run["tokens/step"] for temperature, run in shipped.items()},
     }
 
 
@@ -268,10 +269,10 @@ def half_line(r: dict) -> str:
     return f"{line}otherwise. Texts of {PROMPTS} that part, 8 nodes: {'; '.join(parts)}."
 
 
-def command_line(r: dict, shipped: dict) -> str:
+def command_line(r: dict) -> str:
     pairs = []
     for t, tokens in r["tokens/step"].items():
-        pairs.append(f"{tokens:.2f} against {shipped[t]['tokens/step']:.2f} at temperature {t}")
+        pairs.append(f"{tokens:.2f} against {r['shipped'][t]:.2f} at temperature {t}")
     line = f"- The first command, packages installed: {r['minutes']:.1f} minutes. Tokens/step of "
     line += "the heads it trains, against the shipped ones with equally large trees: "
     first = f"{r['seconds to the first token of sample.py']:.1f} s"
@@ -311,7 +312,7 @@ def table(figures: dict) -> str:
     base, decoding, half, command, tests = (figures[name]["result"] for name in SHOWN)
     rows = [decoding_row(t, run) for t, run in decoding.items()]
     lines = [HEADER, "|---|---|---|---|---|---|---|", *rows, ""]
-    notes = [base_line(base), half_line(half), command_line(command, decoding), tests_line(tests)]
+    notes = [base_line(base), half_line(half), command_line(command), tests_line(tests)]
     measured = {(figures[name]["machine"], figures[name]["date"]) for name in SHOWN}
     about = [f"Measured by `bench/figures.py` on {name}; {day}." for name, day in sorted(measured)]
     return "\n".join([*lines, *map(wrapped, notes), "", wrapped(" ".join(about))])
