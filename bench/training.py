@@ -59,7 +59,7 @@ def time_loop(mode: str, base: str, steps: int) -> dict:
     """Seconds between the batch of one step and that of the next."""
     found, stamps, train_loop = {}, [], train.train_loop
     config_class, train_mode = train.MODES[mode.partition("-")[0]]
-    more = {"device": "cpu", "steps": steps + 3} | MODES[mode]
+    more = {"device": "cpu", "steps": steps + 3, "warmup": 1} | MODES[mode]
     if mode != "base":
         more["base"] = base
 

@@ -172,7 +172,7 @@ def test_a_stopwatch_takes_off_what_is_inside(monkeypatch):
 
 @pytest.mark.parametrize("mode", ["medusa1", "medusa2-lora"])
 def test_a_training_run_is_timed_and_leaves_nothing(mode, base, text, shards, tmp_path):
-    more = {"text": text, "distilled": shards, "batch": 3, "warmup": 1}
+    more = {"text": text, "distilled": shards, "batch": 3}
     before, loop = contents(tmp_path), train.train_loop
     with patch.dict(training.MODES, {mode: training.MODES[mode] | more}):
         found = training.time_loop(mode, str(base), 4)
