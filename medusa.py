@@ -511,7 +511,7 @@ class Step:
     tree: Tree  # of N nodes; plain decoding and the prompt have the root alone
     tokens: Tensor  # (N,) at the nodes
     path: list[int]  # the accepted nodes, the root first
-    hidden: Tensor  # (D,) what the heads guessed from; if the root is alone, that of `logits`
+    hidden: Tensor  # (D,) what the heads guessed from; with the root alone, its own state
     logits: Tensor  # (N, V) of the base model after each node
     noise: Tensor | None  # (N, V), unless greedy
 

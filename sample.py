@@ -392,8 +392,9 @@ def main() -> None:
         content |= text_content(records, tokenizer, prompt, model.config.eos_ids)
         write_page(Path(config.trace), content | {"times": [times, plain[1]]})
         lines["trace"] = config.trace
-    if config.heads == "" and config.base == SHIPPED_BASE:
-        lines["see also"] = "--heads data/sequential-heads: more tokens/step"
+    others = Path("data/sequential-heads")
+    if config.heads == "" and config.base == SHIPPED_BASE and others.exists():
+        lines["see also"] = f"--heads {others}: more tokens/step"
     print("\n".join(f"{name:<12} {value}" for name, value in lines.items()))
 
 

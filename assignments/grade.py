@@ -203,13 +203,12 @@ class Clock:
 class Referee:
     """Runs each test against a new child of the sandbox, and writes down what it was worth."""
 
-    def __init__(self, number: int, sandbox: Sandbox, results: Path, complaints: list[str]):
+    def __init__(self, number: int, sandbox: Sandbox, results: Path, began: float):
         self.number, self.sandbox, self.results = number, sandbox, results
-        self.complaints, self.began = complaints, time.monotonic()
+        self.complaints, self.began = [], began
         tests = SETS[number].tests.items()
         self.entries = {test: Entry(words(test), points) for test, points in tests}
         self.computing, self.waiting = COMPUTING, {entry.name for entry in self.entries.values()}
-        self.write()
 
     def entry(self, nodeid: str) -> Entry:
         nodeid = nodeid.removeprefix("tests/")
@@ -299,12 +298,14 @@ def prepare(number: int, sandbox: Sandbox) -> None:
     importlib.import_module("strategies")
 
 
-def grade(number: int, folder: Path, submission: Path, results: Path, sandbox: Sandbox) -> int:
+def grade(folder: Path, submission: Path, referee: Referee) -> int:
     """Write the results; the exit code of pytest. folder: an empty one, for the student's code."""
-    complaints = lay_out(folder, submission, SETS[number].files)
+    number, sandbox = referee.number, referee.sandbox
+    referee.complaints = lay_out(folder, submission, SETS[number].files)
     if not sandbox.confined:
-        complaints.append("not graded as root: the student's code could have read the tests")
-    referee = Referee(number, sandbox, results, complaints)
+        says = "not graded as root: the student's code could have read the tests"
+        referee.complaints.append(says)
+    referee.write()
     sandbox.task = json.dumps([str(folder), number]).encode()
     project = HERE / "project"
     tests = [str(project / "tests" / test) for test in SETS[number].tests]
@@ -317,17 +318,17 @@ def grade(number: int, folder: Path, submission: Path, results: Path, sandbox: S
     return pytest.main([*options, *tests], [referee])
 
 
-def graded(number: int, submission: Path, results: Path, sandbox: Sandbox) -> bool:
+def graded(submission: Path, referee: Referee) -> bool:
     """Grade in a process of its own, so that no submission finds what another has left.
 
     It ends by itself, or is killed; what it has written by then counts.
     """
     with tempfile.TemporaryDirectory() as folder:
-        pid, end, done, code = os.fork(), time.monotonic() + MOST_SECONDS, 0, 0
+        pid, end, done, code = os.fork(), referee.began + MOST_SECONDS, 0, 0
         if pid == 0:
             code = 3
             try:
-                code = grade(number, Path(folder), submission, results, sandbox)
+                code = grade(Path(folder), submission, referee)
             except Exception as error:
                 print(f"grade.py: {submission}: {error}", file=sys.stderr)
             finally:
@@ -339,10 +340,17 @@ def graded(number: int, submission: Path, results: Path, sandbox: Sandbox) -> bo
         if done == 0:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            temporary_of(results, pid).unlink(missing_ok=True)
-            sandbox.restart()
+            temporary_of(referee.results, pid).unlink(missing_ok=True)
+            referee.sandbox.restart()
     # Tests that pass and tests that fail; all else is no grading.
     return code in (0, 1 << 8)
+
+
+def start_of_process() -> float:
+    """When this process began, as time.monotonic() counts."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.monotonic() - age
 
 
 def temporary_of(results: Path, pid: int) -> Path:
@@ -397,7 +405,12 @@ def main() -> None:
     sandbox = Sandbox()
     prepare(number, sandbox)
     sandbox.wait_until_ready()
-    failed = [pair[0] for pair in pairs if not graded(number, *pair, sandbox)]
+    # The first grading's time includes what it took to load the project.
+    failed, began = [], start_of_process()
+    for submission, results in pairs:
+        if not graded(submission, Referee(number, sandbox, results, began)):
+            failed.append(submission)
+        began = time.monotonic()
     if sys.argv[2] == "--class":
         write_table(Path(sys.argv[4]) / f"set{number}.csv", pairs)
     if failed:

@@ -21,7 +21,6 @@ NEXT_ROOT = "the next root is not the sample of the last accepted node"
 EMITTED = "a step emits the guesses on the path"
 NOT_KEPT = "moved down, all at once"
 NOT_PLAIN = "not the one that plain decoding gives"
-NO_POSITION = "at a position that is none"
 EACH_PREFIX = "once for each prefix"
 EXPECTED = "the next root, and each node's chance"
 EYE = 'torch.eye(len(self), dtype=torch.bool, device="cpu")'
@@ -190,18 +189,21 @@ WRONG = {
         "EOS does not end": ("after EOS", ENDS, "if length == end:"),
         "steps counted for tokens": ("tokens are counted and not steps", "while True:",
                                      "for _ in range(max_new_tokens):", ENDS, ENDS[:3] + ENDS[20:]),
-        "beyond the context": (NO_POSITION, ".clamp(max=last_position)", ""),
+        "beyond the context": ("positions are past + depth", ".clamp(max=last_position)", ""),
         "beyond the end": ("after the end is cut off", AT_EOS, AT_EOS.replace(ROOM, "")),
         "heads at every node": ("ran at several nodes", "        tokens = propose(",
             "        heads(hidden.repeat(2), lm_head)\n        tokens = propose("),
         "heads at the last node": (
             "head k does not fill depth k", "states[path[-1]]", "states[-1]"),
-        "noise by index": (NOT_PLAIN, "noise.at(tree.depths)", "noise.at(range(len(tree)))"),
+        "cache without room for a tree": (
+            "up to its end, then a tree", "new_cache(end + len(tree))", "new_cache(end)"),
+        "noise by index": (
+            "the noise of its depth", "noise.at(tree.depths)", "noise.at(range(len(tree)))"),
         "one end token": ("after EOS", ENDS, ENDS.replace("in eos_ids", "== eos_ids[0]")),
         "heads at the root": ("head k does not fill depth k", "states[path[-1]]", "states[0]"),
         "rows of the tree not committed": (NOT_PLAIN, "cache.keep(past, path)\n",
                                            "cache.length = past + len(path)\n"),
-        "noise not advanced": (NOT_PLAIN, "noise.advance(len(emitted))", "pass"),
+        "noise not advanced": ("advances with the text", "noise.advance(len(emitted))", "pass"),
         "root forgotten": ("root in the past", "past = length - 1", "past = length"),
     },
 }  # fmt: skip

@@ -94,14 +94,24 @@ def built_trees(max_depth: int, n_ranks: int):
     return any_tree | paths.map(tree_from_paths) | widths.map(cartesian_tree) | calibrated
 
 
-def tiny_gpt(V: int, D: int, mlp: int, layers: int, heads: int, context: int, eos) -> GPT:
+class SmallGPT(GPT):
+    """A failing case shows how the model is made, in place of its modules."""
+
+    made_by = ""
+
+    def __repr__(self) -> str:
+        return self.made_by
+
+
+def tiny_gpt(V: int, D: int, mlp: int, layers: int, heads: int, context: int, eos) -> SmallGPT:
     shape = ModelConfig(V, D, mlp, layers, heads, 1, context, tie_word_embeddings=False)
-    return GPT(replace(shape, bos_token_id=None, eos_token_id=eos)).double().eval()
+    return SmallGPT(replace(shape, bos_token_id=None, eos_token_id=eos)).double().eval()
 
 
 def random_gpt(seed: int, vocab_size=5, context=16, layers=1, eos=None) -> GPT:
     """A GPT in float64 with weights so large that its text depends on all of its past."""
     model, generator = tiny_gpt(vocab_size, 8, 12, layers, 2, context, eos), rng(seed)
+    model.made_by = f"random_gpt({seed}, {vocab_size}, {context}, {layers}, {eos})"
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
@@ -184,9 +194,10 @@ def unit(model: GPT, tokens) -> torch.Tensor:
 
 
 HINTS = {  # words of an error, and where it may come from
-    "do not fit": "what comes after the end is cut off, tokens are counted and not steps",
-    "size": "the mask is (N, past + N), without the root in the past",
-    "index": "positions are past + depth, near the end of the context the last one",
+    "cache of": "the cache holds the text up to its end, then a tree; what comes after the end is "
+    "cut off, tokens are counted and not steps",
+    "must match": "the mask is (N, past + N), without the root in the past",
+    "out of bounds": "positions are past + depth, near the end of the context the last one",
 }
 
 
