@@ -199,7 +199,7 @@ WRONG = {
             "up to its end, then a tree", "new_cache(end + len(tree))", "new_cache(end)"),
         "noise by index": (
             "the noise of its depth", "noise.at(tree.depths)", "noise.at(range(len(tree)))"),
-        "one end token": ("after EOS", ENDS, ENDS.replace("in eos_ids", "== eos_ids[0]")),
+        "one end token": ("after EOS", ENDS, ENDS.replace("in eos_ids", "in eos_ids[:1]")),
         "heads at the root": ("head k does not fill depth k", "states[path[-1]]", "states[0]"),
         "rows of the tree not committed": (NOT_PLAIN, "cache.keep(past, path)\n",
                                            "cache.length = past + len(path)\n"),

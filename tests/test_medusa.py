@@ -151,14 +151,15 @@ def test_logits_that_are_nan_or_infinite_end_the_text_with_the_step_and_the_dtyp
 @settings(properties, max_examples=30)
 @given(decodings(), st.integers(1, 4), st.sampled_from((GREEDY, Sampling(1.0))))
 def test_right_guesses_are_all_accepted(case, depth, sampling):
-    """Heads that know the text emit depth + 1 tokens a step, whatever rank the chain asks for."""
+    """Heads that know the text emit depth + 1 tokens a step, whatever rank the tree asks for."""
     model, _, _, prompt, n = case
     text = text_of(generate(model, prompt, n, sampling, rng(0)))
     for rank in (0, 1):
         heads = CheatingHeads(model, depth, [], 0, lambda: rank)
-        tree = tree_from_paths([[rank] * d for d in range(1, depth + 1)])
+        # With rank 1, a node off the path comes first: index is not depth.
+        tree = tree_from_paths({(0,)} | {(rank,) * d for d in range(1, depth + 1)})
         steps = decode((model, heads, tree, prompt, n), sampling, rng(0), text)
-        same_text(sum(steps, []), text, model)
+        same_text(sum(steps, []), text, model, NOISE)
         expected = ([1] + [depth + 1] * len(steps))[: max(len(steps) - 1, 0)]
         says = "right guesses are not all accepted: a step emits depth + 1 tokens"
         assert [len(emitted) for emitted in steps[:-1]] == expected, says
