@@ -201,7 +201,10 @@ HINTS = {  # words of an error, and where it may come from
 }
 
 
-def follow(steps, heads) -> list[list[int]]:
+AFTER_EOS = "tokens after EOS were kept, or steps made after EOS: the text ends with it"
+
+
+def follow(steps, heads, eos_ids=()) -> list[list[int]]:
     """What all steps of a decoding emitted; cheating heads are told how far the text has come."""
     taken = []
     try:
@@ -214,6 +217,7 @@ def follow(steps, heads) -> list[list[int]]:
     except (IndexError, RuntimeError, ValueError) as error:
         says = f"step {len(taken) + 1} breaks off, {type(error).__name__}: {error}"
         hints = [hint for word, hint in HINTS.items() if word in str(error)]
+        hints = [AFTER_EOS] if set(sum(taken, [])) & set(eos_ids) else hints
         raise AssertionError("; ".join([says, *hints])) from error
     return taken
 

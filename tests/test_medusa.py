@@ -17,9 +17,10 @@ import medusa
 from medusa import GREEDY, IGNORED, MedusaConfig, MedusaHeads, Sampling, accept, check_compatible
 from medusa import cross_entropy, exponential_noise, generate, gumbel_scores, logits_to_probs
 from medusa import medusa_generate, medusa_loss, targets_ahead, typical_threshold
-from strategies import KINDS, SEQUENTIAL, CheatingHeads, chi_square, close, decodings, distribution
-from strategies import follow, greedy_text, markov_gpt, next_logits, properties, random_gpt
-from strategies import random_heads, refused, rng, text_distribution, text_of, trees, unit
+from strategies import AFTER_EOS, KINDS, SEQUENTIAL, CheatingHeads, chi_square, close, decodings
+from strategies import distribution, follow, greedy_text, markov_gpt, next_logits, properties
+from strategies import random_gpt, random_heads, refused, rng, text_distribution, text_of, trees
+from strategies import unit
 from tree import cartesian_tree, tree_from_paths
 
 CHAIN = tree_from_paths([[0], [0, 0], [0, 0, 0], [0, 0, 1]])  # and a last node that is off it
@@ -31,10 +32,7 @@ def decode(case, sampling=GREEDY, generator=None, text=()) -> list[list[int]]:
     heads, prompt = case[1], case[3]
     if isinstance(heads, CheatingHeads):
         heads.text, heads.length = [*prompt, *text], len(prompt)
-    return follow(medusa_generate(*case, sampling, generator), heads)
-
-
-AFTER_EOS = "tokens after EOS were kept, or steps made after EOS: the text ends with it"
+    return follow(medusa_generate(*case, sampling, generator), heads, case[0].config.eos_ids)
 
 
 def same_text(ours: list[int], plain: list[int], model, hint="") -> None:
@@ -200,7 +198,8 @@ def test_head_k_fills_depth_k_from_the_state_before_the_root():
 
 @pytest.mark.parametrize("prompt, steps", [(3, [[4], [5, 0]]), (4, [[5], [0]]), (5, [[0]])])
 def test_eos_ends_the_text_in_the_middle_of_an_accepted_path(prompt, steps):
-    assert count_on([prompt], eos=0) == steps, AFTER_EOS
+    for eos in (0, [2, 0]):
+        assert count_on([prompt], eos=eos) == steps, AFTER_EOS
 
 
 @pytest.mark.parametrize("prompt_length", range(1, 12))
