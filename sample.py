@@ -38,6 +38,7 @@ from tree import expected_tokens, read_counts, tree_from_paths
 
 # ---- settings ----
 PROMPT = 'def quote(s):\n    """Return a quoted copy of the string."""\n    if not s:\n'
+SEQUENTIAL = "data/sequential-heads"  # shipped as well
 
 
 @dataclass(frozen=True)
@@ -392,9 +393,8 @@ def main() -> None:
         content |= text_content(records, tokenizer, prompt, model.config.eos_ids)
         write_page(Path(config.trace), content | {"times": [times, plain[1]]})
         lines["trace"] = config.trace
-    others = Path("data/sequential-heads")
-    if config.heads == "" and config.base == SHIPPED_BASE and others.exists():
-        lines["see also"] = f"--heads {others}: more tokens/step"
+    if config.heads == "" and config.base == SHIPPED_BASE and Path(SEQUENTIAL).exists():
+        lines["see also"] = f"--heads {SEQUENTIAL}: more tokens/step"
     print("\n".join(f"{name:<12} {value}" for name, value in lines.items()))
 
 
