@@ -211,6 +211,9 @@ def follow(steps, heads, eos_ids=()) -> list[list[int]]:
         for step in steps:
             sizes = {len(step.tree), len(step.tokens), len(step.logits)}
             assert len(sizes) == 1, "a Step has a token and logits for each node of its tree"
+            parents = [step.tree.parents[node] for node in step.path[1:]]
+            says = "a Step's path is the accepted nodes, from the root, node 0, downwards"
+            assert step.path[:1] == [0] and parents == step.path[:-1], says
             taken.append(list(step.emitted))
             if isinstance(heads, CheatingHeads):
                 heads.length += len(step.emitted)
