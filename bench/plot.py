@@ -118,13 +118,14 @@ def draw_speed(results: dict):
     labels = {axes: [] for axes in panels}
     for axes, (rule, title) in zip(panels, RULES.items()):
         ways = results[rule]["ways"]
-        axes.set(xlim=(0.9, 2.4), ylim=(0.8, 3.1), xticks=(1, 1.5, 2), yticks=(1, 1.5, 2, 2.5, 3))
+        axes.set(xlim=(0.9, 3.1), ylim=(0.8, 3.1))
+        axes.set(xticks=(1, 1.5, 2, 2.5, 3), yticks=(1, 1.5, 2, 2.5, 3))
         for speed_up in (0.5, 1, 1.5, 2, 2.5):
-            x = min(2.25, 2.9 / speed_up)
+            x = min(2.85, 2.9 / speed_up)
             axes.plot((0, x), (0, speed_up * x), color=rcParams["grid.color"], linewidth=0.8)
             axes.text(x, speed_up * x, f"{speed_up:g}x", va="bottom")
-        axes.fill_between((0, 3), (0, 3), color=rcParams["grid.color"], alpha=0.25, linewidth=0)
-        axes.text(2.37, 1.65, "slower", ha="right")
+        axes.fill_between((0, 4), (0, 4), color=rcParams["grid.color"], alpha=0.25, linewidth=0)
+        axes.text(3.06, 1.65, "slower", ha="right")
         for colour, names in WAYS:
             points = [(ways[way]["step cost"], ways[way]["tokens/step"]) for way in names]
             axes.plot(*zip(*points), "o-", color=colour)
