@@ -58,6 +58,12 @@ def record_name(value) -> str | None:
 # ---- values as JSON and storages ----
 
 
+def linear(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(1, 1, bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=weight.requires_grad)
+    return layer
+
+
 class ByValue:
     """`self` of a method of MedusaHeads, which crosses with its weights."""
 
@@ -192,10 +198,7 @@ class Decoder:
         return tensor
 
     def linear(self, value: dict) -> nn.Linear:
-        weight = self.decode(value["linear"])
-        layer = nn.Linear(1, 1, bias=False, device="meta")
-        layer.weight = weight
-        return layer
+        return linear(self.decode(value["linear"]))
 
     def cache(self, value: dict):
         cache = loaded(CACHE).__new__(loaded(CACHE))
@@ -431,12 +434,7 @@ class Student(Peer):
 
 
 class Remote:
-    """A model or heads that live in the grader's process.
-
-    Heads guess among all tokens here: a truncated vocabulary is not what a set is about.
-    """
-
-    token_map = None
+    """A model or heads that live in the grader's process."""
 
     def __init__(self, peer: Peer, name: str, **parts):
         self.peer, self.name = peer, name
@@ -448,7 +446,9 @@ class Remote:
     forward = __call__
 
     def truncated(self, lm_head):
-        return lm_head
+        if self.token_map is None:
+            return lm_head
+        return linear(lm_head.weight[self.token_map])
 
     def new_cache(self, capacity: int, batch: int = 1):
         weight = self.lm_head.weight
@@ -472,7 +472,7 @@ class Grader(Peer):
             return super().encode_object(value, encoder)
         if value not in self.objects:
             self.objects.append(value)
-        names = [name for name in ("config", "lm_head") if hasattr(value, name)]
+        names = [name for name in ("config", "lm_head", "token_map") if hasattr(value, name)]
         parts = {name: encoder.encode(getattr(value, name)) for name in names}
         return {"remote": f"#{self.objects.index(value)}", "parts": parts}
 

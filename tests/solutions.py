@@ -199,6 +199,12 @@ WRONG = {
             "up to its end, then a tree", "new_cache(end + len(tree))", "new_cache(end)"),
         "noise by index": (
             "the noise of its depth", "noise.at(tree.depths)", "noise.at(range(len(tree)))"),
+        "heads' LM head for the base's": (
+            NOT_PLAIN, "model.lm_head, heads.truncated(model.lm_head)",
+            "heads.truncated(model.lm_head), model.lm_head"),
+        "heads not checked": (
+            "first of all, check_compatible", "check_compatible(model, heads, tree)\n    length",
+            "length"),
         "one end token": ("after EOS", ENDS, ENDS.replace("in eos_ids", "in eos_ids[:1]")),
         "heads at the root": ("head k does not fill depth k", "states[path[-1]]", "states[0]"),
         "rows of the tree not committed": (NOT_PLAIN, "cache.keep(past, path)\n",
@@ -396,7 +402,8 @@ RIGHT = {
             return
         nodes, hidden = tree, states[path[-1]]
         past, buffers = len(text) - 1, TreeBuffers(nodes, end, model.lm_head.weight)
-        tokens = propose(None, heads, model.lm_head, hidden, text[-1], buffers, noise)
+        lm_head = heads.truncated(model.lm_head)
+        tokens = propose(None, heads, lm_head, hidden, text[-1], buffers, noise)
         mask = torch.cat((torch.ones(len(nodes), past, dtype=torch.bool), nodes.mask), dim=1)
         positions = [min(past + depth, end - 1) for depth in nodes.depths]
         states = model(tokens[None], torch.tensor(positions), mask, cache)[0]

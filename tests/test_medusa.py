@@ -243,6 +243,11 @@ def test_impossible_calls_are_refused(way):
     for length, n, says in ((0, 3, "has 0 tokens"), (8, 3, "1 to 7"), (1, -1, "max_new_tokens -1")):
         refused(says, lambda: list(way(model, *guessing, [1] * length, n)))
     assert list(way(model, *guessing, [1], 0)) == [], "0 new tokens were asked for"
+    if way is medusa_generate:
+        with pytest.raises(Exception) as error:
+            list(way(model, random_heads(model, 2, 0), CHAIN, [1], 3))
+        says = "first of all, check_compatible refuses what does not fit together"
+        assert "the tree is 3 deep, but there are 2 heads" in str(error.value), says
 
 
 def test_check_compatible_refuses_heads_of_another_model_and_trees_beyond_the_heads():
