@@ -582,9 +582,11 @@ class TreeBuffers:
 
     @cached_property
     def levels(self) -> list[tuple[Tensor, ...]]:
-        """For sequential heads, which go down the tree. Of each depth, 1 first: its nodes (n,); the
-        nodes from the root to each of their P parents, (P, depth); each node's parent, as a row of
-        those, and its rank, (n,) each."""
+        """For sequential heads, which go down the tree: four tensors for each depth, 1 first.
+
+        nodes (n,): those at this depth; paths (P, depth): the nodes from the root to each of their
+        P parents; rows (n,): in which row of `paths` each node's parent is; ranks (n,).
+        """
         tree, found = self.tree, []
         for depth in range(1, max(tree.depths) + 1):
             nodes = [node for node in range(len(tree)) if tree.depths[node] == depth]
