@@ -38,16 +38,17 @@ class ModelConfig:
     tie_word_embeddings: bool = True
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
-    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    head_dim: int = None  # type: ignore  # None turns into hidden_size / num_attention_heads
     rope_scaling: dict | None = None
     model_type: str = "llama"  # or qwen2: q, k and v have biases; or qwen3: q and k have norms
 
     def __post_init__(self):
+        if self.head_dim is None:
+            check_sizes(self, ["hidden_size", "num_attention_heads"])
+            D, nh = self.hidden_size, self.num_attention_heads
+            check(D % nh == 0, f"hidden_size = {D}: no multiple of num_attention_heads = {nh}")
+            object.__setattr__(self, "head_dim", D // nh)
         check_config(self)
-
-    @property
-    def head_size(self) -> int:
-        return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -62,7 +63,7 @@ class KVCache:
 
     def __init__(self, config, batch: int, capacity: int, dtype=torch.float32, device=None):
         L, nkv = config.num_hidden_layers, config.num_key_value_heads
-        shape = (L, 2, batch, nkv, capacity, config.head_size)
+        shape = (L, 2, batch, nkv, capacity, config.head_dim)
         self.data = torch.zeros(shape, dtype=dtype, device=device)
         self.capacity, self.length = capacity, 0
 
@@ -93,7 +94,7 @@ ROPE_SCALING = {
 def rotary_table(config: ModelConfig, positions: int = 4096) -> Tensor:
     """cos and signed sin of the angles of the context's first positions: (positions, 2, 1, hs)."""
     # The angle by which one position turns pair i is theta^(-2i/hs).
-    half = config.head_size // 2
+    half = config.head_dim // 2
     inv_freq = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)  # (hs/2,)
     scaling = config.rope_scaling
     if scaling is not None:
@@ -119,7 +120,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.nh, self.nkv = config.num_attention_heads, config.num_key_value_heads
-        self.hs, D, bias = config.head_size, config.hidden_size, config.model_type == "qwen2"
+        self.hs, D, bias = config.head_dim, config.hidden_size, config.model_type == "qwen2"
         self.q_proj = nn.Linear(D, self.nh * self.hs, bias=bias)
         self.k_proj = nn.Linear(D, self.nkv * self.hs, bias=bias)
         self.v_proj = nn.Linear(D, self.nkv * self.hs, bias=bias)
@@ -277,7 +278,7 @@ class GPT(nn.Module):
     def save_pretrained(self, directory, dtype: torch.dtype | None = None) -> None:
         """Write config.json and model.safetensors in the Hugging Face layout, each atomically."""
         state = {name: t.to("cpu", dtype).contiguous() for name, t in self.tensors().items()}
-        raw = FIXED | asdict(self.config) | {"head_dim": self.config.head_size}
+        raw = FIXED | asdict(self.config)
         raw["architectures"] = [f"{self.config.model_type.capitalize()}ForCausalLM"]
         raw["dtype"] = str(state["model.norm.weight"].dtype).removeprefix("torch.")
         write_json(Path(directory) / "config.json", raw)
@@ -354,9 +355,6 @@ def read_config(path: Path) -> ModelConfig:
     with naming_errors(other):
         ends = [*dict.fromkeys(config.eos_ids + replace(config, eos_token_id=more).eos_ids)]
     eos = ends if len(ends) > 1 else (ends or [None])[0]
-    # A head_dim that says nothing new is dropped: equal models have equal configs.
-    if config.head_dim == config.hidden_size / config.num_attention_heads:
-        config = replace(config, head_dim=None)
     context = min(window or math.inf, config.max_position_embeddings)
     return replace(config, max_position_embeddings=context, eos_token_id=eos)
 
@@ -405,8 +403,7 @@ def check_sizes(config, names: list[str]) -> None:
 
 def check_config(config: ModelConfig) -> None:
     # Every number is above 0, and the whole ones are sizes.
-    sizes = [f.name for f in fields(config) if f.type is int]
-    check_sizes(config, sizes if config.head_dim is None else [*sizes, "head_dim"])
+    check_sizes(config, [f.name for f in fields(config) if f.type is int])
     rope = config.rope_scaling or {}
     numbers = {"rms_norm_eps": config.rms_norm_eps, "rope_theta": config.rope_theta}
     numbers |= {name: rope.get(name) for name in ROPE_SCALING.get(rope.get("rope_type", ""), ())}
@@ -418,11 +415,9 @@ def check_config(config: ModelConfig) -> None:
     for name, ids in (("bos_token_id", [config.bos_token_id]), ("eos_token_id", config.eos_ids)):
         is_id = all(type(token) in (int, type(None)) for token in ids)
         check(is_id, f"{name} = {getattr(config, name)!r}: must be a token id, or null")
-    # Heads split the model's width, come in groups, and rotate in pairs of dimensions.
-    D, nh, nkv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-    if config.head_dim is None:
-        check(D % nh == 0, f"hidden_size = {D}: no multiple of num_attention_heads = {nh}")
-    check(config.head_size % 2 == 0, f"head_dim = {config.head_size}: must be even")
+    # Heads come in groups, and rotate in pairs of dimensions.
+    nh, nkv = config.num_attention_heads, config.num_key_value_heads
+    check(config.head_dim % 2 == 0, f"head_dim = {config.head_dim}: must be even")
     check(nh % nkv == 0, f"num_attention_heads = {nh}: no multiple of num_key_value_heads = {nkv}")
 
 

@@ -28,15 +28,15 @@ def matrices(config: ModelConfig) -> int:
     D, L = config.hidden_size, config.num_hidden_layers
     # Queries and output, keys and values.
     heads = 2 * (config.num_attention_heads + config.num_key_value_heads)
-    attention = D * heads * config.head_size
+    attention = D * heads * config.head_dim
     return L * (attention + 3 * D * config.intermediate_size) + config.vocab_size * D
 
 
 def backbone_work(config: ModelConfig, N: int, S: int, width: int) -> tuple[int, int]:
     """Bytes and operations of the model over N rows after S: matrices, and keys and values, once;
     2 N matrices, and attention's 4 N (S + N) L of all heads' widths."""
-    L, all_heads = config.num_hidden_layers, config.num_attention_heads * config.head_size
-    cached = 2 * L * config.num_key_value_heads * config.head_size * (S + N)
+    L, all_heads = config.num_hidden_layers, config.num_attention_heads * config.head_dim
+    cached = 2 * L * config.num_key_value_heads * config.head_dim * (S + N)
     operations = 2 * N * matrices(config) + 4 * N * (S + N) * all_heads * L
     return width * (matrices(config) + cached), operations
 

@@ -107,7 +107,7 @@ def test_qwen_may_leave_its_ends_out_and_has_a_head_size_of_its_own(kind, left_o
     for head_dim, size in ((6, 6), (..., left_out)):
         config = read_config(write_config(tmp_path, **changes, head_dim=head_dim))
         assert (config.bos_token_id, config.eos_ids) == (None, ())
-        assert (config.head_size, config.model_type) == (size, kind)
+        assert (config.head_dim, config.model_type) == (size, kind)
 
 
 IDS = st.lists(st.integers(0, 3), max_size=3)

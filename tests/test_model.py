@@ -56,7 +56,7 @@ def batches(low=1, high=8):
 
 def llama_shapes(c: ModelConfig) -> dict[str, tuple]:
     """The tensors of a Llama file, by name."""
-    D, inner, hs = c.hidden_size, c.intermediate_size, c.head_size
+    D, inner, hs = c.hidden_size, c.intermediate_size, c.head_dim
     q, kv = c.num_attention_heads * hs, c.num_key_value_heads * hs
     block = {f"self_attn.{name}_proj.weight": (n, D) for name, n in zip("qkv", (q, kv, kv))}
     if c.model_type == "qwen2":
@@ -74,7 +74,7 @@ def llama_shapes(c: ModelConfig) -> dict[str, tuple]:
 
 def inv_freq_by_hand(c: ModelConfig, i: int) -> float:
     """Of pair i; Llama 3's rule by wavelength, as its makers state it."""
-    freq, scaling = c.rope_theta ** (-2 * i / c.head_size), c.rope_scaling
+    freq, scaling = c.rope_theta ** (-2 * i / c.head_dim), c.rope_scaling
     if scaling is None:
         return freq
     factor, wavelength = scaling["factor"], 2 * math.pi / freq
@@ -90,7 +90,7 @@ def inv_freq_by_hand(c: ModelConfig, i: int) -> float:
 
 def llama_by_hand(disk, c: ModelConfig, tokens, positions, mask) -> torch.Tensor:
     """Logits (T, V) of one sequence (T,), head by head; mask (T, T) is added to the scores."""
-    hs, group = c.head_size, c.num_attention_heads // c.num_key_value_heads
+    hs, group = c.head_dim, c.num_attention_heads // c.num_key_value_heads
     freqs = torch.tensor([inv_freq_by_hand(c, i) for i in range(hs // 2)], dtype=torch.float64)
     angles = torch.outer(positions.double(), freqs)
 
