@@ -158,8 +158,7 @@ class Attention(nn.Module):
         q = q.reshape(B * nkv, heads, rows, hs)  # its scores (B * nkv, heads, rows, S+T)
         k = k.reshape(B * nkv, 1, -1, hs).expand(-1, heads, -1, -1)  # (B * nkv, heads, S+T, hs)
         v = v.reshape(B * nkv, 1, -1, hs).expand(-1, heads, -1, -1)
-        causal = mask is None and T > 1
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)
         y = y.reshape(B, nh, T, hs).transpose(1, 2).reshape(B, T, nh * hs)
         return self.o_proj(y)  # (B, T, D)
 
@@ -320,9 +319,8 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
 
 
 FAMILY = "llama", "mistral", "qwen2", "qwen3"
-# Fields that must be absent or have these values. FIXED ones are written to config.json as well.
+# Fields that must be absent, null or have these values, with which they are also written.
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-MUST_BE = {"partial_rotary_factor": 1, "quantization_config": None}
 ROPE_FIELDS = "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"
 
 
@@ -333,15 +331,16 @@ def read_config(path: Path) -> ModelConfig:
     raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
     raw.setdefault("head_dim", 128 if kind == "qwen3" else None)
     if kind in ("qwen2", "qwen3"):
-        # A Qwen config may leave these out; it names a window even if it does not use it.
-        raw = {"bos_token_id": None, "eos_token_id": None, "use_sliding_window": False} | raw
+        # A Qwen config may leave these out.
+        raw = {"bos_token_id": None, "eos_token_id": None} | raw
     with naming_errors(path):
         check(kind in FAMILY, f"model_type = {kind!r}: must be one of {', '.join(FAMILY)}")
         raw |= read_rope(raw) | {"model_type": "llama" if kind == "mistral" else kind}
-        for name, value in (FIXED | MUST_BE).items():
+        must_be = FIXED | {"partial_rotary_factor": 1, "quantization_config": None}
+        for name, value in must_be.items():
             check(raw.get(name) in (None, value), f"{name} = {raw.get(name)!r}: unsupported")
-        # The context is cut to the sliding window below, so that the window hides nothing.
-        has_window = kind == "mistral" or (kind != "llama" and raw["use_sliding_window"])
+        # Below, the context is cut to the window, which then hides nothing. Qwen may not use its.
+        has_window = kind == "mistral" or (kind != "llama" and raw.get("use_sliding_window"))
         window = raw.get("sliding_window", 4096) if has_window else None
         fits = window is None or (type(window) is int and window > 0)
         check(fits, f"sliding_window = {window!r}: must be a whole number above 0, or null")
@@ -445,7 +444,6 @@ def read_json(path: Path, kind: type = dict):
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, by name; ValueError names the file."""
     with naming_errors(path, " cannot be read as safetensors"):
         return load_file(path)
 
