@@ -295,24 +295,25 @@ def trace_record(step: Step, model: GPT, heads, sampling: Sampling) -> dict:
     # Greedy decoding takes the most likely token of the distribution at temperature 1.
     shown = Sampling(1.0) if sampling.temperature == 0 else sampling
     base_probs = logits_to_probs(step.logits, shown)  # (N, V)
-    # The probability of each guess: by its own head (head k is row k - 1), and after its parent.
-    # Sequential heads see the tokens from the root to the parent, here padded to K with the root's.
+    # What the heads say after each node. Sequential heads see the tokens from the root to it, here
+    # padded to K with the root's.
     tree, K = step.tree, heads.config.num_heads
-    parents, rows = [max(p, 0) for p in tree.parents], [max(d - 1, 0) for d in tree.depths]
-    paths = [(tree.mask[parent].nonzero()[:, 0].tolist() + [0] * K)[:K] for parent in parents]
-    paths = torch.tensor(paths, device=step.tokens.device)  # (N, K)
-    between = heads.embed(model.embed_tokens, step.tokens[paths])  # (N, K * D)
+    paths = [(seen.nonzero()[:, 0].tolist() + [0] * K)[:K] for seen in tree.mask]
+    between = heads.embed(model.embed_tokens, step.tokens[torch.tensor(paths)])  # (N, K * D)
     hidden = step.hidden.expand(len(tree), -1)  # (N, D)
     head_logits = heads(hidden, heads.truncated(model.lm_head), between)  # (K, N, v)
     head_probs = logits_to_probs(head_logits, Sampling(shown.temperature))
-    index = heads.index_of(step.tokens).clamp(min=0)  # the root may be left out; it is not shown
-    by_head = head_probs[rows, range(len(tree)), index]  # (N,)
-    by_base = base_probs[parents, step.tokens]  # (N,)
+    # The probability of each guess after its parent: by head k + 1, row k, if the parent's depth is
+    # k, and by the base. The root is no guess.
+    parents, guesses = list(tree.parents[1:]), step.tokens[1:]
+    depths = [tree.depths[parent] for parent in parents]
+    by_head = head_probs[depths, parents, heads.index_of(guesses)]  # (N-1,)
+    by_base = base_probs[parents, guesses]  # (N-1,)
     return {
         "tree": {"parents": tree.parents, "ranks": tree.ranks},
         "tokens": step.tokens.tolist(),
-        "head_probs": [None, *by_head[1:].tolist()],
-        "base_probs": [None, *by_base[1:].tolist()],
+        "head_probs": [None, *by_head.tolist()],
+        "base_probs": [None, *by_base.tolist()],
         "thresholds": medusa.typical_threshold(base_probs, sampling.epsilon).tolist(),  # (N,)
         "targets": medusa.sample(step.logits, sampling, step.noise).tolist(),
         "path": step.path,
