@@ -32,7 +32,7 @@ from data.corpus import read_text
 from data.tokenizer import SHIPPED_BASE, load_base
 from data.trace import TextStream, check_page, text_content, write_page
 from medusa import MedusaHeads, Sampling, Step, calibration_path, logits_to_probs
-from model import GPT, check, check_sizes, read_json
+from model import GPT, check, check_sizes, naming_errors, read_json
 from tree import ROOT_ONLY, Tree, calibrated_tree, cartesian_tree, choose_size
 from tree import expected_tokens, read_counts, tree_from_paths
 
@@ -78,11 +78,9 @@ class SampleConfig:
         check(given.count(True) < 2, "--prompt, --chat, --prompt-file: give only one of them")
         if self.prompt_file != "":
             return read_text(self.prompt_file)
-        try:
-            # Bytes of the command line that are not UTF-8 are refused.
+        # Bytes of the command line that are not UTF-8 are refused.
+        with naming_errors("the prompt", " is not UTF-8"):
             return (self.chat or self.prompt).encode().decode()
-        except UnicodeError as error:
-            raise ValueError(f"the prompt is not UTF-8: {error}") from None
 
 
 # ---- faster products on a CPU: layouts in memory, no idea of Medusa ----
@@ -202,10 +200,9 @@ def step_costs(
     # one size is far off, but hardly the line.
     plain, *of_trees = [median(seconds) for seconds in times.values()]
     _, *sizes = [len(tree) for tree in times]
-    slope = linear_regression(sizes, of_trees).slope if len(sizes) > 1 else 0.0
+    slope = max(linear_regression(sizes, of_trees).slope, 0.0) if len(sizes) > 1 else 0.0
     middle, mean_size = fmean(of_trees), fmean(sizes)
-    line = {N: middle + max(slope, 0.0) * (N - mean_size) for N in sizes}
-    return {1: plain} | {N: max(seconds, plain) for N, seconds in line.items()}
+    return {1: plain} | {N: max(middle + slope * (N - mean_size), plain) for N in sizes}
 
 
 def pick_tree(
@@ -215,8 +212,8 @@ def pick_tree(
     # 1. A tree that is written down.
     if choice.endswith(".json") or choice == OFFICIAL_TREE.stem:
         paths = read_json(OFFICIAL_TREE if choice == OFFICIAL_TREE.stem else Path(choice), list)
-        if any(type(path) is not list or set(map(type, path)) - {int} for path in paths):
-            raise ValueError("must be a JSON list of rank paths such as [[0], [1], [0, 0]]")
+        plain = all(type(path) is list and set(map(type, path)) <= {int} for path in paths)
+        check(plain, "must be a JSON list of rank paths such as [[0], [1], [0, 0]]")
         return tree_from_paths(paths), f"from {choice}"
     try:
         numbers = [] if choice == "auto" else [int(number) for number in choice.split("x")]
@@ -235,7 +232,7 @@ def pick_tree(
         return tree, why if len(tree) == numbers[0] else f"{why}, which has no more nodes"
 
     # 3. auto: as many nodes as make decoding fastest.
-    trees = {len(tree): tree for tree in (calibrated_tree(counts, size) for size in SIZES)}
+    trees = {len(tree): tree for tree in map(partial(calibrated_tree, counts), SIZES)}
     expected = {size: expected_tokens(tree, counts) for size, tree in trees.items()}
     costs = step_costs(model, heads, trees.values(), prompt, sampling)
     best = choose_size(expected.__getitem__, {size: costs[size] for size in trees})
@@ -274,15 +271,14 @@ def summary(
         text = f"differs from token {at + 1} on: {reason}"
     # The prompt's own step, which is not in times, emitted the first token.
     tokens_per_step = (len(tokens) - 1) / len(times)
-    step_time, plain_step_time = fmean(times), fmean(plain[1])
-    step_cost = step_time / plain_step_time
+    step_time, plain_time = fmean(times), fmean(plain[1])
+    step_cost = step_time / plain_time
     counted = f"{len(tokens) - 1} tokens in {len(times)} steps, after the prompt's own"
-    rates = f"{tokens_per_step / step_time:.0f} with Medusa, {1 / plain_step_time:.0f} plain"
     return {
         "tree": f"{len(tree)} nodes, {max(tree.depths)} deep: {why}",
         "tokens/step": f"{tokens_per_step:.2f}   (acceleration rate: {counted})",
         "step cost": f"{step_cost:.2f}   (overhead: a step over the tree / a plain step)",
-        "tokens/s": rates,
+        "tokens/s": f"{tokens_per_step / step_time:.0f} with Medusa, {1 / plain_time:.0f} plain",
         "text": text,
         "speed-up": f"{tokens_per_step / step_cost:.2f}x",
     }
