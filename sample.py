@@ -212,8 +212,8 @@ def pick_tree(
     # 1. A tree that is written down.
     if choice.endswith(".json") or choice == OFFICIAL_TREE.stem:
         paths = read_json(OFFICIAL_TREE if choice == OFFICIAL_TREE.stem else Path(choice), list)
-        plain = all(type(path) is list and set(map(type, path)) <= {int} for path in paths)
-        check(plain, "must be a JSON list of rank paths such as [[0], [1], [0, 0]]")
+        are_paths = all(type(path) is list and set(map(type, path)) <= {int} for path in paths)
+        check(are_paths, "must be a JSON list of rank paths such as [[0], [1], [0, 0]]")
         return tree_from_paths(paths), f"from {choice}"
     try:
         numbers = [] if choice == "auto" else [int(number) for number in choice.split("x")]
