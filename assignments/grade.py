@@ -27,17 +27,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pytest
-from hypothesis import Phase, settings
-from hypothesis.errors import Flaky
-
+BEGAN = time.monotonic()  # before what takes long to load
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE)]
 
+import pytest  # noqa: E402
 import wire  # noqa: E402
+from hypothesis import Phase, settings  # noqa: E402
+from hypothesis.errors import Flaky  # noqa: E402
 from sets import BLANKED, SETS  # noqa: E402
 
-# For all tests of a submission together: computing in the student's process, and time that passes.
+# For all tests of a submission together: computing in the student's process, and time that passes
+# (the first submission's begins with this process).
 COMPUTING, PASSING = 40.0, 78.0
 MOST_SECONDS = 85.0  # of a grading: then its process is killed, whatever it is doing
 SPARE_BYTES = 3 << 28  # of memory that a grading may take on top of what is loaded
@@ -205,7 +206,8 @@ class Referee:
 
     def __init__(self, number: int, sandbox: Sandbox, results: Path, began: float):
         self.number, self.sandbox, self.results = number, sandbox, results
-        self.complaints, self.began = [], began
+        self.complaints, self.began, self.end = [], began, began + PASSING
+        self.passing = self.end - time.monotonic()  # what is left for the tests
         tests = SETS[number].tests.items()
         self.entries = {test: Entry(words(test), points) for test, points in tests}
         self.computing, self.waiting = COMPUTING, {entry.name for entry in self.entries.values()}
@@ -219,8 +221,8 @@ class Referee:
         """A test may take all that is left, but half an equal share for each later test."""
         self.waiting.discard(entry.name)
         kept = len(self.waiting) / len(self.entries) / 2
-        passing = PASSING - (time.monotonic() - self.began)
-        return Clock(self.computing - kept * COMPUTING, passing - kept * PASSING, self.sandbox)
+        passing = self.end - time.monotonic() - kept * self.passing
+        return Clock(self.computing - kept * COMPUTING, passing, self.sandbox)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item):
@@ -323,8 +325,9 @@ def graded(submission: Path, referee: Referee) -> bool:
 
     It ends by itself, or is killed; what it has written by then counts.
     """
+    referee.write()
     with tempfile.TemporaryDirectory() as folder:
-        pid, end, done, code = os.fork(), referee.began + MOST_SECONDS, 0, 0
+        pid, end, done, code = os.fork(), referee.began + MOST_SECONDS, 0, -1
         if pid == 0:
             code = 3
             try:
@@ -344,13 +347,6 @@ def graded(submission: Path, referee: Referee) -> bool:
             referee.sandbox.restart()
     # Tests that pass and tests that fail; all else is no grading.
     return code in (0, 1 << 8)
-
-
-def start_of_process() -> float:
-    """When this process began, as time.monotonic() counts."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    return time.monotonic() - age
 
 
 def temporary_of(results: Path, pid: int) -> Path:
@@ -405,8 +401,7 @@ def main() -> None:
     sandbox = Sandbox()
     prepare(number, sandbox)
     sandbox.wait_until_ready()
-    # The first grading's time includes what it took to load the project.
-    failed, began = [], start_of_process()
+    failed, began = [], BEGAN
     for submission, results in pairs:
         if not graded(submission, Referee(number, sandbox, results, began)):
             failed.append(submission)

@@ -164,7 +164,7 @@ def grade_all(tmp_path, number: int, submissions, hurry: bool = False) -> dict[s
     command = unpack(number, tmp_path)
     if hurry:
         script = tmp_path / "source/grade.py"
-        script.write_text(script.read_text().replace("PASSING = 40.0, 78.0", "PASSING = 4.0, 8.0"))
+        script.write_text(script.read_text().replace("PASSING = 40.0, 78.0", "PASSING = 4.0, 16.0"))
     results = {name: tmp_path / f"results{i}.json" for i, name in enumerate(submissions)}
     for name, files in submissions.items():
         files = {file: reference(file) for file in SETS[number].files} | files
@@ -292,7 +292,7 @@ def test_no_trick_scores_a_point_takes_long_or_much_or_sees_anything(tmp_path):
         assert all(folder in test["output"] for test in results["looks around"]["tests"])
     else:  # then it says how far it can be trusted
         assert all("not graded as root" in result["output"] for result in results.values())
-    assert all(result["execution_time"] < 8 + 10 for result in results.values())
+    assert all(result["execution_time"] < 16 + 10 for result in results.values())
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 1 << 20  # KiB: half of 2 GiB
 
 

@@ -64,7 +64,7 @@ TOP_P = st.sampled_from((0.3, 0.8, 1.0))
 samplings = st.builds(Sampling, st.floats(0.2, 3), st.integers(0, 4), TOP_P)
 
 
-@settings(properties, max_examples=100)
+@settings(properties, max_examples=150)
 @given(decodings(), samplings, st.integers(0, 2**31))
 def test_lossless_tree_sampling_gives_the_text_of_plain_sampling(case, sampling, seed):
     model, _, _, prompt, n = case
