@@ -37,35 +37,25 @@ def read_template(directory) -> str:
     if isinstance(template, list):
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
         template = named.get("default")
-    if not isinstance(template, str):
-        raise ValueError(f"{directory} has no chat template: it is no chat model")
+    check(isinstance(template, str), f"{directory} has no chat template: it is no chat model")
     return template
 
 
 @lru_cache(maxsize=1)
-def compiled(template: str, sandbox, ext, nodes):
+def compiled(template: str, sandbox):
     """The template as jinja2's sandbox runs it; compiled once for all turns of a file."""
-
-    class Generation(ext.Extension):
-        """{% generation %} ... {% endgeneration %}, around what the assistant writes: rendered."""
-
-        tags = {"generation"}
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
 
     def raise_exception(message: str):
         raise ValueError(message)
 
     # Templates expect the settings, the filter and the functions that transformers gives them.
     environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = NOW.strftime
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": NOW.strftime}
+    # {% generation %} ... {% endgeneration %}, around what the assistant writes, is only a scope.
+    template = re.sub(r"(\{%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%\})", r"\1with", template)
     return environment.from_string(template)
 
 
@@ -73,17 +63,16 @@ def chat_template(directory) -> Callable[[list, bool], str]:
     """The text of turns as the template writes them; True: with the opening of an answer."""
     template, special = read_template(directory), special_tokens(directory)
     name = f"the chat template of {directory}"
-    parts = [optional(f"jinja2.{part}", name) for part in ("sandbox", "ext", "nodes")]
+    sandbox = optional("jinja2.sandbox", name)
 
     def render(turns: list[dict[str, str]], opens: bool) -> str:
         # There are no tools and no documents, which a template may ask for.
         given = special | {"messages": turns, "tools": None, "documents": None}
         try:
-            text = compiled(template, *parts).render(given, add_generation_prompt=opens)
+            text = compiled(template, sandbox).render(given, add_generation_prompt=opens)
             return text.encode().decode()  # refuses half a character
         except Exception as error:  # a template may raise anything
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{name} fails: {reason}") from None
+            raise ValueError(f"{name} fails: {type(error).__name__}: {error}") from None
 
     return render
 

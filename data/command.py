@@ -48,7 +48,8 @@ def parsed(config: type, **more) -> Any:
     """The config that the command line asks for."""
     parser = OneLineParser(**more)
     add_options(parser, config)
-    return config(**vars(parser.parse_args()))
+    given = vars(parser.parse_args())
+    return config(**{f.name: given[f.name] for f in fields(config)})
 
 
 def run(main) -> None:
@@ -95,5 +96,4 @@ def check_out(directory: str, flag="--out") -> None:
     """Raises ValueError if the directory cannot be written: before the work, not after it."""
     nearest = next(path for path in Path(directory, "_").absolute().parents if path.exists())
     if not directory or not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        says = f"{flag} {directory or 'is empty'}"
-        raise ValueError(f"{says}: name a directory that can be written")
+        raise ValueError(f"{flag} {directory or 'is empty'}: name a directory that can be written")

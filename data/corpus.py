@@ -44,9 +44,7 @@ def read_text(path: Path | str) -> str:
     """The text of a UTF-8 file, line ends as they are; a byte-order mark is none of it."""
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as UTF-8 text: {error}") from None
 
 
