@@ -8,12 +8,12 @@ all. Prints {way to die: deaths} as JSON.
 """
 
 import json
+import math
 import os
 import random
 import signal
 import sys
 import time
-import traceback
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +25,7 @@ import torch
 import torch._dynamo  # noqa: F401  an optimiser asks for it: once, not in every child
 
 import train
+from bench.child import in_a_child
 from strategies import distilling, run_of, write_base, write_text
 
 WAYS = ("at any moment", "in the middle of a file", "before a rename", "after a rename")
@@ -50,33 +51,16 @@ def die_at(way: str, n: int) -> None:
 
 def survives(work, way: str = "", n: int = 0, seconds: float = 0.0) -> bool:
     """Does a child live to the end of work()?"""
-    pid = os.fork()
-    if pid == 0:
-        errors = sys.stderr
-        try:
-            sys.stdout = sys.stderr = open(os.devnull, "w")
-            if way in WAYS[1:]:
-                die_at(way, n)
-            work()
-        except BaseException:
-            traceback.print_exc(file=errors)
-            os._exit(1)
-        os._exit(0)
-    if way == WAYS[0]:
-        time.sleep(seconds)
-        os.kill(pid, signal.SIGKILL)
-    status = os.waitpid(pid, 0)[1]
-    assert status == 0 or os.WIFSIGNALED(status), "a child has failed"
-    return status == 0
 
+    def child() -> int:
+        if way in WAYS[1:]:
+            die_at(way, n)
+        work()
+        return 0
 
-def run(what: str, directory: Path, out: Path) -> None:
-    """Start the run, or go on with it."""
-    texts = sorted(directory.glob("*.txt"), key=lambda path: path.stat().st_size)
-    text, rows = list(map(str, texts)), directory / "rows"
-    go, config = run_of(what, directory / "base", text, rows, out)
-    resume = {"resume": True} if (out / "checkpoint.pt").exists() else {}
-    go(replace(config, **resume))
+    code = in_a_child(child, seconds if way == WAYS[0] else math.inf, "/dev/stderr")
+    assert code in (0, -signal.SIGKILL, None), "a child has failed"
+    return code == 0
 
 
 def main(folder: str, what: str, kills: str, seed: str) -> None:
@@ -84,22 +68,28 @@ def main(folder: str, what: str, kills: str, seed: str) -> None:
     torch.set_num_threads(1)
     train.SAVE_EVERY = 1 if what == "states" else 2
 
-    def prepare():
-        text, base = write_text(directory), write_base(directory)
-        train.distill(distilling(base, text, out=str(directory / "rows"), new_tokens=10))
+    text, rows = write_text(directory), directory / "rows"
+
+    def prepare() -> None:
+        train.distill(distilling(write_base(directory), text, out=str(rows), new_tokens=10))
+
+    def run(name: str) -> None:
+        """Start the run, or go on with it."""
+        go, config = run_of(what, directory / "base", text, rows, directory / name)
+        resume = {"resume": True} if (directory / name / "checkpoint.pt").exists() else {}
+        go(replace(config, **resume))
 
     assert survives(prepare)
     start = time.monotonic()
-    assert survives(lambda: run(what, directory, directory / "whole"))
+    assert survives(lambda: run("whole"))
     seconds, ended = time.monotonic() - start, 0
     while deaths.total() < int(kills):
         way, n = WAYS[deaths.total() % len(WAYS)], chance.randint(1, 12)
-        out, moment = directory / f"run-{ended}", chance.uniform(0, seconds)
-        if survives(lambda: run(what, directory, out), way, n, moment):
+        if survives(lambda: run(f"run-{ended}"), way, n, chance.uniform(0, seconds)):
             ended += 1
         else:
             deaths[way] += 1
-    assert survives(lambda: run(what, directory, directory / f"run-{ended}"))
+    assert survives(lambda: run(f"run-{ended}"))
     print(json.dumps(deaths))
 
 

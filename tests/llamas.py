@@ -19,7 +19,6 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from medusa import generate
 from strategies import ROPES
 
 VOCABULARY, CONTEXT = 11, 24
@@ -82,10 +81,6 @@ def write_checkpoint(directory: Path, kind: str, made_with: dict, dtype=torch.fl
         state.pop("lm_head.weight", None)
     model.load_state_dict(fill(state), strict=False)
     model.to(dtype).save_pretrained(directory, max_shard_size=shard)
-
-
-def plain_text(model, prompt: list[int], n: int) -> list[int]:
-    return [token for step in generate(model, prompt, n) for token in step.emitted]
 
 
 # ---- the record ----

@@ -6,11 +6,13 @@ The oracles are written from definitions, without the code under test.
 import json
 import math
 import os
+import sys
+from collections import Counter
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
 from itertools import count
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -53,6 +55,12 @@ def refused(says: str, call, *given, **named) -> str:
     with pytest.raises(ValueError, match=says) as error:
         call(*given, **named)
     return str(error.value)
+
+
+def call(main, *argv) -> None:
+    """main() of a script, with these arguments of its command line."""
+    with patch.object(sys, "argv", ["script.py", *map(str, argv)]):
+        main()
 
 
 def close(found, expected, says="") -> None:
@@ -104,21 +112,26 @@ class SmallGPT(GPT):
 
 
 def tiny_gpt(V: int, D: int, mlp: int, layers: int, heads: int, context: int, eos) -> SmallGPT:
-    shape = ModelConfig(V, D, mlp, layers, heads, 1, context, tie_word_embeddings=False)
-    return SmallGPT(replace(shape, bos_token_id=None, eos_token_id=eos)).double().eval()
+    more = {"tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": eos}
+    return SmallGPT(ModelConfig(V, D, mlp, layers, heads, 1, context, **more)).double().eval()
+
+
+@torch.no_grad()
+def with_random_weights(model: GPT, seed: int) -> GPT:
+    """They are so large that every formula shows, and that a text depends on all of its past."""
+    generator = rng(seed)
+    for name, weight in model.named_parameters():
+        noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
+        scale = 1.0 if "embed" in name else 0.7
+        weight.copy_(1 + 0.2 * noise if "norm" in name else scale * noise)
+    return model
 
 
 def random_gpt(seed: int, vocab_size=5, context=16, layers=1, eos=None) -> GPT:
-    """A GPT in float64 with weights so large that its text depends on all of its past."""
-    model, generator = tiny_gpt(vocab_size, 8, 12, layers, 2, context, eos), rng(seed)
+    """In float64."""
+    model = tiny_gpt(vocab_size, 8, 12, layers, 2, context, eos)
     model.made_by = f"random_gpt({seed}, {vocab_size}, {context}, {layers}, {eos})"
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
-            gain = 1 + 0.2 * noise
-            matrix = noise if "embed" in name else 0.7 * noise
-            weight.copy_(gain if weight.dim() == 1 else matrix)
-    return model
+    return with_random_weights(model, seed)
 
 
 def markov_gpt(logits, context=32, eos=None) -> GPT:
@@ -319,15 +332,13 @@ def chi_square(counts: dict, expected: dict, n: int) -> float:
     """
     if counts.keys() - expected.keys():
         return 0.0
-    cells, rare = [], [0, 0.0]
+    seen, due = Counter(), Counter()
     for text, prob in expected.items():
-        if n * prob >= 5:
-            cells.append((counts.get(text, 0), n * prob))
-        else:
-            rare = [rare[0] + counts.get(text, 0), rare[1] + n * prob]
-    cells += [rare] if rare[1] > 0 else []
-    statistic = sum((seen - due) ** 2 / due for seen, due in cells)
-    halves = torch.tensor([len(cells) - 1, statistic]) / 2
+        cell = text if n * prob >= 5 else "rare"
+        seen[cell] += counts.get(text, 0)
+        due[cell] += n * prob
+    statistic = sum((seen[cell] - due[cell]) ** 2 / due[cell] for cell in due)
+    halves = torch.tensor([len(due) - 1, statistic]) / 2
     return torch.special.gammaincc(*halves).item()
 
 

@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import re
-import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -26,7 +25,7 @@ from bench import roofline, scoreboard, training, typical
 from bench.dynamic import best_first_tree, dynamic_generate
 from medusa import MedusaConfig, MedusaHeads, Sampling, generate, medusa_generate
 from model import GPT, ModelConfig, read_json, write_json
-from strategies import CheatingHeads, close, contents, distribution, follow, markov_gpt
+from strategies import CheatingHeads, call, close, contents, distribution, follow, markov_gpt
 from strategies import next_logits, properties, random_gpt, random_heads, rank_data, refused, rng
 from strategies import text_distribution, text_of, write_base
 from tree import calibrated_tree, cartesian_tree
@@ -153,8 +152,7 @@ def test_every_way_comes_as_often_and_none_always_first():
     taken, ways = [], {}
     for name in "abc":
         ways[name] = lambda prompt, seed, name=name: taken.append(name) or timing([seed], 1, 1.0)
-    timings = decode.in_turn(ways, [[0, 1], [0], [0, 1, 2]], 2, "")
-    for rounds in timings.values():
+    for rounds in decode.in_turn(ways, [[0, 1], [0], [0, 1, 2]], 2, "").values():
         assert [[t.text[0] for t in round_] for round_ in rounds] == [[0, 1, 2]] * 2
     assert "".join(taken[6::3]) == "abcabc", "after a warm-up of six"
 
@@ -181,11 +179,6 @@ def test_a_training_run_is_timed_and_leaves_nothing(mode, base, text, shards, tm
 
 
 # ---- results on disk ----
-def call(*argv) -> None:
-    with patch.object(sys, "argv", ["bench/bench.py", *map(str, argv)]):
-        train.run(bench.main)
-
-
 STORED = Path(results.__file__).with_name("results")
 SHOWN = {"decode": decode, "typical": typical, "train": training, "endurance": endurance}
 SHOWN |= {f"{folder}/decode": decode for folder in ("smollm2", "twenty")}
@@ -207,11 +200,8 @@ def test_what_is_shipped_is_drawn_of_its_results(name):
     ("cost.json does not exist: python bench/bench.py cost", ["predict", "--cost", "no/cost.json"]),
 ])  # fmt: skip
 def test_a_mistake_costs_one_line_and_nothing_else(says, argv, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        call(*argv, "--out", tmp_path / "out")
-    out, errors = capsys.readouterr()
-    assert out == "" and re.fullmatch(r"[^\n]*error: [^\n]+\n", errors) and says in errors
-    assert list(tmp_path.iterdir()) == []
+    assert "\n" not in refused(says, call, bench.main, *argv, "--out", tmp_path / "out")
+    assert capsys.readouterr().out == "" and list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_was_stopped_measures_what_is_missing(tmp_path):
@@ -275,7 +265,7 @@ def test_every_subcommand_measures_and_predict_reads_what_they_wrote(small, caps
     }
     found = {}
     for name, flags in runs.items():
-        call(name, *small, *flags.split())
+        call(bench.main, name, *small, *flags.split())
         found[name] = json.loads((out / f"{name}.json").read_text())["results"]
         shown = capsys.readouterr().out.partition(f"\n\n{out}")[0]
         assert (out / f"{name}.md").read_text().startswith(shown)
@@ -344,12 +334,11 @@ def test_figures_are_those_that_are_shipped_show_all_points_and_cover_no_label(t
 # ---- the README's picture ----
 def test_the_picture_shows_one_text_twice_and_needs_nothing_from_anywhere(small):
     base, out = small[1], small[-1]
-    flags = ["bench/animation.py", *map(str, small), "--prompt-tokens", "6", "--new-tokens", "30"]
-    with patch.object(sys, "argv", flags):
-        animation.main()
-        svg = (out / "decoding.svg").read_text()
-        with patch.object(animation, "measure", side_effect=AssertionError("measured twice")):
-            animation.main()
+    flags = [*small, "--prompt-tokens", 6, "--new-tokens", 30]
+    call(animation.main, *flags)
+    svg = (out / "decoding.svg").read_text()
+    with patch.object(animation, "measure", side_effect=AssertionError("measured twice")):
+        call(animation.main, *flags)
     assert (out / "decoding.svg").read_text() == svg and len(svg.encode()) < 300_000
 
     # One file, that every reader of XML understands, in light and dark and without motion.
@@ -383,15 +372,13 @@ def test_a_score_is_of_rows_that_did_not_choose_the_tree(monkeypatch, tmp_path):
         assert scoreboard.tokens_per_step(None, heads, (), 16) == score
     assert [scoreboard.points(score) for score in (1.59, 1.6, 2.85, 4)] == [0, 2, 10, 20]
     (tmp_path / "model.safetensors").write_bytes(bytes(1_000_001))
-    monkeypatch.setattr(sys, "argv", ["scoreboard.py", str(tmp_path)])
-    refused("1,000,001 bytes, more than 1,000,000", scoreboard.main)
+    refused("1,000,001 bytes, more than 1,000,000", call, scoreboard.main, tmp_path)
 
 
 @pytest.mark.course
 @pytest.mark.parametrize("heads", ["data/heads", "data/sequential-heads"])
-def test_the_scoreboard_says_what_its_command_prints(heads, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["scoreboard.py", heads])
-    scoreboard.main()
+def test_the_scoreboard_says_what_its_command_prints(heads, capsys):
+    call(scoreboard.main, heads)
     lines = (scoreboard.ROOT / "bench/scoreboard.md").read_text().splitlines()
     line = next(line for line in lines if f"`{heads}`" in line)
     greedy, sampled, size, points = (part.strip() for part in line.split("|")[2:6])

@@ -17,7 +17,7 @@ from data.corpus import is_validation
 from data.smollm2 import CONTROL, tokenizer_json
 from data.tokenizer import JsonTokenizer, load_base
 from data.turns import written_turns
-from model import GPT, ModelConfig, write_json
+from model import GPT, ModelConfig, read_json, write_json
 from strategies import properties, refused, small_tokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot|>", "<turn|>", "[INST]"]
@@ -37,7 +37,10 @@ def json_tokenizer(directory: Path, change=lambda made, library: None, **files: 
     return directory
 
 
-def post_processed(form: str):
+@pytest.mark.parametrize("before, form", [
+    ("", ""), ("<s>", "<s> $A </s>"), ("", "$A </s>"), ("<s></s>", "<s> </s> $A </s> <s>"),
+])  # fmt: skip
+def test_a_prompt_is_its_text_after_what_the_checkpoint_puts_there_once(before, form, tmp_path):
     def change(made, library):
         ends = {"special_tokens": [("<s>", 1), ("</s>", 2)]}
         parts = [library.processors.TemplateProcessing(form, **ends)] if form else []
@@ -46,14 +49,7 @@ def post_processed(form: str):
         made.enable_truncation(8)
         made.enable_padding(length=16)
 
-    return change
-
-
-@pytest.mark.parametrize("before, form", [
-    ("", ""), ("<s>", "<s> $A </s>"), ("", "$A </s>"), ("<s></s>", "<s> </s> $A </s> <s>"),
-])  # fmt: skip
-def test_a_prompt_is_its_text_after_what_the_checkpoint_puts_there_once(before, form, tmp_path):
-    tok = JsonTokenizer(json_tokenizer(tmp_path, post_processed(form)))
+    tok = JsonTokenizer(json_tokenizer(tmp_path, change))
     for text in ("hi", "", "x" * 100, " hi</s>", f"{before}hi", "</s>", "[INST]<s>"):
         assert tok.decode(tok.encode(text)) == text
         assert tok.decode(tok.opening(text)) == before + text.removeprefix(before)
@@ -90,25 +86,17 @@ def test_a_token_that_the_tokenizer_has_alone_is_never_fed(added, tmp_path):
     refused("no piece, known to the model, that begins or ends", load_base, tmp_path)
 
 
-def change_json(directory: Path, change) -> None:
-    path = directory / "tokenizer.json"
-    content = json.loads(path.read_text("utf-8"))
-    change(content)
-    write_json(path, content)
-
-
 @pytest.mark.parametrize("about", [
     {"eos_token": "<|im_end|>"}, {"added_tokens_decoder": {"4": {"content": "<|im_end|>"}}},
     {"eos_token": {"content": "<|im_end|>"}, "added_tokens_decoder": {}},
 ])  # fmt: skip
 def test_a_special_token_that_another_file_names_is_one_token(about, tmp_path):
     """And ids may have gaps: the size of a vocabulary is one more than its largest."""
-
-    def change(content):
-        content["added_tokens"] = [t for t in content["added_tokens"] if t["id"] != 4]
-        content["model"]["vocab"]["\u0120\u0120"] = 300
-
-    change_json(json_tokenizer(tmp_path), change)
+    path = json_tokenizer(tmp_path) / "tokenizer.json"
+    content = read_json(path)
+    content["added_tokens"] = [t for t in content["added_tokens"] if t["id"] != 4]
+    content["model"]["vocab"]["\u0120\u0120"] = 300
+    write_json(path, content)
     assert len(JsonTokenizer(tmp_path).encode("a<|im_end|>")) == 11
     write_json(tmp_path / "tokenizer_config.json", about)
     tok = JsonTokenizer(tmp_path)
@@ -118,11 +106,10 @@ def test_a_special_token_that_another_file_names_is_one_token(about, tmp_path):
 
 @pytest.mark.parametrize("kind", ["WordLevel", "BPE"])
 def test_a_tokenizer_that_cannot_encode_is_refused(kind, tmp_path):
-    def change(content):
-        lacking = {"type": kind, "vocab": {"b": 0}, "unk_token": "[UNK]"}
-        content["model"] = lacking | ({"merges": []} if kind == "BPE" else {})
-
-    change_json(json_tokenizer(tmp_path), change)
+    path = json_tokenizer(tmp_path) / "tokenizer.json"
+    lacking = {"type": kind, "vocab": {"b": 0}, "unk_token": "[UNK]"}
+    lacking |= {"merges": []} if kind == "BPE" else {}
+    write_json(path, read_json(path) | {"model": lacking})
     refused("tokenizer.json cannot be read as a tokenizer: .*UNK", JsonTokenizer, tmp_path)
 
 

@@ -1,7 +1,6 @@
 """Properties of the text: the tokenizer loses nothing, no document is on both sides of the split,
 packed tokens are the documents, and windows and shards are pieces of what went in."""
 
-import sys
 import sysconfig
 from functools import cache
 from pathlib import Path
@@ -18,7 +17,7 @@ from data.rows import metadata_of, read_shards, write_shard
 from data.tokenizer import SHIPPED_BASE, Tokenizer, train_tokenizer
 from medusa import MedusaHeads
 from model import read_json, read_safetensors, write_safetensors
-from strategies import contents, properties, refused
+from strategies import call, contents, properties, refused
 from tree import calibrated_tree, read_counts
 
 HERE = Path(__file__)
@@ -200,11 +199,10 @@ def test_rows_that_turn_in_pairs_come_in_halves_head_by_head():
 def test_smollm2_comes_with_heads_whole_and_small_and_keeps_ones_that_exist(tmp_path, monkeypatch):
     for name in ("optional", "fetch", "convert"):
         monkeypatch.setattr(smollm2, name, lambda *_: None)
-    monkeypatch.setattr(sys, "argv", ["smollm2.py", "--out", str(tmp_path)])
-    smollm2.main()
+    call(smollm2.main, "--out", tmp_path)
     assert contents(tmp_path / "heads") == contents(smollm2.HEADS)
     (tmp_path / "heads" / "calibration.json").write_text("mine")
-    smollm2.main()
+    call(smollm2.main, "--out", tmp_path)
     assert (tmp_path / "heads" / "calibration.json").read_text() == "mine"
     config = MedusaHeads.from_pretrained(tmp_path / "heads").config
     assert sum(map(len, contents(smollm2.HEADS).values())) <= 5_000_000

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from bench import serve_vllm
 from bench.serve_vllm import write_served
 from data.rows import base_digest
 from data.tokenizer import copy_tokenizer, disk_dtype, load_tokenizer
-from llamas import ROPES, fill, plain_text
+from llamas import ROPES, fill
+from medusa import generate
 from model import GPT, ModelConfig, read_config, read_json, write_json, write_safetensors
-from strategies import Code, contents, properties, random_heads, refused, small_tokenizer
+from strategies import Code, call, contents, properties, random_heads, refused, small_tokenizer
+from strategies import text_of
 
 PEERS = json.loads((Path(__file__).parent / "peers.json").read_text())
 
@@ -34,7 +37,7 @@ def test_recorded_checkpoints_give_the_logits_and_text_of_transformers(case, tmp
     hidden = model(tokens)
     expected = torch.tensor(case["logits"], dtype=torch.float64)
     torch.testing.assert_close(model.lm_head(hidden), expected, rtol=0, atol=1e-5)
-    assert plain_text(model, PEERS["tokens"][0][:2], 7) == case["text"]
+    assert text_of(generate(model, PEERS["tokens"][0][:2], 7)) == case["text"]
     model.save_pretrained(tmp_path)
     theirs = case["config"]["architectures"][0].replace("Mistral", "Llama")
     assert read_json(tmp_path / "config.json")["architectures"] == [theirs]
@@ -81,8 +84,8 @@ OPTIONAL |= {"rope_parameters": None, "hidden_act": "silu", "mlp_bias": False}
 @pytest.mark.parametrize("field", CONFIG)
 def test_a_field_that_is_missing_is_refused_by_name_or_has_a_default(field, tmp_path):
     if field not in OPTIONAL:
-        with pytest.raises(ValueError, match=f"^{tmp_path}/config.json: {field} is missing"):
-            read_config(write_config(tmp_path, **{field: ...}))
+        path = write_config(tmp_path, **{field: ...})
+        refused(f"^{path}: {field} is missing", read_config, path)
     left_out = read_config(write_config(tmp_path, **dict.fromkeys(OPTIONAL, ...)))
     assert left_out == read_config(write_config(tmp_path, **OPTIONAL))
 
@@ -134,11 +137,8 @@ HALF = {"partial_rotary_factor": 0.5}
 VALUES = {"model_type": ["bloom", None, ["llama"]], "quantization_config": [{"bits": 4}]}
 VALUES |= {"layer_types": [["sliding_attention"], 3, "x"], "eos_token_id": ["x", [2, "x"]]}
 VALUES |= {"attention_bias": [True], "mlp_bias": [True], "hidden_act": ["gelu"]}
-VALUES |= {
-    "rope_scaling": [["default"]],
-    "rope_parameters": ["default"],
-    "rope_theta": [0, "1", None],
-}
+VALUES |= {"rope_scaling": [["default"]], "rope_parameters": ["default"]}
+VALUES |= {"rope_theta": [0, "1", None]}
 VALUES |= {"hidden_size": [0, 18, "16"], "head_dim": [7, 0, 4.0]}
 VALUES |= {"intermediate_size": [1 << 31, True], "bos_token_id": [[1]], "rms_norm_eps": [1 << 63]}
 # The field that is refused by its name and value, and the change that it takes.
@@ -267,40 +267,34 @@ def test_all_that_belongs_to_a_tokenizer_is_copied(tmp_path):
 
 
 # ---- heads as vLLM expects them ----
-def test_heads_of_another_model_are_not_served_and_none_are_overwritten(
-    base, tmp_path, monkeypatch
-):
+def test_heads_of_another_model_are_not_served_nor_overwritten(base, tmp_path):
     heads, served = str(tmp_path / "heads"), tmp_path / "served"
     random_heads(GPT.from_pretrained(base), 2, 0, sequential=True).save_pretrained(heads)
     refused("sequential heads, which vLLM does not know", write_served, base, heads, served)
     random_heads(GPT(ModelConfig(290, 8, 4, 1, 2, 1, 16)), 2, 0).save_pretrained(heads)
     refused("hidden_size", write_served, base, heads, served)
     assert not served.exists()
-    monkeypatch.setattr(sys, "argv", ["serve_vllm.py", "--heads", heads, "--out", heads])
-    refused(f"--out {heads} would overwrite", serve_vllm.main)
+    files = ["--heads", heads, "--out", heads]
+    refused(f"--out {heads} would overwrite", call, serve_vllm.main, *files)
 
 
 @pytest.mark.parametrize("private, truncated", [(False, 0), (False, 40), (True, 0)])
-def test_vllm_gets_heads_that_are_whole_and_its_texts_are_compared_with_ours(
-    private, truncated, base, tmp_path, monkeypatch, capsys
-):
+def test_vllm_gets_whole_heads_and_its_texts_are_compared(private, truncated, base, capsys):
     """In its place our own plain decoding, up to the tokens that it is told end a text."""
-    heads, served, model = tmp_path / "heads", tmp_path / "served", GPT.from_pretrained(base)
+    heads, served, model = base / "heads", base / "served", GPT.from_pretrained(base)
     model.save_pretrained(base, torch.float16)
     random_heads(model, 3, 0, 2, private, truncated).save_pretrained(heads)
 
     def of_vllm(vllm, config, prompts, K, eos_ids):
         model = GPT.from_pretrained(base)
         assert (K, eos_ids) == (3, model.config.eos_ids)
-        texts = [plain_text(model, prompt, config.new_tokens) for prompt in prompts]
+        texts = [text_of(generate(model, prompt, config.new_tokens)) for prompt in prompts]
         return [*texts[:3], [*texts[3][:4], 0]], {"vllm:spec_decode_num_drafts": 5}
 
-    monkeypatch.setattr(serve_vllm, "import_vllm", lambda: None)
-    monkeypatch.setattr(serve_vllm, "run_vllm", of_vllm)
-    monkeypatch.setattr(serve_vllm, "held_out_prompts", lambda *_: [[n] * 6 for n in range(4)])
-    flags = f"--base {base} --heads {heads} --out {served} --new-tokens 12"
-    monkeypatch.setattr(sys, "argv", ["serve_vllm.py", *flags.split()])
-    serve_vllm.main()
+    replaced = {"held_out_prompts": lambda *_: [[n] * 6 for n in range(4)], "run_vllm": of_vllm}
+    with patch.multiple(serve_vllm, import_vllm=lambda: None, **replaced):
+        files = ["--base", base, "--heads", heads, "--out", served]
+        call(serve_vllm.main, *files, "--new-tokens", 12)
     # The file holds the LM head that the heads share, and they guess among all tokens.
     config = read_json(heads / "config.json") | {"truncated_vocab_size": 290}
     assert read_json(served / "config.json") == config

@@ -3,7 +3,7 @@ changes the speed of a text, never the text."""
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -259,8 +259,8 @@ def test_check_compatible_refuses_heads_of_another_model_and_trees_beyond_the_he
         (replace(fits, truncated_vocab_size=3), cartesian_tree([4]), "guess 3"),
     ):
         refused(says, next, medusa_generate(model, MedusaHeads(config).double(), tree, [1], 4))
-    with pytest.raises(ValueError, match="truncated_vocab_size = 3: must be 5"):
-        replace(fits, original_lm_head=False, truncated_vocab_size=3)
+    private = {"original_lm_head": False, "truncated_vocab_size": 3}
+    refused("truncated_vocab_size = 3: must be 5", replace, fits, **private)
 
 
 # ---- sampling ----
@@ -293,12 +293,11 @@ def test_bad_sampling_values_are_refused_by_name(name, value):
 def test_texts_of_a_tree_pass_a_chi_square_test():
     """One sample for each child, in place of one a node, would not."""
     sampling, n, generator = Sampling(1.4, top_k=4, top_p=0.95), 1500, rng(0)
-    model, counts = random_gpt(11, vocab_size=6, eos=5), defaultdict(int)
+    model = random_gpt(11, vocab_size=6, eos=5)
     case = model, random_heads(model, 2, 7), cartesian_tree((2, 2)), [1, 2], 3
     texts = [decode(case, sampling, generator) for _ in range(n)]
     assert n < sum(map(len, texts)) < 3 * n, "no guess is ever accepted, or all are"
-    for steps in texts:
-        counts[tuple(sum(steps, []))] += 1
+    counts = Counter(tuple(sum(steps, [])) for steps in texts)
     chance = chi_square(counts, text_distribution(model, [1, 2], 3, sampling), n)
     assert chance > 0.01, "texts do not have the base model's probabilities: one sample a node"
 
@@ -476,16 +475,6 @@ def test_greedy_and_lossless_acceptance_follow_the_samples_of_the_nodes(case, ch
 SHAPES = pytest.mark.parametrize("private, layers", [(False, 1), (False, 3), (True, 1), (True, 3)])
 
 
-def heads_and_base(layers: int, private: bool, sequential=False) -> tuple[MedusaHeads, nn.Linear]:
-    """Three heads, D = 6, V = 5, of random weights."""
-    lm_head, generator = nn.Linear(6, 5, bias=False), rng(8)
-    config = MedusaConfig(6, 5, 3, layers, not private, sequential=sequential)
-    heads = MedusaHeads(config, lm_head)
-    for weight in (lm_head.weight, *heads.parameters()):
-        weight.data = torch.randn(weight.shape, generator=generator)
-    return heads, lm_head
-
-
 @SHAPES
 def test_new_heads_are_exactly_the_lm_head(private, layers):
     """In whole numbers, so that the order of a sum cannot matter."""
@@ -516,11 +505,12 @@ def by_formula(disk, k: int, layers: int, x, lm_head, between=()) -> torch.Tenso
 
 @SHAPES
 def test_heads_equal_the_formula_evaluated_head_by_head_from_the_file(layers, private, tmp_path):
-    heads, lm_head = heads_and_base(layers, private)
+    lm_head = random_gpt(0).lm_head
+    heads = random_heads(random_gpt(0), 3, 8, layers, private)
     heads.save_pretrained(tmp_path)
-    disk = {name: t.double() for name, t in load_file(tmp_path / "model.safetensors").items()}
-    hidden = torch.randn(2, 4, 6, generator=rng(7), dtype=torch.float64)
-    logits = heads.double()(hidden, lm_head.double())
+    disk = load_file(tmp_path / "model.safetensors")
+    hidden = torch.randn(2, 4, 8, generator=rng(7), dtype=torch.float64)
+    logits = heads(hidden, lm_head)
     for k in range(3):
         says = f"head {k + 1} is not W2 (h + SiLU(W1 h + b1)), {layers} such layers in a row"
         close(logits[k], by_formula(disk, k, layers, hidden, lm_head), says)
@@ -541,10 +531,10 @@ def test_no_parameter_is_shared_among_layers_or_heads(layers, private):
 @SHAPES
 def test_sequential_heads_add_what_is_between_state_and_guess(private, layers, tmp_path):
     """R e of each token that they see, in the first layer; at first R is zero."""
-    hidden = torch.randn(2, 4, 6, generator=rng(7), dtype=torch.float64)
-    between = torch.randn(2, 4, 3, 6, generator=rng(9), dtype=torch.float64)
-    seen = between.flatten(-2)
-    heads, lm_head = (part.double() for part in heads_and_base(layers, private, sequential=True))
+    hidden = torch.randn(2, 4, 8, generator=rng(7), dtype=torch.float64)
+    between = torch.randn(2, 4, 3, 8, generator=rng(9), dtype=torch.float64)
+    seen, lm_head = between.flatten(-2), random_gpt(0).lm_head
+    heads = random_heads(random_gpt(0), 3, 8, layers, private, sequential=True)
     logits = heads(hidden, lm_head, seen)
     heads.save_pretrained(tmp_path)
     # The file tells that they are sequential, even where config.json does not.
@@ -639,20 +629,14 @@ FIELDS = "hidden_size", "vocab_size", "num_heads", "num_hidden_layers", "origina
 MAY_MISS = *FIELDS[2:], "truncated_vocab_size", "medusa_fc_bias", "sequential"
 
 
-def save_small(directory, layers=2, *kind, dtype=torch.float32) -> MedusaHeads:
-    """Two heads of random weights, D = 8, V = 5, in a new directory; private unless told."""
-    heads = random_heads(random_gpt(0), 2, 0, layers, *(kind or (True,))).to(dtype)
-    heads.save_pretrained(directory)
-    return heads
-
-
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("private, truncated, sequential", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_heads_come_back_bit_for_bit(layers, private, truncated, sequential, dtype, tmp_path):
     """From a directory of the form that vLLM opens as a speculator, unless they are sequential."""
     path = tmp_path / "new" / "heads"
-    heads = save_small(path, layers, private, truncated, sequential, dtype=dtype)
+    heads = random_heads(random_gpt(0), 2, 0, layers, private, truncated, sequential).to(dtype)
+    heads.save_pretrained(path)
     expected = {"token_map": (truncated,)} if truncated else {}
     for k in range(2):
         for j in range(layers):
@@ -674,8 +658,7 @@ def test_saved_heads_come_back_bit_for_bit(layers, private, truncated, sequentia
     change(path, {} if private else {"lm_heads.0.weight": torch.ones(5, 8)})
     loaded = MedusaHeads.from_pretrained(path, dtype)
     assert loaded.config == heads.config and not loaded.training and loaded.bias.dtype == dtype
-    ours, theirs = heads.state_dict(), loaded.state_dict()
-    assert ours.keys() == theirs.keys() and all(map(torch.equal, ours.values(), theirs.values()))
+    torch.testing.assert_close(loaded.state_dict(), heads.state_dict(), rtol=0, atol=0)
 
 
 @properties
@@ -691,7 +674,7 @@ def test_what_a_vllm_directory_leaves_out_is_its_default(tmp_path_factory, missi
     change(path, renamed, {"medusa_fc_bias": biases} | dict.fromkeys(missing))
     loaded = MedusaHeads.from_pretrained(path)
     assert loaded.config == heads.config
-    assert all(map(torch.equal, loaded.state_dict().values(), heads.state_dict().values()))
+    torch.testing.assert_close(loaded.state_dict(), heads.state_dict(), rtol=0, atol=0)
 
 
 def change(directory, tensors=None, fields=None) -> None:
@@ -717,7 +700,7 @@ BROKEN += [("hidden_size", None), *((field, "2") for field in FIELDS)]
 
 @pytest.mark.parametrize("name, value", BROKEN)
 def test_a_missing_or_wrong_tensor_or_field_is_refused_by_file_and_name(name, value, tmp_path):
-    save_small(tmp_path, 2, False, 3)
+    random_heads(random_gpt(0).float(), 2, 0, layers=2, truncated=3).save_pretrained(tmp_path)
     is_tensor = name == "token_map" or "." in name
     change(tmp_path, **{"tensors" if is_tensor else "fields": {name: value}})
     file = "model.safetensors" if is_tensor else "config.json"

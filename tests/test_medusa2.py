@@ -17,12 +17,10 @@ from data.tokenizer import load_base
 from medusa import MedusaConfig, MedusaHeads, Sampling, generate
 from model import GPT
 from strategies import KINDS, base_config, contents, log_of, properties, random_gpt, random_heads
-from strategies import rate, rng, training, unit
+from strategies import rate, rng, text_of, training, unit
 from train import Adapter, Medusa2Config, TrainConfig, add_adapters
 from train import calibrate, held_out_rows, make_batch, medusa1_loss, medusa2_loss
 from train import merge_adapters, perplexity, regenerate, train_base, train_medusa1, train_medusa2
-
-pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # ---- the losses ----
@@ -32,9 +30,9 @@ def written_out(model, heads, rows, teacher):
     T, hidden = tokens.shape[1], model(tokens)
     known = list(range(5)) if heads.token_map is None else heads.token_map.tolist()
     K = heads.config.num_heads
-    seen = [[(*row[t + 1 : t + K + 1], *[0] * K)[:K] for t in range(T)] for row in tokens.tolist()]
-    between = unit(model, torch.tensor(seen))
-    logits = [model.lm_head(hidden), *heads(hidden, heads.truncated(model.lm_head), between)]
+    seen = F.pad(tokens, (0, K)).unfold(1, K, 1)[:, 1:]  # (B, T, K): tokens t+1 to t+K
+    lm_head, between = heads.truncated(model.lm_head), unit(model, seen)
+    logits = [model.lm_head(hidden), *heads(hidden, lm_head, between)]
     goal = teacher and teacher.lm_head(teacher(tokens)).log_softmax(-1).detach()
     means, right = [], []
     for k, log_probs in enumerate(part.log_softmax(-1) for part in logits):
@@ -235,7 +233,6 @@ def test_without_the_loss_of_the_heads_it_is_plain_fine_tuning(base, text, joint
 
 
 def test_trained_heads_learn_on_and_are_measured_again(base, text, shards, joint, tmp_path, capsys):
-    """On text of the new base."""
     train_medusa1(training(base, text, tmp_path / "one", distilled=shards, num_heads=3, lr=0.02))
     train_medusa2(joint(tmp_path / "two", heads=str(tmp_path / "one"), lr=1e-5, seed=4))
     start, end = (MedusaHeads.from_pretrained(tmp_path / name) for name in ("one", "two/heads"))
@@ -259,5 +256,5 @@ def test_rows_are_continued_after_their_prompts_by_the_model_itself():
     mask[0, 4:7] = mask[1, 2:] = True
     rows, loss = regenerate(copy.deepcopy(model).train(), tokens, mask, Sampling(), 0)
     for row, new, used, n in zip(tokens.tolist(), rows.tolist(), loss.tolist(), (4, 2, 1)):
-        text = [token for step in generate(model, row[:n], 9 - n) for token in step.emitted]
-        assert new == row[:n] + text and used == [place >= n for place in range(9)]
+        assert new == row[:n] + text_of(generate(model, row[:n], 9 - n))
+        assert used == [place >= n for place in range(9)]

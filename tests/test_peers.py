@@ -16,10 +16,10 @@ from hypothesis import given, settings, strategies as st
 from data.chat import chat_prompt, chat_template
 from data.smollm2 import convert, fetch
 from data.tokenizer import load_tokenizer
-from llamas import CONTEXT, VOCABULARY, checkpoints, opened, plain_text, their_text
-from llamas import write_checkpoint
+from llamas import CONTEXT, VOCABULARY, checkpoints, opened, their_text, write_checkpoint
+from medusa import generate
 from model import GPT, ModelConfig, read_json, write_json
-from strategies import properties
+from strategies import properties, text_of
 
 pytestmark = pytest.mark.peers
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -36,15 +36,13 @@ def table(theirs, context: int) -> torch.Tensor:
 
 @settings(properties, max_examples=60)
 @given(checkpoints(), st.sampled_from(DTYPES), st.sampled_from(("5GB", "1KB")), st.integers(0, 99))
-def test_logits_and_greedy_text_are_those_of_transformers(
-    tmp_path_factory, checkpoint, stored, shard_size, seed
-):
-    directory = tmp_path_factory.mktemp("checkpoint")
-    write_checkpoint(directory, *checkpoint, stored, shard_size)
-    ends, path = checkpoint[1]["eos_token_id"], directory / "config.json"
+def test_logits_and_text_are_those_of_transformers(tmp_path_factory, case, stored, shard, seed):
+    directory, (kind, made_with) = tmp_path_factory.mktemp("checkpoint"), case
+    write_checkpoint(directory, kind, made_with, stored, shard)
+    ends, path = made_with["eos_token_id"], directory / "config.json"
     if isinstance(ends, list):  # the others are in generation_config.json alone
         write_json(path, read_json(path) | {"eos_token_id": ends[0]})
-    context = min(checkpoint[1].get("sliding_window") or CONTEXT, CONTEXT)
+    context = min(made_with.get("sliding_window") or CONTEXT, CONTEXT)
     tokens = torch.randint(VOCABULARY, (2, context), generator=torch.Generator().manual_seed(seed))
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
         theirs = opened(directory, dtype)
@@ -61,7 +59,7 @@ def test_logits_and_greedy_text_are_those_of_transformers(
         again = opened(directory / "ours", dtype)(tokens).logits
         assert (again - theirs(tokens).logits).abs().max() < 1e-5
     prompt = tokens[0, :1].tolist()
-    assert plain_text(ours, prompt, context) == their_text(theirs, prompt, context - 1)
+    assert text_of(generate(ours, prompt, context)) == their_text(theirs, prompt, context - 1)
 
 
 ODD = "The sky is blue, 1024 times over.\n\tNa\u00efve caf\u00e9 \u2014 \u4f60\u597d \U0001f600\n"
@@ -165,8 +163,7 @@ def test_a_gguf_file_becomes_the_model_it_was_made_of(tmp_path_factory, nkv, gro
     convert(folder / "model.gguf", folder / "out", torch.float32)
     loaded = GPT.from_pretrained(folder / "out")
     assert loaded.config == model.config
-    for name, weight in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], weight)
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
     assert load_tokenizer(folder / "out").encode("<s>abb</s>") == [0, 4, 3, 1]
     assert chat_template(folder / "out")([{"role": "user", "content": "ab"}], True) == "ab"
 
@@ -179,5 +176,5 @@ def test_smollm2_is_the_model_that_transformers_sees_and_answers_in_english():
     assert prompt == their_tokenizer.apply_chat_template(turns, return_dict=False, **more)
     tokens = torch.tensor([prompt])
     assert (ours.lm_head(ours(tokens)) - theirs(tokens).logits).abs().max() < 1e-3
-    answer = plain_text(ours, prompt, 24)
+    answer = text_of(generate(ours, prompt, 24))
     assert answer == their_text(theirs, prompt, 24) and "Paris" in tokenizer.decode(answer)

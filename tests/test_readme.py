@@ -1,6 +1,5 @@
 """What README.md, bench/README.md and tests/README.md say is looked up, run or compared with what
-was measured.
-"""
+was measured."""
 
 import ast
 import doctest
@@ -203,5 +202,4 @@ def test_the_prose_says_what_was_measured():
 
 
 def test_it_begins_with_the_two_commands():
-    lines = README.splitlines()[:45]
-    assert sum(line.startswith("python3 -m venv") for line in lines) == 2
+    assert "\n".join(README.splitlines()[:45]).count("\npython3 -m venv") == 2

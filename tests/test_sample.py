@@ -27,7 +27,7 @@ from medusa import MedusaHeads, Sampling
 from model import GPT, ModelConfig, write_safetensors
 from sample import SampleConfig, first_difference, pick_tree, timed_run
 from strategies import markov_gpt, next_logits, properties
-from strategies import random_gpt, random_heads, rank_data, refused, rng  # isort: skip
+from strategies import random_gpt, random_heads, rank_data, refused, rng, small_tokenizer
 from train import sample_rows
 from tree import cartesian_tree, prefix_counts, tree_from_paths
 
@@ -244,8 +244,7 @@ BROKEN += [{}, {"0.0": []}, {"0.0": {}}, {"warm": GOOD}, {"0.0": GOOD | {"steps"
 @pytest.mark.parametrize("entries", BROKEN)
 @pytest.mark.parametrize("choice", ["auto", "2"])
 def test_a_broken_calibration_is_refused(choice, entries, tmp_path):
-    with pytest.raises(ValueError):
-        pick(choice, write(tmp_path, entries))
+    refused("calibration.json|path|nodes", pick, choice, write(tmp_path, entries))
 
 
 @pytest.mark.parametrize("choice", "|x|4x|x4|4x-1|-3|4.5|many|auto2|0x2|2x0|99x99|0|1".split("|"))
@@ -338,59 +337,41 @@ def test_packed_matrices_give_the_same_logits(dtype, tolerance, kind):
 
 
 # ---- the command ----
-@pytest.fixture
-def main(tmp_path, monkeypatch, capsys):
-    """sample.py with a tiny base that has learnt nothing, and with heads for it."""
-    torch.manual_seed(0)
-    model, base = GPT(ModelConfig(400, 16, 24, 1, 2, 1, 96, eos_token_id=None)), tmp_path / "base"
-    model.save_pretrained(base)
-    tokenizer().save(base)
-    random_heads(model, 4, 0).save_pretrained(base / "heads")
-    write(base / "heads", {"0.0": GOOD})
-
-    def call(*flags) -> str:
-        fixed = f"sample.py --base {base} --tree 6 --device cpu --dtype float64".split()
-        monkeypatch.setattr(sys, "argv", [*fixed, *flags])
-        sample.main()
-        return capsys.readouterr().out
-
-    return call
-
-
 @pytest.mark.parametrize("flags", ["", "--temperature 0.8 --top-k 9 --top-p 0.9 --seed 3"])
-def test_the_prompt_comes_first_and_the_text_is_that_of_plain_decoding(main, flags, tmp_path):
+def test_the_prompt_comes_first_and_the_text_is_that_of_plain_decoding(run_sample, flags, tmp_path):
     """A byte-order mark is no text at the beginning of a file, and a character elsewhere."""
     prompt = "x =\ufeff\r\n\t'\u20ac'\r"
     (tmp_path / "prompt.txt").write_bytes(("\ufeff" + prompt).encode())
-    flags = [*flags.split(), "--prompt-file", str(tmp_path / "prompt.txt"), "--max-new-tokens"]
-    out = main(*flags, "16")
+    flags = ["--tree", "3x2", "--dtype", "float64", *flags.split(), "--prompt-file"]
+    flags += [tmp_path / "prompt.txt", "--max-new-tokens"]
+    out = run_sample(*flags, 16)
     assert out.startswith(prompt) and "\ntext         identical, token for token\n" in out
     assert " 15 tokens in " in out and "context" not in out
-    room = 96 - len(tokenizer().opening(prompt))
-    full = main(*flags, "500")
+    room = 40 - len(small_tokenizer().opening(prompt))
+    full = run_sample(*flags, 500)
     assert f" {room - 1} tokens in " in full and "\nstopped: the context is full\n" in full
-    assert "nothing to compare" in main(*flags, "1")
+    assert "nothing to compare" in run_sample(*flags, 1)
     # Without heads, the same text; a tree needs heads.
     (tmp_path / "base" / "heads").rename(tmp_path / "elsewhere")
-    assert main(*flags, "16", "--tree", "auto").partition("tokens/s, plain")[0][:-9] in out
-    assert "\nplain: no heads; " in main(*flags, "1", "--tree", "auto")
-    refused("heads/config.json", main, *flags, "16", "--tree", "4")
+    assert run_sample(*flags, 16, "--tree", "auto").partition("tokens/s, plain")[0][:-9] in out
+    assert "\nplain: no heads; " in run_sample(*flags, 1, "--tree", "auto")
+    refused("heads/config.json", run_sample, *flags, 16, "--tree", "4")
 
 
-def test_official_heads_open_by_file_and_the_official_tree_by_name(main, tmp_path):
+def test_official_heads_open_by_file_and_the_official_tree_by_name(run_sample, tmp_path):
     """These share the base's LM head. The error names the command that calibrates them."""
     tensors = MedusaHeads.from_pretrained(tmp_path / "base/heads").tensors("{k}.{j}.linear")
     path = tmp_path / "medusa_lm_head.safetensors"
     write_safetensors(path, tensors)
-    flags = ["--heads", str(path), "--max-new-tokens", "9", "--tree"]
+    flags = ["--heads", path, "--dtype", "float64", "--prompt", "def", "--max-new-tokens", 9]
     for tree, says in ("mc_sim_7b_63", "64 nodes, 4 deep: from mc"), ("2x2", "Cartesian"):
-        out = main(*flags, tree)
+        out = run_sample(*flags, "--tree", tree)
         assert says in out and "identical" in out
     for tree in ("auto", "4"):
         command = rf"train.py --mode calibrate --base \S+base --heads {path} writes it; --tree"
-        refused(command, main, *flags, tree)
+        refused(command, run_sample, *flags, "--tree", tree)
     write(tmp_path, {"0.0": GOOD})
-    assert "calibrated" in main(*flags, "4")
+    assert "calibrated" in run_sample(*flags, "--tree", 4)
 
 
 def test_in_bfloat16_few_texts_part_and_at_near_ties_alone():

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import sys
 from html.parser import HTMLParser
 from itertools import chain
 from pathlib import Path
@@ -19,9 +18,8 @@ import sample
 from data import trace as tracing
 from data.trace import page, text_content
 from medusa import Sampling, Step, medusa_generate
-from model import GPT
 from strategies import REAL, SEQUENTIAL, contents, decodings, distribution, next_logits
-from strategies import properties, random_gpt, random_heads, rng, small_tokenizer, unit, write_base
+from strategies import properties, random_gpt, random_heads, rng, small_tokenizer, unit
 from tree import Tree
 
 TOKENIZER, VOCABULARY = small_tokenizer(), small_tokenizer().vocab_size
@@ -150,23 +148,11 @@ def test_the_page_needs_nothing_from_anywhere():
 
 
 # ---- the command ----
-@pytest.fixture
-def main(tmp_path_factory, monkeypatch, capsys):
-    base = write_base(tmp_path_factory.mktemp("models"))
-    random_heads(GPT.from_pretrained(base), 3, 0).save_pretrained(base / "heads")
-
-    def call(file, *flags) -> str:
-        fixed = f"sample.py --base {base} --tree 3x2 --device cpu --trace".split()
-        monkeypatch.setattr(sys, "argv", [*fixed, str(file), "--prompt", "def </script>", *flags])
-        sample.run(sample.main)
-        return capsys.readouterr().out
-
-    return call
-
-
 @pytest.mark.parametrize("flags", ["", "--temperature 1", "--temperature 1 --accept typical"])
-def test_the_command_writes_the_generation_that_it_printed(main, flags, tmp_path):
-    out, content = main(tmp_path / "a.html", *flags.split()), data_of(tmp_path / "a.html")
+def test_the_command_writes_the_generation_that_it_printed(run_sample, flags, tmp_path):
+    file = tmp_path / "pages" / "a.html"
+    flags = ["--tree", "3x2", "--trace", file, "--prompt", "def </script>", *flags.split()]
+    out, content = run_sample(*flags), data_of(file)
     text = "".join(part for record in content["steps"] for part in record["text"])
     assert out.startswith(content["prompt"] + text + "\n\n")
     tokens = sum(len(record["emitted"]) for record in content["steps"])
@@ -174,20 +160,18 @@ def test_the_command_writes_the_generation_that_it_printed(main, flags, tmp_path
     assert f"text         {content['difference']}\n" in out and f": {content['why']}\n" in out
     ours, plain = map(fmean, content["times"])
     assert f"step cost    {ours / plain:.2f} " in out
-    assert out.endswith(f"\ntrace        {tmp_path / 'a.html'}\n")
-    main(tmp_path / "a.html", "--max-new-tokens", "1", *flags.split())
-    assert data_of(tmp_path / "a.html")["times"] == [[], []]
-    assert list(contents(tmp_path)) == ["a.html"]
+    assert out.endswith(f"\ntrace        {file}\n")
+    run_sample(*flags, "--max-new-tokens", 1)
+    assert data_of(file)["times"] == [[], []]
+    assert list(contents(file.parent)) == ["a.html"]
 
 
 @pytest.mark.parametrize("name", [".", "file/a.html", "n" * 300, "pipe"])
-def test_a_page_that_cannot_be_written_is_refused_before_any_work(main, name, tmp_path, capsys):
+def test_a_page_that_cannot_be_written_is_refused_before_any_work(run_sample, name, tmp_path):
     (tmp_path / "file").write_text("kept")
     os.mkfifo(tmp_path / "pipe")
-    done = AssertionError("work was done")
-    with patch.object(sample, "load_base", side_effect=done), pytest.raises(SystemExit) as stop:
-        main(tmp_path / name)
-    out, error = capsys.readouterr()
-    assert (stop.value.code, out) == (2, "") and error.count("\n") == 1
-    assert error.startswith("sample.py: error: ") and str(tmp_path) in error
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "pipe"]
+    before = sorted(tmp_path.rglob("*"))
+    with patch.object(sample, "load_base", side_effect=AssertionError("work was done")):
+        with pytest.raises((ValueError, OSError), match=re.escape(str(tmp_path))):
+            run_sample("--trace", tmp_path / name)
+    assert sorted(tmp_path.rglob("*")) == before

@@ -2,16 +2,14 @@
 and bench/requirements-browser.txt: pytest -m browser tests/test_trace_browser.py"""
 
 import shutil
-import sys
 import time
 from contextlib import contextmanager
-from unittest.mock import patch
 
 import pytest
 
 import sample
 from data.trace import page
-from strategies import small_tokenizer
+from strategies import call, small_tokenizer
 from test_trace import ODD, data_of, fake
 from tree import Tree
 
@@ -52,9 +50,7 @@ FLAGS = ["--tree 8", "--tree 64 --temperature 0.7", "--tree 24 --temperature 1 -
 @pytest.fixture(scope="module", params=FLAGS)
 def file(request, tmp_path_factory):
     file = tmp_path_factory.mktemp("page") / "page.html"
-    flags = f"sample.py --device cpu --trace {file} {request.param}"
-    with patch.object(sys, "argv", flags.split()):
-        sample.main()
+    call(sample.main, "--device", "cpu", "--trace", file, *request.param.split())
     return file
 
 

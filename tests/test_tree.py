@@ -251,8 +251,7 @@ def test_a_replay_starts_each_step_after_the_tokens_of_the_step_before(texts, tr
 
 @pytest.mark.parametrize("steps", [0, 2.0, "2", True])
 def test_counts_that_are_none_are_refused(steps):
-    with pytest.raises(ValueError):
-        read_counts({"steps": steps, "prefixes": {}})
+    refused("whole numbers above 0", read_counts, {"steps": steps, "prefixes": {}})
     for prefixes in ({"0": 1, "0 1": 2}, {"0 1": 1}, {"0": 0}, {"0": -1}, {"0": 1.0}):
         refused("own prefix", read_counts, {"steps": 3, "prefixes": prefixes})
 
