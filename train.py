@@ -36,14 +36,14 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data.chat import dialogue_rows, given_turns, read_template, split_dialogues
-from data.command import OneLineParser, add_options, check_out, option, pick_device, run
+from data.command import OneLineParser, check_out, option, parsed, pick_device, run
 from data.corpus import documents, packed, seeded, shuffled, windows
 from data.rows import base_digest, digest_of, metadata_of, read_shards, write_shard
 from data.tokenizer import SHIPPED_BASE, copy_tokenizer, disk_dtype, load_base, train_tokenizer
-from medusa import GREEDY, MedusaConfig, MedusaHeads, Sampling, calibration_path, check_compatible
-from medusa import IGNORED, cross_entropy, distillation_loss, medusa_loss, targets_ahead
-from medusa import at_least_float32, check_sampled, exponential_noise, gumbel_scores, sample
-from medusa import logits_to_probs
+from medusa import IGNORED, MedusaConfig, MedusaHeads, Sampling, calibration_path, sample
+from medusa import at_least_float32, check_compatible, check_sampled, cross_entropy, medusa_loss
+from medusa import distillation_loss, exponential_noise, gumbel_scores, logits_to_probs
+from medusa import targets_ahead
 from model import GPT, ModelConfig, check, read_json, read_pickle, write_atomically, write_json
 from tree import calibrated_tree, expected_tokens, prefix_counts
 from tree import ranked_prefixes, read_counts, replay
@@ -126,10 +126,6 @@ class DistillConfig(Common):
     new_tokens: int = option(224, "most tokens sampled after a prompt")
     temperature: float = option(0.7, "sampling temperature")
     top_p: float = option(1.0, "sample among the fewest tokens that hold so much probability")
-
-    def __post_init__(self):
-        super().__post_init__()
-        Sampling(self.temperature, top_p=self.top_p)  # refuses bad values
 
 
 @dataclass(frozen=True)
@@ -216,24 +212,19 @@ class Batch:
 def make_batch(config: TrainConfig, data: tuple, heads: MedusaHeads, device, step: int) -> Batch:
     """The batch of a step. data: all rows, tokens (R, T+1), and their loss mask (R, T+1) bool."""
     # Every row once, in random order, before any comes again. The order depends on the step's
-    # number alone, so that a resumed run sees the same batches.
-    rows = []
-    for number in range(step * config.batch, (step + 1) * config.batch):
-        epoch, i = divmod(number, len(data[0]))
-        rows.append(shuffled(len(data[0]), config.seed, epoch)[i])  # each epoch's order is cached
-    rows = torch.stack(rows)
+    # number alone, so that a resumed run sees the same batches. Each epoch's order is cached.
+    R, numbers = len(data[0]), range(step * config.batch, (step + 1) * config.batch)
+    rows = torch.stack([shuffled(R, config.seed, n // R)[n % R] for n in numbers])  # (B,)
     tokens, mask = data[0][rows].long(), data[1][rows]  # (B, T+1)
 
     # What follows the last target need not be fed; but at least one token is.
-    has_target = mask.any(0).nonzero()
-    last = max(int(has_target.max()), 1) if len(has_target) > 0 else 1
+    last = max([1, *mask.any(0).nonzero()[:, 0].tolist()])
     tokens, mask = tokens[:, : last + 1], mask[:, : last + 1]
 
-    # The base's target is a token; those of the heads are indices into the heads' vocabulary, where
-    # a token outside of it is no target.
-    of_base = targets_ahead(tokens, mask, 0)  # (1, B, T+1)
-    of_heads = targets_ahead(heads.index_of(tokens), mask, heads.config.num_heads)[1:]
-    targets = torch.cat((of_base, of_heads))  # (K+1, B, T+1)
+    # The targets of the heads are indices into their vocabulary, where a token outside of it is no
+    # target; the base's is a token.
+    targets = targets_ahead(heads.index_of(tokens), mask, heads.config.num_heads)  # (K+1, B, T+1)
+    targets[:1] = targets_ahead(tokens, mask, 0)  # (1, B, T+1)
     counts = (targets != IGNORED).flatten(1).sum(1)  # (K+1,) before rows are dealt to processes
 
     # To (B, T, K+1): a (B, T) mask then picks positions. The last token has no target.
@@ -269,23 +260,20 @@ def base_loss(lm_head: nn.Linear, hidden: Tensor, batch: Batch, teacher=None) ->
     """
     targets, count = batch.targets[..., 0], batch.counts[0]  # (B, T), ()
     used, V = targets != IGNORED, len(lm_head.weight)  # (B, T)
-    if teacher is None:
+    if teacher is not None:
+        # With LoRA the teacher is the model itself, its adapters off (`Adapter`, below).
+        Adapter.on = False
+        with torch.no_grad():
+            targets = teacher(batch.tokens)  # (B, T, D)
+        Adapter.on = True
 
-        def loss_of(hidden, targets):  # (n, D), (n,)
+    def loss_of(hidden, targets):  # (n, D), (n,) or (n, D)
+        if teacher is None:
             return [cross_entropy(lm_head(hidden), targets, count)]
+        return [distillation_loss(lm_head(hidden), teacher.lm_head(targets), count)]
 
-        return in_chunks(loss_of, V, hidden[used], targets[used])[0]
-
-    # With LoRA the teacher is the model itself, its adapters off (`Adapter`, below).
-    Adapter.on = False
-    with torch.no_grad():
-        teacher_hidden = teacher(batch.tokens)  # (B, T, D)
-    Adapter.on = True
-
-    def divergence_of(hidden, teacher_hidden):  # (n, D) each
-        return [distillation_loss(lm_head(hidden), teacher.lm_head(teacher_hidden), count)]
-
-    return in_chunks(divergence_of, 2 * V, hidden[used], teacher_hidden[used])[0]
+    size = V if teacher is None else 2 * V
+    return in_chunks(loss_of, size, hidden[used], targets[used])[0]
 
 
 def tokens_between(tokens: Tensor, K: int) -> Tensor:
@@ -304,7 +292,7 @@ def medusa1_loss(heads: MedusaHeads, model: GPT, hidden: Tensor, batch: Batch):
     """
     # Positions without any target of a head are left out.
     used = (batch.targets[..., 1:] != IGNORED).any(-1)  # (B, T): n positions
-    K, counts = heads.config.num_heads, batch.counts[1:]
+    K, v, counts = heads.config.num_heads, heads.config.truncated_vocab_size, batch.counts[1:]
     heads_lm_head = heads.truncated(model.lm_head)
 
     def loss_of(hidden, targets, seen):  # (n, D), (n, K), (n, K)
@@ -317,9 +305,8 @@ def medusa1_loss(heads: MedusaHeads, model: GPT, hidden: Tensor, batch: Batch):
         correct = ((of_targets == logits.amax(-1)) & (targets != IGNORED)).sum(-1)  # (K,)
         return [loss, losses.detach(), correct]
 
-    size = K * heads.config.truncated_vocab_size
     inputs = hidden, batch.targets[..., 1:], tokens_between(batch.tokens, K)
-    loss, losses, correct = in_chunks(loss_of, size, *(t[used] for t in inputs))
+    loss, losses, correct = in_chunks(loss_of, K * v, *(t[used] for t in inputs))
     return loss, torch.cat((losses.new_zeros(1), losses, correct / counts.clamp(min=1)))
 
 
@@ -346,10 +333,6 @@ def learning_rate(step: int, lr: float, warmup: int, steps: int) -> float:
     return lr * min(1, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def is_matrix(p: Tensor) -> bool:
-    return p.dim() > 1 and p.shape[-2] > 1  # the heads' biases are (J, K, 1, D)
-
-
 class Run:
     """What learns, its optimiser, and the steps that are done: all that a checkpoint holds."""
 
@@ -363,10 +346,11 @@ class Run:
         weight_decay, groups = getattr(config, "weight_decay", 0.0), []
         for part, parameters in parts.items():
             print(f"{part}: {sum(p.numel() for p in parameters.values()):,} parameters to train")
-            # Weight decay is for matrices, not for gains and biases.
-            for of_matrices, decay in ((True, weight_decay), (False, 0.0)):
-                of_kind = [p for p in parameters.values() if is_matrix(p) == of_matrices]
-                groups.append({"part": part, "params": of_kind, "weight_decay": decay})
+            # Weight decay is for matrices, not for gains and biases: (J, K, 1, D) those of heads.
+            matrices = [p for p in parameters.values() if p.dim() > 1 and p.shape[-2] > 1]
+            others = [p for p in parameters.values() if p.dim() == 1 or p.shape[-2] == 1]
+            groups.append({"part": part, "params": matrices, "weight_decay": weight_decay})
+            groups.append({"part": part, "params": others, "weight_decay": 0.0})
         fused = device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)
         if config.resume:
@@ -400,8 +384,8 @@ class Run:
                 path.unlink(missing_ok=True)
 
 
-def start(config: TrainConfig, writes_heads: bool) -> tuple[torch.device, torch.dtype]:
-    """Refuse before the work what would fail after it. Returns device and dtype of products."""
+def start(config: TrainConfig) -> torch.device:
+    """Refuse before the work what would fail after it."""
     check_out(config.out)
     path, about = Path(config.out) / "checkpoint.pt", Path(config.out) / "config.json"
     if config.resume and not path.exists():
@@ -409,19 +393,11 @@ def start(config: TrainConfig, writes_heads: bool) -> tuple[torch.device, torch.
         raise ValueError(f"--resume: {path} does not exist: leave --resume out; {advice}")
     if path.exists() and not config.resume:
         raise ValueError(f"{path} is of a run that was stopped: use --resume, or delete it")
+    writes_heads = isinstance(config, Medusa1Config)
     if about.exists() and (read_json(about).get("model_type") == "medusa") != writes_heads:
         raise ValueError(f"--out {config.out} holds another kind of model: name another directory")
     check(config.batch >= rank_and_world_size()[1], f"--batch {config.batch}: fewer than processes")
-    device = pick_device(config.device)
-    return device, pick_precision(config.precision, device)
-
-
-def sum_over_processes(metrics: Tensor, parts: dict) -> None:
-    if dist.is_initialized():
-        learning = chain.from_iterable(part.values() for part in parts.values())
-        # Frozen parameters have no gradient.
-        for t in (metrics, *(p.grad for p in learning if p.grad is not None)):
-            dist.all_reduce(t)
+    return pick_device(config.device)
 
 
 def train_loop(
@@ -432,6 +408,7 @@ def train_loop(
     batch_of: step -> Batch. loss_of: Batch -> loss, metrics (1 + 2K,). lr_factors: part -> factor.
     """
     config, parts, is_main = run.config, run.parts, rank_and_world_size()[0] == 0
+    learning = [p for group in run.optimizer.param_groups for p in group["params"]]
     dtype = pick_precision(config.precision, run.device)
     # A run that is resumed after this stage has no steps left in it.
     steps = range(max(run.step, first), until)
@@ -447,7 +424,9 @@ def train_loop(
         with torch.autocast(run.device.type, dtype, dtype != torch.float32):
             loss, metrics = loss_of(batch)
         loss.backward()
-        sum_over_processes(metrics, parts)
+        for t in (metrics, *(p.grad for p in learning)):
+            if dist.is_initialized() and t is not None:  # a frozen parameter has no gradient
+                dist.all_reduce(t)
 
         # 2. Clip: heads and base each by themselves, since their gradients differ in size.
         norms = {}
@@ -478,7 +457,7 @@ def train_loop(
 
 # ---- the modes that train ----
 def train_base(config: BaseConfig) -> None:
-    device, _ = start(config, writes_heads=False)
+    device = start(config)
     shape = {name: v for name, v in asdict(config).items() if hasattr(ModelConfig, name)}
     model_config = ModelConfig(**shape, max_position_embeddings=config.context)
     texts = documents(False, config.text)
@@ -529,10 +508,8 @@ def training_data(config: MedusaTraining, tokenizer, model: GPT, K: int):
         tokens, mask, dropped = dialogue_rows(sides["train"], *chat)
         print(f"{len(tokens)} rows; {dropped} dialogues without an answer that ends in --context")
         unseen, unseen_mask, _ = dialogue_rows(sides["validation"], *chat)
-        advice = (
-            f"has an answer that ends in --context {config.context}: give more, or a larger one"
-        )
-        check(min(len(tokens), len(unseen)) > 0, f"of one side of the split no dialogue {advice}")
+        says = f"has an answer that ends in --context {config.context}: give more, or a larger one"
+        check(min(len(tokens), len(unseen)) > 0, f"of one side of the split no dialogue {says}")
         # A row ends with its last answer.
         ends = [int(mask.nonzero().max()) + 1 for mask in unseen_mask]
         data, text = (tokens, mask), torch.cat([row[:end] for row, end in zip(unseen, ends)])
@@ -564,9 +541,9 @@ def open_heads(config, model: GPT) -> MedusaHeads:
 
 
 def train_medusa1(config: Medusa1Config) -> None:
-    device, dtype = start(config, writes_heads=True)
+    device = start(config)
     # A frozen base needs no more digits than it computes with.
-    tokenizer, model = load_base(config.base, dtype, device)
+    tokenizer, model = load_base(config.base, pick_precision(config.precision, device), device)
     model.requires_grad_(False)
     heads = open_heads(config, model)
     data, held_out, text = training_data(config, tokenizer, model, heads.config.num_heads)
@@ -591,18 +568,17 @@ def train_medusa1(config: Medusa1Config) -> None:
         print(f"next: python sample.py --base {config.base} --heads {config.out}{prompt}")
 
 
-def frozen_loss(model: GPT, heads: MedusaHeads, states: np.ndarray | None, batch: Batch):
+def frozen_loss(model: GPT, heads: MedusaHeads, states: Tensor | None, batch: Batch):
     """`medusa1_loss` on a frozen base, or on its states if they are kept: (R, T-1, D)."""
     if states is None:
         with torch.no_grad():
             hidden = model(batch.tokens)  # (B, T, D)
     else:
-        kept = states[batch.rows.cpu().numpy(), : batch.tokens.shape[1]]
-        hidden = torch.from_numpy(kept).to(model.lm_head.weight)
+        hidden = states[batch.rows.cpu(), : batch.tokens.shape[1]].to(model.lm_head.weight)
     return medusa1_loss(heads, model, hidden, batch)
 
 
-def kept_states(config: Medusa1Config, model: GPT, tokens: Tensor) -> np.ndarray:
+def kept_states(config: Medusa1Config, model: GPT, tokens: Tensor) -> Tensor:
     """The base's states of all rows (R, T): (R, T-1, D) float16, in a file that is made once."""
     path, shape = Path(config.out) / "states.npy", (*tokens[:, 1:].shape, model.config.hidden_size)
 
@@ -619,11 +595,11 @@ def kept_states(config: Medusa1Config, model: GPT, tokens: Tensor) -> np.ndarray
         write_atomically(path, write)
     if dist.is_initialized():
         dist.barrier()
-    return np.load(path, mmap_mode="r")
+    return torch.from_numpy(np.load(path, mmap_mode="c"))  # read where it is used
 
 
 def train_medusa2(config: Medusa2Config) -> None:
-    device, _ = start(config, writes_heads=False)
+    device = start(config)
     tokenizer, model = load_base(config.base, torch.float32, device)
     model.requires_grad_(False)
     heads = open_heads(config, model)
@@ -796,6 +772,7 @@ def prompt_sources(config: DistillConfig, tokenizer, eos_ids) -> tuple[dict, str
 
 def distill(config: DistillConfig) -> Path:
     """Write files of training rows, and held-out rows for each of TEMPERATURES. Returns --out."""
+    sampling = Sampling(config.temperature, top_p=config.top_p)  # refuses bad values
     check_out(config.out)
     device = pick_device(config.device)
     tokenizer, model = load_base(config.base, pick_precision(config.precision, device), device)
@@ -810,9 +787,7 @@ def distill(config: DistillConfig) -> Path:
         # A few dialogues are answered up to 32 times, but greedily once: to the same answers.
         most = min(config.rows, HELD_OUT_ROWS, len(sides["validation"]) * (32 if t > 0 else 1))
         files.append((f"validation-{t}", "validation", 0, most, Sampling(t)))
-    sampling = Sampling(config.temperature, top_p=config.top_p)
-    for part in range(config.shards):
-        files.append((f"train-{part:05d}", "train", part, config.rows, sampling))
+    files += [(f"train-{n:05d}", "train", n, config.rows, sampling) for n in range(config.shards)]
 
     # A file is marked by digests of its base and of its settings: a stopped run goes on with its
     # own files only. More shards may be added.
@@ -849,14 +824,12 @@ def distilled_rows(config, out: str, shards: int) -> Path:
     """
     # A mark begins with the digest of the base; a file without one counts as the base's own.
     base, directory = base_digest(config.base), Path(config.distilled or SHIPPED_ROWS)
-    marks = {path: metadata_of(path).get("base", base) for path in directory.glob("*.safetensors")}
-    foreign = [str(path) for path, mark in marks.items() if not mark.startswith(base)]
-    if config.distilled:
-        wrong = ", ".join(foreign[:1])
-        check(not foreign, f"--distilled: {wrong} was not written by {config.base}")
-        return directory
+    files = list(directory.glob("*.safetensors"))
+    foreign = [f for f in files if not metadata_of(f).get("base", base).startswith(base)]
+    if config.distilled and foreign:
+        raise ValueError(f"--distilled: {foreign[0]} was not written by {config.base}")
     # The shipped rows are of the shipped base, and not of --text.
-    if marks and not foreign and not config.text:
+    if config.distilled or (files and not foreign and not config.text):
         return directory
     same = {f.name: getattr(config, f.name) for f in fields(Common)}
     if getattr(config, "data", "") == "chat":
@@ -884,7 +857,7 @@ def held_out_rows(directory: Path, vocab_size: int, K: int) -> dict[str, tuple[T
 
 
 def noise_given_tokens(probs: Tensor, tokens: Tensor, generator: torch.Generator) -> Tensor:
-    """Shared noise of tokens that were sampled before: probs (n, V), tokens (n,) -> noise (n, V).
+    """Shared noise of tokens that were sampled before: probs (..., V), tokens (...) -> (..., V).
 
     That is exponential noise e, given that argmax(probs / e) is the token. As a race: i arrives at
     e_i / probs_i, exponential with rate probs_i. The first arrival is exponential with rate
@@ -893,15 +866,15 @@ def noise_given_tokens(probs: Tensor, tokens: Tensor, generator: torch.Generator
 
         e_token = probs_token * first        e_i = probs_i * first + another exponential
     """
-    first = exponential_noise(probs[:, :1], generator)  # (n, 1)
+    first = exponential_noise(probs[..., :1], generator)  # (..., 1)
     # -log of uniform noise is exponential: not as fine near 0, but five times faster on a CPU.
-    after = torch.empty_like(probs).uniform_(generator=generator).log_().neg_()  # (n, V)
-    noise = after.scatter_(1, tokens[:, None], 0).add_(probs * first)
+    after = torch.empty_like(probs).uniform_(generator=generator).log_().neg_()  # (..., V)
+    noise = after.scatter_(-1, tokens[..., None], 0).add_(probs * first)
     return noise.clamp_(min=torch.finfo(probs.dtype).tiny)
 
 
 @torch.inference_mode()
-def head_ranks(model: GPT, heads: MedusaHeads, tokens: Tensor, loss_mask: Tensor, sampling=GREEDY):
+def head_ranks(model: GPT, heads: MedusaHeads, tokens: Tensor, loss_mask: Tensor, sampling):
     """For each row a tensor (n, K): the rank (0: first guess) that head k gave to token t+k+1.
 
     tokens (R, T), loss_mask (R, T) bool; n positions of a row are scored. A token that a truncated
@@ -921,9 +894,8 @@ def head_ranks(model: GPT, heads: MedusaHeads, tokens: Tensor, loss_mask: Tensor
         if sampling.temperature > 0:
             # noise[:, t] is what token t+1 was sampled with.
             base_probs = logits_to_probs(lm_head(hidden), sampling)  # (B, T, V)
-            sampled = rows.roll(-1, dims=1).flatten()  # (B * T,); a row's last is never scored
-            noise = noise_given_tokens(base_probs.flatten(0, 1), sampled, generator)
-            noise = noise.view(base_probs.shape)  # (B, T, V)
+            sampled = rows.roll(-1, dims=1)  # (B, T); a row's last is never scored
+            noise = noise_given_tokens(base_probs, sampled, generator)  # (B, T, V)
 
         # With K = 2 and x0 x1 x2 x3 = tokens[t : t + 4]: the base sampled x1, with noise[t];
         # head 1 is asked for x2, sampled with noise[t + 1]; head 2 for x3, with noise[t + 2].
@@ -1014,7 +986,6 @@ def perplexity(model: GPT, tokens: Tensor) -> float:
     def loss_of(hidden, targets):
         return [cross_entropy(model.lm_head(hidden), targets, count)]
 
-    # Windows overlap by half a context, of which only the first scores both halves.
     for start in range(0, len(tokens) - 1, hop):
         window = tokens[start : start + context + 1].to(count.device)
         # Of a later window, the first context - hop targets were scored with the window before.
@@ -1029,11 +1000,7 @@ def main() -> None:
     chooser = OneLineParser(add_help=False)
     chooser.add_argument("--mode", choices=MODES, default="medusa1", help="what to do")
     config_class, mode = MODES[chooser.parse_known_args()[0].mode]
-    parser = OneLineParser(description=config_class.__doc__, parents=[chooser])
-    add_options(parser, config_class)
-    arguments = vars(parser.parse_args())
-    del arguments["mode"]
-    config = config_class(**arguments)
+    config = parsed(config_class, description=config_class.__doc__, parents=[chooser])
 
     # torchrun sets LOCAL_RANK. One process prints; while it calibrates, the others wait.
     if "LOCAL_RANK" in os.environ:
