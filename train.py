@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import clip_grad_norm_, parametrize
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -202,7 +202,6 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 class Batch:
     """What a step feeds and what it asks for: this process's part of the rows."""
 
-    step: int
     rows: Tensor  # (B,) their numbers in the training data
     tokens: Tensor  # (B, T)
     targets: Tensor  # (B, T, K+1): token t+1, the base's, then each head's; IGNORED: no loss
@@ -231,7 +230,7 @@ def make_batch(config: TrainConfig, data: tuple, heads: MedusaHeads, device, ste
     parts = rows, tokens[:, :-1], targets.permute(1, 2, 0)[:, :-1]
     rank, world_size = rank_and_world_size()
     rows, tokens, targets = (part.tensor_split(world_size)[rank].to(device) for part in parts)
-    return Batch(step, rows, tokens, targets, counts.to(device))
+    return Batch(rows, tokens, targets, counts.to(device))
 
 
 # ---- losses: one function for each mode ----
@@ -276,12 +275,12 @@ def base_loss(lm_head: nn.Linear, hidden: Tensor, batch: Batch, teacher=None) ->
     return in_chunks(loss_of, size, hidden[used], targets[used])[0]
 
 
-def tokens_between(tokens: Tensor, K: int) -> Tensor:
-    """What sequential heads see after each position: tokens (B, T) -> t+1 to t+K, (B, T, K).
+def following(x: Tensor, n: int) -> Tensor:
+    """What follows each position: x (B, T) -> x at t+1 to t+n, (B, T, n); 0 beyond the end.
 
-    Beyond the end it is token 0: no head with a target sees it, as its target is later still.
+    Sequential heads see n = K tokens. None with a target sees the 0: its target is later still.
     """
-    return F.pad(tokens, (0, K))[:, 1:].unfold(1, K, 1)
+    return F.pad(x, (0, n))[:, 1:].unfold(1, n, 1)
 
 
 def medusa1_loss(heads: MedusaHeads, model: GPT, hidden: Tensor, batch: Batch):
@@ -305,7 +304,7 @@ def medusa1_loss(heads: MedusaHeads, model: GPT, hidden: Tensor, batch: Batch):
         correct = ((of_targets == logits.amax(-1)) & (targets != IGNORED)).sum(-1)  # (K,)
         return [loss, losses.detach(), correct]
 
-    inputs = hidden, batch.targets[..., 1:], tokens_between(batch.tokens, K)
+    inputs = hidden, batch.targets[..., 1:], following(batch.tokens, K)
     loss, losses, correct = in_chunks(loss_of, K * v, *(t[used] for t in inputs))
     return loss, torch.cat((losses.new_zeros(1), losses, correct / counts.clamp(min=1)))
 
@@ -351,8 +350,7 @@ class Run:
             others = [p for p in parameters.values() if p.dim() == 1 or p.shape[-2] == 1]
             groups.append({"part": part, "params": matrices, "weight_decay": weight_decay})
             groups.append({"part": part, "params": others, "weight_decay": 0.0})
-        fused = device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type != "mps")
         if config.resume:
             self.load()
 
@@ -400,21 +398,18 @@ def start(config: TrainConfig) -> torch.device:
     return pick_device(config.device)
 
 
-def train_loop(
-    run: Run, first: int, until: int, batch_of: Callable, loss_of: Callable, lr_factors: dict
-) -> None:
-    """Steps first to until - 1, or those that are left; the learning rate rises and falls once.
+def train_loop(run: Run, steps: range, batch_of: Callable, loss_of: Callable, lr_factors: dict):
+    """These steps, or those that are left; the learning rate rises and falls once.
 
     batch_of: step -> Batch. loss_of: Batch -> loss, metrics (1 + 2K,). lr_factors: part -> factor.
     """
     config, parts, is_main = run.config, run.parts, rank_and_world_size()[0] == 0
-    learning = [p for group in run.optimizer.param_groups for p in group["params"]]
     dtype = pick_precision(config.precision, run.device)
     # A run that is resumed after this stage has no steps left in it.
-    steps = range(max(run.step, first), until)
-    bar = tqdm(steps, "training", until, initial=run.step, disable=not is_main)
+    left = range(max(run.step, steps.start), steps.stop)
+    bar = tqdm(left, "training", steps.stop, initial=run.step, disable=not is_main)
     for step in bar:
-        rate = learning_rate(step - first, config.lr, config.warmup, until - first)
+        rate = learning_rate(step - steps.start, config.lr, config.warmup, len(steps))
         rates = {part: rate * factor for part, factor in lr_factors.items()}
         for group in run.optimizer.param_groups:
             group["lr"] = rates[group["part"]]
@@ -424,14 +419,12 @@ def train_loop(
         with torch.autocast(run.device.type, dtype, dtype != torch.float32):
             loss, metrics = loss_of(batch)
         loss.backward()
-        for t in (metrics, *(p.grad for p in learning)):
+        for t in (metrics, *(p.grad for part in parts.values() for p in part.values())):
             if dist.is_initialized() and t is not None:  # a frozen parameter has no gradient
                 dist.all_reduce(t)
 
         # 2. Clip: heads and base each by themselves, since their gradients differ in size.
-        norms = {}
-        for part, parameters in parts.items():
-            norms[part] = nn.utils.clip_grad_norm_(parameters.values(), MAX_NORM).item()
+        norms = {part: clip_grad_norm_(p.values(), MAX_NORM).item() for part, p in parts.items()}
         metrics = metrics.tolist()  # 1 + 2K numbers
         if not math.isfinite(sum(metrics) + sum(norms.values())):
             advice = "try a lower --lr or --precision float32; the last checkpoint is kept"
@@ -451,7 +444,7 @@ def train_loop(
         if metrics[0] > 0:  # a frozen base has no loss
             shown["base"] = f"{metrics[0]:.2f}"
         bar.set_postfix(shown, refresh=False)
-        if is_main and (run.step % SAVE_EVERY == 0 or run.step == until):
+        if is_main and (run.step % SAVE_EVERY == 0 or run.step == steps.stop):
             run.save()
 
 
@@ -459,27 +452,26 @@ def train_loop(
 def train_base(config: BaseConfig) -> None:
     device = start(config)
     shape = {name: v for name, v in asdict(config).items() if hasattr(ModelConfig, name)}
-    model_config = ModelConfig(**shape, max_position_embeddings=config.context)
+    torch.manual_seed(config.seed)
+    model = GPT(ModelConfig(**shape, max_position_embeddings=config.context)).to(device)
     texts = documents(False, config.text)
     tokenizer = train_tokenizer(texts, config.vocab_size)
     tokens, held_out = packed(texts, tokenizer), packed(documents(True, config.text), tokenizer)
-    torch.manual_seed(config.seed)
-    model = GPT(model_config).to(device)
 
     # Ours, not the paper's: an auxiliary multi-token-prediction loss, by heads that are dropped in
     # the end. Its weight rises along a sine: the base learns its own task first.
     heads = MedusaHeads(MedusaConfig(config.hidden_size, config.vocab_size)).to(device)
+    parts = {"base": dict(model.named_parameters()), "heads": dict(heads.named_parameters())}
+    run = Run(config, device, parts, digest_of(tokens))
 
     def loss_of(batch: Batch):
-        ramp = math.sin(math.pi / 2 * batch.step / config.steps)
+        ramp = math.sin(math.pi / 2 * run.step / config.steps)
         return medusa2_loss(model, heads, batch, config.mtp_weight * ramp)
 
     # The last token of a row is only a target.
     rows = text_rows(tokens, config.context + 1)
     batch_of = partial(make_batch, config, rows, heads, device)
-    parts = {"base": dict(model.named_parameters()), "heads": dict(heads.named_parameters())}
-    run = Run(config, device, parts, digest_of(tokens))
-    train_loop(run, 0, config.steps, batch_of, loss_of, {"base": 1.0, "heads": 1.0})
+    train_loop(run, range(config.steps), batch_of, loss_of, {"base": 1.0, "heads": 1.0})
     if rank_and_world_size()[0] == 0:
         # Written in half precision, and measured as written.
         tokenizer.save(config.out)
@@ -559,7 +551,7 @@ def train_medusa1(config: Medusa1Config) -> None:
     run = Run(config, device, parts, digest_of(base_digest(config.base), *data))
     batch_of = partial(make_batch, config, data, heads, device)
     loss_of = partial(frozen_loss, model, heads, states)
-    train_loop(run, 0, config.steps, batch_of, loss_of, {"heads": 1.0})
+    train_loop(run, range(config.steps), batch_of, loss_of, {"heads": 1.0})
     if rank_and_world_size()[0] == 0:
         write_heads(model, heads, held_out, config.out, config.base)
         run.finish()
@@ -615,18 +607,20 @@ def train_medusa2(config: Medusa2Config) -> None:
     base = add_adapters(model, config.seed) if config.lora else dict(model.named_parameters())
     parts = {"heads": dict(heads.named_parameters()), "base": base}
     run = Run(config, device, parts, digest_of(base_digest(config.base), *data))
-    batch_of, end_1 = partial(make_batch, config, data, heads, device), config.heads_steps
+    batch_of = partial(make_batch, config, data, heads, device)
 
     # Stage 1: the heads alone, on the frozen base, as in Medusa-1.
     loss_of_heads = partial(frozen_loss, model, heads, None)
-    train_loop(run, 0, end_1, batch_of, loss_of_heads, {"heads": 1.0, "base": 0.0})
+    stage_1 = range(config.heads_steps)
+    train_loop(run, stage_1, batch_of, loss_of_heads, {"heads": 1.0, "base": 0.0})
 
     # Stage 2: heads and base together, the base at a lower rate.
     loss_of_both = partial(medusa2_loss, model, heads, lambda_0=config.lambda_0, teacher=teacher)
     for p in base.values():
         p.requires_grad_(True)
     lr_factors = {"heads": 1.0, "base": 1 / config.lr_ratio}
-    train_loop(run, end_1, end_1 + config.steps, batch_of, loss_of_both, lr_factors)
+    stage_2 = range(config.heads_steps, config.heads_steps + config.steps)
+    train_loop(run, stage_2, batch_of, loss_of_both, lr_factors)
     if rank_and_world_size()[0] == 0:
         base_out, heads_out = f"{config.out}/base", f"{config.out}/heads"
         merge_adapters(model)
@@ -839,20 +833,14 @@ def distilled_rows(config, out: str, shards: int) -> Path:
 
 
 # ---- calibration: how often the heads are right, on held-out rows ----
-def scored_positions(loss_mask: Tensor, K: int) -> Tensor:
-    """(B, T) bool -> (B, T) bool: True at t if tokens t+1 .. t+K+1 all carry loss."""
-    # (B, T, K+1): at t, the mask of t+1 .. t+K+1.
-    ahead = F.pad(loss_mask, (0, K + 1))[:, 1:].unfold(1, K + 1, 1)
-    return ahead.all(-1)
-
-
 def held_out_rows(directory: Path, vocab_size: int, K: int) -> dict[str, tuple[Tensor, Tensor]]:
     """{temperature: tokens (R, T) and loss mask (R, T)}"""
     found = {}
     for t in TEMPERATURES:
-        found[str(t)] = read_shards(directory, f"validation-{t}.safetensors", vocab_size)
-        if not scored_positions(found[str(t)][1], K).any():
-            raise ValueError(f"{directory}: rows too short for {K} heads; more --new-tokens")
+        tokens, mask = read_shards(directory, f"validation-{t}.safetensors", vocab_size)
+        long_enough = bool(following(mask, K + 1).all(-1).any())
+        check(long_enough, f"{directory}: rows too short for {K} heads; more --new-tokens")
+        found[str(t)] = tokens, mask
     return found
 
 
@@ -889,7 +877,7 @@ def head_ranks(model: GPT, heads: MedusaHeads, tokens: Tensor, loss_mask: Tensor
     size = max(CHUNK_LOGITS // (tokens.shape[1] * V * (K + 2)), 1)
     for rows, mask in zip(tokens.split(size), loss_mask.split(size)):  # (B, T)
         hidden = model(rows).to(heads.weight.dtype)  # (B, T, D)
-        scored = scored_positions(mask, K)  # (B, T)
+        scored = following(mask, K + 1).all(-1)  # (B, T): tokens t+1 to t+K+1 all carry loss
         row, t = scored.nonzero(as_tuple=True)  # (n,) each
         if sampling.temperature > 0:
             # noise[:, t] is what token t+1 was sampled with.
@@ -900,7 +888,7 @@ def head_ranks(model: GPT, heads: MedusaHeads, tokens: Tensor, loss_mask: Tensor
         # With K = 2 and x0 x1 x2 x3 = tokens[t : t + 4]: the base sampled x1, with noise[t];
         # head 1 is asked for x2, sampled with noise[t + 1]; head 2 for x3, with noise[t + 2].
         of_heads = []
-        between = heads.embed(model.embed_tokens, tokens_between(rows, K)[row, t])  # (n, K * D)
+        between = heads.embed(model.embed_tokens, following(rows, K)[row, t])  # (n, K * D)
         logits_of = heads(hidden[row, t], heads_lm_head, between)  # (K, n, v)
         for k, logits in enumerate(logits_of, start=1):
             noise_k = noise[row, t + k] if sampling.temperature > 0 else None  # (n, V)
@@ -927,7 +915,6 @@ def calibrate(model: GPT, heads: MedusaHeads, rows_of: dict[str, tuple[Tensor, T
         ranks = head_ranks(model, heads, *rows, Sampling(float(temperature)))
         texts = [rank_paths(text, heads) for text in ranks]
         tree = calibrated_tree(chain.from_iterable(texts), CALIBRATION_NODES)
-        # Prefixes are counted where steps would start, not everywhere.
         starts = replay(texts, tree)
         counts, found = prefix_counts(starts), {}
         for n in (1, 5):
@@ -947,10 +934,9 @@ def write_calibration(model: GPT, heads: MedusaHeads, held_out: dict, path: Path
         pairs = enumerate(zip(found["top1"], found["top5"]), start=1)
         accuracy = "   ".join(f"head {k}: {a:.1%} / {b:.1%}" for k, (a, b) in pairs)
         print(f"temperature {temperature}, top-1 / top-5 on held-out rows:   {accuracy}")
-        counts, expected = read_counts(found), []
-        for n in (4, 8, 16, 32):
-            tokens = expected_tokens(calibrated_tree(counts, n), counts)
-            expected.append(f"{tokens:.2f} with {n} nodes")
+        counts = read_counts(found)
+        trees = {n: calibrated_tree(counts, n) for n in (4, 8, 16, 32)}
+        expected = [f"{expected_tokens(trees[n], counts):.2f} with {n} nodes" for n in trees]
         print(f"   expected tokens/step: {'   '.join(expected)}")
 
 

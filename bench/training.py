@@ -63,7 +63,7 @@ def time_loop(mode: str, base: str, steps: int) -> dict:
     if mode != "base":
         more["base"] = base
 
-    def briefly(run, first, until, batch_of, loss_of, lr_factors):
+    def briefly(run, stage, batch_of, loss_of, lr_factors):
         found["MB before the first step"] = peak()
 
         def stamped(step: int):
@@ -74,7 +74,7 @@ def time_loop(mode: str, base: str, steps: int) -> dict:
             found["tokens in a step"] = batch.tokens.numel()
             return batch
 
-        train_loop(run, first, until, stamped, loss_of, lr_factors)
+        train_loop(run, stage, stamped, loss_of, lr_factors)
 
     # To train a tokenizer is no step.
     ready = patch.object(train, "train_tokenizer", lambda *_: Tokenizer.load(base))

@@ -81,7 +81,8 @@ def train_on(run: Run, gradients: list[dict], lr_factors: dict, metrics, first=0
         pairs = [(run.parts[part][name], g) for (part, name), g in gradients[step - first].items()]
         return torch.stack([(p * g).sum() for p, g in pairs]).sum(), torch.tensor(metrics[step])
 
-    train_loop(run, first, first + len(gradients), lambda step: step, loss_of, lr_factors)
+    steps = range(first, first + len(gradients))
+    train_loop(run, steps, lambda step: step, loss_of, lr_factors)
 
 
 def adamw(parts: dict[str, nn.Module], gradients: list[dict], rates: list[dict], clip, decay):
