@@ -40,10 +40,9 @@ from data.command import OneLineParser, check_out, option, parsed, pick_device, 
 from data.corpus import documents, packed, seeded, shuffled, windows
 from data.rows import base_digest, digest_of, metadata_of, read_shards, write_shard
 from data.tokenizer import SHIPPED_BASE, copy_tokenizer, disk_dtype, load_base, train_tokenizer
-from medusa import IGNORED, MedusaConfig, MedusaHeads, Sampling, calibration_path, sample
-from medusa import at_least_float32, check_compatible, check_sampled, cross_entropy, medusa_loss
-from medusa import distillation_loss, exponential_noise, gumbel_scores, logits_to_probs
-from medusa import targets_ahead
+from medusa import IGNORED, MedusaConfig, MedusaHeads, Sampling, calibration_path, check_compatible
+from medusa import at_least_float32, check_sampled, exponential_noise, gumbel_scores, sample
+from medusa import cross_entropy, distillation_loss, logits_to_probs, medusa_loss, targets_ahead
 from model import GPT, ModelConfig, check, read_json, read_pickle, write_atomically, write_json
 from tree import calibrated_tree, expected_tokens, prefix_counts
 from tree import ranked_prefixes, read_counts, replay
@@ -347,7 +346,7 @@ class Run:
             print(f"{part}: {sum(p.numel() for p in parameters.values()):,} parameters to train")
             # Weight decay is for matrices, not for gains and biases: (J, K, 1, D) those of heads.
             matrices = [p for p in parameters.values() if p.dim() > 1 and p.shape[-2] > 1]
-            others = [p for p in parameters.values() if p.dim() == 1 or p.shape[-2] == 1]
+            others = [p for p in parameters.values() if p.dim() < 2 or p.shape[-2] == 1]
             groups.append({"part": part, "params": matrices, "weight_decay": weight_decay})
             groups.append({"part": part, "params": others, "weight_decay": 0.0})
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type != "mps")
@@ -461,6 +460,9 @@ def train_base(config: BaseConfig) -> None:
     # Ours, not the paper's: an auxiliary multi-token-prediction loss, by heads that are dropped in
     # the end. Its weight rises along a sine: the base learns its own task first.
     heads = MedusaHeads(MedusaConfig(config.hidden_size, config.vocab_size)).to(device)
+    # The last token of a row is only a target.
+    rows = text_rows(tokens, config.context + 1)
+    batch_of = partial(make_batch, config, rows, heads, device)
     parts = {"base": dict(model.named_parameters()), "heads": dict(heads.named_parameters())}
     run = Run(config, device, parts, digest_of(tokens))
 
@@ -468,9 +470,6 @@ def train_base(config: BaseConfig) -> None:
         ramp = math.sin(math.pi / 2 * run.step / config.steps)
         return medusa2_loss(model, heads, batch, config.mtp_weight * ramp)
 
-    # The last token of a row is only a target.
-    rows = text_rows(tokens, config.context + 1)
-    batch_of = partial(make_batch, config, rows, heads, device)
     train_loop(run, range(config.steps), batch_of, loss_of, {"base": 1.0, "heads": 1.0})
     if rank_and_world_size()[0] == 0:
         # Written in half precision, and measured as written.
@@ -515,8 +514,10 @@ def training_data(config: MedusaTraining, tokenizer, model: GPT, K: int):
     return data, held_out_rows(directory, V, K), text
 
 
-def open_heads(config, model: GPT) -> MedusaHeads:
-    """The heads of --heads, or new ones."""
+def open_base_and_heads(config, precision: str, device: torch.device):
+    """The tokenizer and the frozen model of --base; the heads of --heads, or new ones."""
+    tokenizer, model = load_base(config.base, pick_precision(precision, device), device)
+    model.requires_grad_(False)
     D, V = model.config.hidden_size, model.config.vocab_size
     if config.heads:
         heads = MedusaHeads.from_pretrained(config.heads, vocab_size=V)
@@ -529,17 +530,14 @@ def open_heads(config, model: GPT) -> MedusaHeads:
     else:
         shape = {name: v for name, v in asdict(config).items() if hasattr(MedusaConfig, name)}
         heads = MedusaHeads(MedusaConfig(D, V, **shape), model.lm_head)
-    return heads.to(model.lm_head.weight.device, torch.float32)
+    return tokenizer, model, heads.to(device, torch.float32)
 
 
 def train_medusa1(config: Medusa1Config) -> None:
     device = start(config)
-    # A frozen base needs no more digits than it computes with.
-    tokenizer, model = load_base(config.base, pick_precision(config.precision, device), device)
-    model.requires_grad_(False)
-    heads = open_heads(config, model)
-    data, held_out, text = training_data(config, tokenizer, model, heads.config.num_heads)
-    tokens, mask = data
+    # A base that stays frozen needs no more digits than it computes with.
+    tokenizer, model, heads = open_base_and_heads(config, config.precision, device)
+    (tokens, mask), held_out, text = training_data(config, tokenizer, model, heads.config.num_heads)
 
     # A new truncated vocabulary holds the most frequent targets.
     if heads.token_map is not None and config.heads == "":
@@ -548,8 +546,8 @@ def train_medusa1(config: Medusa1Config) -> None:
     states = kept_states(config, model, tokens) if config.keep_states else None
 
     parts = {"heads": dict(heads.named_parameters())}
-    run = Run(config, device, parts, digest_of(base_digest(config.base), *data))
-    batch_of = partial(make_batch, config, data, heads, device)
+    run = Run(config, device, parts, digest_of(base_digest(config.base), tokens, mask))
+    batch_of = partial(make_batch, config, (tokens, mask), heads, device)
     loss_of = partial(frozen_loss, model, heads, states)
     train_loop(run, range(config.steps), batch_of, loss_of, {"heads": 1.0})
     if rank_and_world_size()[0] == 0:
@@ -592,9 +590,7 @@ def kept_states(config: Medusa1Config, model: GPT, tokens: Tensor) -> Tensor:
 
 def train_medusa2(config: Medusa2Config) -> None:
     device = start(config)
-    tokenizer, model = load_base(config.base, torch.float32, device)
-    model.requires_grad_(False)
-    heads = open_heads(config, model)
+    tokenizer, model, heads = open_base_and_heads(config, "float32", device)
     data, held_out, text = training_data(config, tokenizer, model, heads.config.num_heads)
     before = perplexity(model, text)
 
@@ -618,9 +614,8 @@ def train_medusa2(config: Medusa2Config) -> None:
     loss_of_both = partial(medusa2_loss, model, heads, lambda_0=config.lambda_0, teacher=teacher)
     for p in base.values():
         p.requires_grad_(True)
-    lr_factors = {"heads": 1.0, "base": 1 / config.lr_ratio}
     stage_2 = range(config.heads_steps, config.heads_steps + config.steps)
-    train_loop(run, stage_2, batch_of, loss_of_both, lr_factors)
+    train_loop(run, stage_2, batch_of, loss_of_both, {"heads": 1.0, "base": 1 / config.lr_ratio})
     if rank_and_world_size()[0] == 0:
         base_out, heads_out = f"{config.out}/base", f"{config.out}/heads"
         merge_adapters(model)
@@ -789,7 +784,6 @@ def distill(config: DistillConfig) -> Path:
     settings = {name: value for name, value in asdict(config).items() if name not in free}
     mark = f"{base_digest(config.base)} {digest_of(settings, source_digest)}"
 
-    # The files are dealt out to the processes.
     rank, world_size = rank_and_world_size()
     mine = list(enumerate(files))[rank::world_size]
     for number, (name, side, part, rows, sampling) in tqdm(mine, "distilling", disable=rank > 0):
@@ -837,10 +831,9 @@ def held_out_rows(directory: Path, vocab_size: int, K: int) -> dict[str, tuple[T
     """{temperature: tokens (R, T) and loss mask (R, T)}"""
     found = {}
     for t in TEMPERATURES:
-        tokens, mask = read_shards(directory, f"validation-{t}.safetensors", vocab_size)
-        long_enough = bool(following(mask, K + 1).all(-1).any())
-        check(long_enough, f"{directory}: rows too short for {K} heads; more --new-tokens")
-        found[str(t)] = tokens, mask
+        found[str(t)] = read_shards(directory, f"validation-{t}.safetensors", vocab_size)
+        if not following(found[str(t)][1], K + 1).all(-1).any():
+            raise ValueError(f"{directory}: rows too short for {K} heads; more --new-tokens")
     return found
 
 
@@ -951,8 +944,7 @@ def calibrate_heads(config: CalibrateConfig) -> None:
     path = calibration_path(config.heads)
     check_out(str(path.parent))
     device = pick_device(config.device)
-    _, model = load_base(config.base, pick_precision(config.precision, device), device)
-    heads = open_heads(config, model)
+    _, model, heads = open_base_and_heads(config, config.precision, device)
     rows = distilled_rows(config, f"{path.parent}/rows", 0)
     held_out = held_out_rows(rows, model.config.vocab_size, heads.config.num_heads)
     write_calibration(model, heads, held_out, path)

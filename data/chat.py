@@ -37,7 +37,8 @@ def read_template(directory) -> str:
     if isinstance(template, list):
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
         template = named.get("default")
-    check(isinstance(template, str), f"{directory} has no chat template: it is no chat model")
+    if not isinstance(template, str):
+        raise ValueError(f"{directory} has no chat template: it is no chat model")
     return template
 
 
