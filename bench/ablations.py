@@ -127,6 +127,8 @@ def main() -> None:
         parser.error(f"no training begins with {prefix!r}: there are {', '.join(VARIANTS)}")
     path = ROOT / "bench/ablations.json"
     content = read_json(path) if path.exists() else {"results": {}}
+    if set(names) <= content["results"].keys():
+        print(f"nothing to measure: {path} has them; delete it to measure again")
     for name in names:
         if name not in content["results"]:
             seeds = SEEDS[:1] if "steps" in VARIANTS[name] else SEEDS

@@ -265,8 +265,8 @@ def half_line(r: dict) -> str:
         dtype, temperature = run.split()
         gap = f"{about['largest gap']:.1g} apart at most"
         parts.append(f"{dtype} at {temperature}: {about['texts that part']}, {gap}")
-    line = "- In half precision a tree rounds otherwise than a plain step, and near-ties may fall "
-    return f"{line}otherwise. Texts of {PROMPTS} that part, 8 nodes: {'; '.join(parts)}."
+    line = "- In half precision a tree rounds differently from a plain step: near-ties may flip."
+    return f"{line} Texts of {PROMPTS} that diverge, 8 nodes: {'; '.join(parts)}."
 
 
 def command_line(r: dict) -> str:
