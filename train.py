@@ -903,7 +903,7 @@ def calibrate(model: GPT, heads: MedusaHeads, rows_of: dict[str, tuple[Tensor, T
     """The content of calibration.json. For each temperature: each head's accuracy at all positions,
     and how often each rank prefix came true at the positions where steps start."""
     device, content = model.lm_head.weight.device, {}
-    for temperature, (tokens, mask) in tqdm(rows_of.items(), "calibrating", disable=None):
+    for temperature, (tokens, mask) in tqdm(rows_of.items(), "calibrating"):
         rows = tokens.to(device), mask.to(device)
         ranks = head_ranks(model, heads, *rows, Sampling(float(temperature)))
         texts = [rank_paths(text, heads) for text in ranks]
