@@ -200,7 +200,7 @@ class MedusaHeads(nn.Module):
         raw.setdefault("sequential", any(".embeddings." in name for name in disk))  # ours
         has_bias = raw.get("medusa_fc_bias") or any(name.endswith(".bias") for name in disk)
         heads = cls(config_of(MedusaConfig, raw, config))
-        tensors = {n: t for n, t in heads.tensors().items() if has_bias or n[-5:] != ".bias"}
+        tensors = {n: t for n, t in heads.tensors().items() if has_bias or not n.endswith(".bias")}
         # A layer that config.json does not name would be left out silently.
         for name in disk:
             is_known = name in tensors or not name.startswith("blocks.0.")
@@ -348,7 +348,7 @@ class Sampling:
         check(self.top_k >= 0, f"top_k {self.top_k}: must be 0 (off) or more")
         for name, value in (("top_p", self.top_p), ("epsilon", self.epsilon)):
             check(0 < value <= 1, f"{name} {value}: must be above 0 and at most 1")
-        # All three are greedy in the limit. Nearer to it than this, float32 would divide by 0.
+        # top_k = 1 is greedy; so is a temperature or top_p so low that float32 would divide by 0.
         if self.top_k == 1 or min(self.temperature, self.top_p) < 1e-30:
             object.__setattr__(self, "temperature", 0.0)
 
@@ -612,7 +612,7 @@ def propose(embeddings, heads, heads_lm_head, hidden: Tensor, root: int, buffers
     """
 
     def best(logits: Tensor, depths: Sequence[int]) -> Tensor:
-        """logits (n, v) after nodes of these depths, n or 1 -> tokens (n, n_guesses)."""
+        """logits (n, v), after nodes of these depths, one each or one for all -> (n, n_guesses)."""
         scores = gumbel_scores(logits, noise.sampling, noise.at(depths), heads.token_map)
         guesses = scores.topk(buffers.n_guesses).indices
         return guesses if heads.token_map is None else heads.token_map[guesses]

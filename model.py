@@ -254,8 +254,8 @@ class GPT(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """The weights by their names in a Llama directory; a tied LM head is left out."""
-        weights = {f"model.{name}": t.detach() for name, t in self.named_parameters()}
-        return {name.replace("model.lm_head", "lm_head"): t for name, t in weights.items()}
+        named = self.named_parameters()
+        return {n if n == "lm_head.weight" else f"model.{n}": t.detach() for n, t in named}
 
     def load_tensors(self, disk: dict[str, Tensor], where) -> None:
         """Make the tensors of a Llama directory the weights; ValueError names one that is wrong."""

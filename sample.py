@@ -180,7 +180,7 @@ def read_calibration(heads_path, temperature: float) -> tuple[Counter, str]:
 def step_costs(
     model: GPT, heads: MedusaHeads, trees: Iterable[Tree], prompt: list[int], sampling: Sampling
 ) -> dict[int, float]:
-    """{N: seconds of a step over N nodes}, N = 1 being plain decoding. trees: smallest first."""
+    """{N: seconds of a step over N nodes}, N = 1 being plain decoding."""
     # A text that ended at once would leave nothing to time: leave room in the context for the
     # steps, of at most K + 1 tokens each, and let a copy of the model have no EOS token.
     n = (STEPS + 2) * (heads.config.num_heads + 1)
@@ -299,8 +299,8 @@ def trace_record(step: Step, model: GPT, heads, sampling: Sampling) -> dict:
     hidden = step.hidden.expand(len(tree), -1)  # (N, D)
     head_logits = heads(hidden, heads.truncated(model.lm_head), between)  # (K, N, v)
     head_probs = logits_to_probs(head_logits, Sampling(shown.temperature))
-    # The probability of each guess after its parent: by head k + 1, row k, if the parent's depth is
-    # k, and by the base. The root is no guess.
+    # The probability of each guess after its parent, by its head and by the base. After a parent
+    # at depth d, head d + 1 guesses: row d of head_probs. The root is no guess.
     parents, guesses = list(tree.parents[1:]), step.tokens[1:]
     depths = [tree.depths[parent] for parent in parents]
     by_head = head_probs[depths, parents, heads.index_of(guesses)]  # (N-1,)

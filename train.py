@@ -89,7 +89,8 @@ class TrainConfig(Common):
     def __post_init__(self):
         super().__post_init__()
         check(self.context > 1, f"--context {self.context}: a token needs another to predict")
-        fewest = min(self.steps, getattr(self, "heads_steps", 0) or self.steps)
+        stages = self.steps, getattr(self, "heads_steps", 0)
+        fewest = min(steps for steps in stages if steps > 0)
         check(self.warmup <= fewest, f"--warmup {self.warmup}: must be at most the {fewest} steps")
 
 
@@ -144,8 +145,8 @@ class MedusaTraining(TrainConfig):
         is_default = self.context == TrainConfig.context
         check(self.data != "distilled" or is_default, "--context: needs --data corpus or chat")
         # The shape of --heads is given, but Medusa heads may go on as sequential ones.
-        shape = {f.name: f.default for f in fields(MedusaConfig)[2:-1]}
-        own = [name for name, value in shape.items() if getattr(self, name, value) != value]
+        shape = "num_heads", "num_hidden_layers", "original_lm_head", "truncated_vocab_size"
+        own = [name for name in shape if getattr(self, name, 0) != getattr(type(self), name, 0)]
         check(self.heads == "" or own == [], f"--heads have their own {own}: leave these flags out")
 
 
@@ -219,8 +220,8 @@ def make_batch(config: TrainConfig, data: tuple, heads: MedusaHeads, device, ste
     last = max([1, *mask.any(0).nonzero()[:, 0].tolist()])
     tokens, mask = tokens[:, : last + 1], mask[:, : last + 1]
 
-    # The targets of the heads are indices into their vocabulary, where a token outside of it is no
-    # target; the base's is a token.
+    # The heads' targets are indices into their vocabulary, IGNORED outside of it. Row 0 is the
+    # base's: token ids.
     targets = targets_ahead(heads.index_of(tokens), mask, heads.config.num_heads)  # (K+1, B, T+1)
     targets[:1] = targets_ahead(tokens, mask, 0)  # (1, B, T+1)
     counts = (targets != IGNORED).flatten(1).sum(1)  # (K+1,) before rows are dealt to processes
@@ -257,7 +258,7 @@ def base_loss(lm_head: nn.Linear, hidden: Tensor, batch: Batch, teacher=None) ->
     hidden (B, T, D). teacher: a model with an lm_head; its states replace the targets.
     """
     targets, count = batch.targets[..., 0], batch.counts[0]  # (B, T), ()
-    used, V = targets != IGNORED, len(lm_head.weight)  # (B, T)
+    used = targets != IGNORED  # (B, T)
     if teacher is not None:
         # With LoRA the teacher is the model itself, its adapters off (`Adapter`, below).
         Adapter.on = False
@@ -270,14 +271,14 @@ def base_loss(lm_head: nn.Linear, hidden: Tensor, batch: Batch, teacher=None) ->
             return [cross_entropy(lm_head(hidden), targets, count)]
         return [distillation_loss(lm_head(hidden), teacher.lm_head(targets), count)]
 
-    size = V if teacher is None else 2 * V
+    size = len(lm_head.weight) * (1 if teacher is None else 2)
     return in_chunks(loss_of, size, hidden[used], targets[used])[0]
 
 
 def following(x: Tensor, n: int) -> Tensor:
     """What follows each position: x (B, T) -> x at t+1 to t+n, (B, T, n); 0 beyond the end.
 
-    Sequential heads see n = K tokens. None with a target sees the 0: its target is later still.
+    Sequential heads see n = K tokens. A head with a target never sees the 0: it guesses later.
     """
     return F.pad(x, (0, n))[:, 1:].unfold(1, n, 1)
 
@@ -297,8 +298,8 @@ def medusa1_loss(heads: MedusaHeads, model: GPT, hidden: Tensor, batch: Batch):
         between, targets = heads.embed(model.embed_tokens, seen), targets.mT
         logits = heads(hidden, heads_lm_head, between)  # (K, n, v)
         loss, losses = medusa_loss(logits, targets, counts=counts)
-        # A head is correct where its target has the largest logit; amax is faster than argmax. In
-        # place of IGNORED token 0 is looked up, and left out.
+        # A head is correct if its target has the largest logit; amax is faster than argmax. An
+        # IGNORED target is looked up as token 0, and left out.
         of_targets = logits.gather(-1, targets.clamp(min=0)[..., None])[..., 0]  # (K, n)
         correct = ((of_targets == logits.amax(-1)) & (targets != IGNORED)).sum(-1)  # (K,)
         return [loss, losses.detach(), correct]
@@ -346,7 +347,7 @@ class Run:
             print(f"{part}: {sum(p.numel() for p in parameters.values()):,} parameters to train")
             # Weight decay is for matrices, not for gains and biases: (J, K, 1, D) those of heads.
             matrices = [p for p in parameters.values() if p.dim() > 1 and p.shape[-2] > 1]
-            others = [p for p in parameters.values() if p.dim() < 2 or p.shape[-2] == 1]
+            others = [p for p in parameters.values() if not (p.dim() > 1 and p.shape[-2] > 1)]
             groups.append({"part": part, "params": matrices, "weight_decay": weight_decay})
             groups.append({"part": part, "params": others, "weight_decay": 0.0})
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type != "mps")
@@ -418,12 +419,12 @@ def train_loop(run: Run, steps: range, batch_of: Callable, loss_of: Callable, lr
         with torch.autocast(run.device.type, dtype, dtype != torch.float32):
             loss, metrics = loss_of(batch)
         loss.backward()
-        for t in (metrics, *(p.grad for part in parts.values() for p in part.values())):
+        for t in (metrics, *(p.grad for ps in parts.values() for p in ps.values())):
             if dist.is_initialized() and t is not None:  # a frozen parameter has no gradient
                 dist.all_reduce(t)
 
         # 2. Clip: heads and base each by themselves, since their gradients differ in size.
-        norms = {part: clip_grad_norm_(p.values(), MAX_NORM).item() for part, p in parts.items()}
+        norms = {part: clip_grad_norm_(ps.values(), MAX_NORM).item() for part, ps in parts.items()}
         metrics = metrics.tolist()  # 1 + 2K numbers
         if not math.isfinite(sum(metrics) + sum(norms.values())):
             advice = "try a lower --lr or --precision float32; the last checkpoint is kept"
@@ -491,7 +492,7 @@ def text_rows(tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 def training_data(config: MedusaTraining, tokenizer, model: GPT, K: int):
     """Rows (R, T) and their loss mask; `held_out_rows`; a held-out text (n,) for `perplexity`."""
-    V, shards = model.config.vocab_size, DistillConfig.shards if config.data == "distilled" else 0
+    V, is_distilled = model.config.vocab_size, config.data == "distilled"
     if config.data == "chat":
         # Answers of a file's own, each dialogue on one side of the split.
         sides = split_dialogues(config.text)
@@ -506,10 +507,11 @@ def training_data(config: MedusaTraining, tokenizer, model: GPT, K: int):
         data, text = (tokens, mask), torch.cat([row[:end] for row, end in zip(unseen, ends)])
     else:
         text = packed(documents(True, config.text), tokenizer)
+    shards = DistillConfig.shards if is_distilled else 0
     directory = distilled_rows(config, f"{config.out}/rows", shards)
     if config.data == "corpus":
         data = text_rows(packed(documents(False, config.text), tokenizer), config.context)
-    elif config.data == "distilled":
+    elif is_distilled:
         data = read_shards(directory, "train-*.safetensors", V)
     return data, held_out_rows(directory, V, K), text
 
@@ -697,8 +699,8 @@ def sample_rows(model: GPT, prompts: list[list[int]], length: int, sampling: Sam
         tokens[rows, position] = torch.where(after_prompt, sampled, tokens[rows, position])
         new = tokens[rows, position, None]  # (rows, 1)
 
-        # A row that ended leaves, and an alive one from after the first n fills its gap: it is best
-        # to copy few. alive = [1, 0, 1, 0, 1]: n = 3, kept = [0, 4, 2].
+        # A row that ended leaves the batch. An alive row from beyond the first n takes its place:
+        # few are copied. alive = [1, 0, 1, 0, 1]: n = 3, kept = [0, 4, 2].
         alive = ~(after_prompt & torch.isin(new[:, 0], eos_ids))  # (rows,)
         n = int(alive.sum())
         if n == 0:
@@ -773,15 +775,15 @@ def distill(config: DistillConfig) -> Path:
     # Each file: name, side of the split, part of it (which decides the prompts), rows, sampling.
     files = []
     for t in TEMPERATURES:
-        # A few dialogues are answered up to 32 times, but greedily once: to the same answers.
-        most = min(config.rows, HELD_OUT_ROWS, len(sides["validation"]) * (32 if t > 0 else 1))
-        files.append((f"validation-{t}", "validation", 0, most, Sampling(t)))
+        # Dialogues may be few: each is sampled up to 32 times, but answered greedily only once.
+        rows = min(config.rows, HELD_OUT_ROWS, len(sides["validation"]) * (32 if t > 0 else 1))
+        files.append((f"validation-{t}", "validation", 0, rows, Sampling(t)))
     files += [(f"train-{n:05d}", "train", n, config.rows, sampling) for n in range(config.shards)]
 
     # A file is marked by digests of its base and of its settings: a stopped run goes on with its
     # own files only. More shards may be added.
-    free = "base", "out", "text", "device", "precision", "shards"
-    settings = {name: value for name, value in asdict(config).items() if name not in free}
+    not_marked = "base", "out", "text", "device", "precision", "shards"
+    settings = {name: value for name, value in asdict(config).items() if name not in not_marked}
     mark = f"{base_digest(config.base)} {digest_of(settings, source_digest)}"
 
     rank, world_size = rank_and_world_size()
@@ -808,7 +810,7 @@ def distill(config: DistillConfig) -> Path:
 def distilled_rows(config, out: str, shards: int) -> Path:
     """The directory of the rows to train and calibrate on; made in `out` if there is none.
 
-    shards: of 0, the held-out rows alone, which calibration needs.
+    shards: files of training rows to make; with 0, the held-out rows alone, for calibration.
     """
     # A mark begins with the digest of the base; a file without one counts as the base's own.
     base, directory = base_digest(config.base), Path(config.distilled or SHIPPED_ROWS)
@@ -828,7 +830,7 @@ def distilled_rows(config, out: str, shards: int) -> Path:
 
 # ---- calibration: how often the heads are right, on held-out rows ----
 def held_out_rows(directory: Path, vocab_size: int, K: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """{temperature: tokens (R, T) and loss mask (R, T)}"""
+    """The held-out rows: {temperature: (tokens (R, T), loss mask (R, T))}."""
     found = {}
     for t in TEMPERATURES:
         found[str(t)] = read_shards(directory, f"validation-{t}.safetensors", vocab_size)

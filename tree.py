@@ -22,7 +22,7 @@ RankPath = tuple[int, ...]  # the ranks from the root down to a node; () is the 
 class Tree:
     """parents[i] < i is node i's parent, ranks[i] its rank among its head's guesses.
 
-    The root has -1 for both. Footgun: as an index, -1 reads the last node. Loops start at node 1.
+    The root has -1 for both. Footgun: -1 as an index reads the last node, so loops start at 1.
     """
 
     parents: tuple[int, ...]
@@ -140,14 +140,12 @@ def calibrated_tree(rank_paths: Iterable[Sequence[int]] | Counter, n_nodes: int)
     counts = rank_paths if isinstance(rank_paths, Counter) else prefix_counts(rank_paths)
     if n_nodes < 2 or len(counts) < 2:
         raise ValueError(f"n_nodes = {n_nodes}, {len(counts)} prefixes: both must be at least 2")
-    # The root takes one of the n_nodes.
     return tree_from_paths(ranked_prefixes(counts)[: n_nodes - 1])
 
 
 # ---- calibration: how often each rank prefix came true, and which number of nodes is fastest ----
 def prefix_counts(rank_paths: Iterable[Sequence[int]]) -> Counter:
-    """How often each rank prefix occurs; () counts all positions."""
-    # The ranks (2, 0) count for (), (2,) and (2, 0).
+    """How often each rank prefix occurs: the ranks (2, 0) count for (), (2,) and (2, 0)."""
     counts = Counter()
     for ranks in rank_paths:
         counts.update(tuple(ranks[:depth]) for depth in range(len(ranks) + 1))
@@ -165,10 +163,10 @@ def expected_tokens(tree: Tree, counts: Counter) -> float:
     return sum(counts[path] for path in tree.paths) / counts[()]
 
 
-def replay(rows: Iterable[Sequence[Sequence[int]]], tree: Tree) -> list[RankPath]:
-    """The rank paths of the positions at which steps would start, were these texts decoded.
+def replay(texts: Iterable[Sequence[Sequence[int]]], tree: Tree) -> list[RankPath]:
+    """The rank paths of the positions at which steps would start if these texts were decoded.
 
-    rows: for each text the ranks (r_1 .. r_K) of its positions, in order. Ours, not the paper's:
+    texts: for each the ranks (r_1 .. r_K) of its positions, in order. Ours, not the paper's:
     most steps start right after a miss, where guesses are worse than on average, so counts over all
     positions would overestimate what decoding accepts.
 
@@ -176,7 +174,7 @@ def replay(rows: Iterable[Sequence[Sequence[int]]], tree: Tree) -> list[RankPath
     [(0, 0), (4, 4)]
     """
     nodes, starts = set(tree.paths), []
-    for positions in rows:
+    for positions in texts:
         position = 0
         while position < len(positions):
             ranks = tuple(positions[position])
