@@ -50,14 +50,14 @@ class MedusaConfig:
     sequential: bool = False
 
     def __post_init__(self):
-        V, shared = self.vocab_size, self.original_lm_head
+        V = self.vocab_size
         v = self.truncated_vocab_size or V
         object.__setattr__(self, "truncated_vocab_size", v)
         check_sizes(self, [f.name for f in fields(self) if f.type is int])
         for name in ("original_lm_head", "sequential"):
             value = getattr(self, name)
             check(type(value) is bool, f"{name} = {value!r}: must be true or false")
-        least = 1 if shared else V  # private LM heads are as long as the vocabulary
+        least = 1 if self.original_lm_head else V  # private LM heads are as long as the vocabulary
         check(least <= v <= V, f"truncated_vocab_size = {v}: must be {least} to {V}")
 
 

@@ -419,9 +419,11 @@ def train_loop(run: Run, steps: range, batch_of: Callable, loss_of: Callable, lr
         with torch.autocast(run.device.type, dtype, dtype != torch.float32):
             loss, metrics = loss_of(batch)
         loss.backward()
-        for t in (metrics, *(p.grad for ps in parts.values() for p in ps.values())):
-            if dist.is_initialized() and t is not None:  # a frozen parameter has no gradient
-                dist.all_reduce(t)
+        if dist.is_initialized():
+            grads = [p.grad for ps in parts.values() for p in ps.values()]
+            for t in (metrics, *grads):
+                if t is not None:  # a frozen parameter has no gradient
+                    dist.all_reduce(t)
 
         # 2. Clip: heads and base each by themselves, since their gradients differ in size.
         norms = {part: clip_grad_norm_(ps.values(), MAX_NORM).item() for part, ps in parts.items()}

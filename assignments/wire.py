@@ -58,9 +58,9 @@ def record_name(value) -> str | None:
 # ---- values as JSON and storages ----
 
 
-def linear(weight: Tensor) -> nn.Linear:
+def linear(weight: nn.Parameter) -> nn.Linear:
     layer = nn.Linear(1, 1, bias=False, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=weight.requires_grad)
+    layer.weight = weight
     return layer
 
 
@@ -448,7 +448,7 @@ class Remote:
     def truncated(self, lm_head):
         if self.token_map is None:
             return lm_head
-        return linear(lm_head.weight[self.token_map])
+        return linear(nn.Parameter(lm_head.weight[self.token_map], requires_grad=False))
 
     def new_cache(self, capacity: int, batch: int = 1):
         weight = self.lm_head.weight

@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from solutions import RIGHT, WRONG
 from strategies import refused
@@ -24,6 +25,7 @@ sys.path.insert(0, str(ROOT / "assignments"))
 
 import build
 import grade
+import wire
 from sets import BLANKED, HIDDEN, SETS, sets_of
 
 EACH_SET = pytest.mark.parametrize("number", SETS)
@@ -111,6 +113,15 @@ def test_who_has_solved_the_sets_so_far_can_run_all_that_the_handout_names(numbe
 
 
 # ---- grading ----
+def test_a_layer_that_crosses_is_the_very_leaf_that_gradients_are_asked_of():
+    encoder = wire.Encoder(None)
+    content = encoder.encode(torch.nn.Linear(2, 3, bias=False))
+    storages = [[storage.nbytes(), None] for storage in encoder.storages]
+    decoder = wire.Decoder(None, storages, b"".join(bytes(s.tolist()) for s in encoder.storages))
+    layer = decoder.decode(content)
+    assert layer.weight is decoder.tracked[0] and layer.weight.shape == (3, 2)
+
+
 def patched(number: int, changes) -> dict[str, str]:
     """The files of a set, each text (its first, third, ...) replaced by the one after it."""
     files = {name: reference(name) for name in SETS[number].files}
