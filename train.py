@@ -755,7 +755,8 @@ def prompt_sources(config: DistillConfig, tokenizer, eos_ids) -> tuple[dict, str
     if config.chat:
         sides = split_dialogues(config.text)
         # Of the dialogues, and not of their tokens: a template may write the date.
-        digest = digest_of(sides, read_template(config.base))
+        asked = {side: list(dialogues.values()) for side, dialogues in sides.items()}
+        digest = digest_of(asked, read_template(config.base))
         chat = config.base, tokenizer, eos_ids, config.prompt_tokens
         return {side: given_turns(dialogues, *chat) for side, dialogues in sides.items()}, digest
     sides = {"train": packed(documents(False, config.text), tokenizer)}

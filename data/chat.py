@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable
 from datetime import datetime
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from itertools import takewhile
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from model import check, naming_errors
 ROLES = {"human": "user", "gpt": "assistant"}
 # Of a turn or a dialogue: what would change its rows, and is not read here.
 UNREAD = "tools", "tool_calls", "reasoning_content", "thinking", "weight"
+Turns = list[dict[str, str]]  # {"role", "content"} each
 NOW = datetime.now()  # for a template that writes the date: the same in all rows of a run
 
 
@@ -43,34 +44,29 @@ def read_template(directory) -> str:
 
 
 @lru_cache(maxsize=1)
-def compiled(template: str, sandbox):
-    """The template as jinja2's sandbox runs it; compiled once for all turns of a file."""
+def chat_template(directory) -> Callable[[Turns, bool], str]:
+    """The text of turns as the template writes them; True: with the opening of an answer."""
+    template, special = read_template(directory), special_tokens(directory)
+    name = f"the chat template of {directory}"
 
     def raise_exception(message: str):
         raise ValueError(message)
 
     # Templates expect the settings, the filter and the functions that transformers gives them.
-    environment = sandbox.ImmutableSandboxedEnvironment(
+    environment = optional("jinja2.sandbox", name).ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": NOW.strftime}
+    # There are no tools and no documents, which a template may ask for.
+    environment.globals |= special | {"tools": None, "documents": None}
+    compiled = cache(environment.from_string)
     # {% generation %} ... {% endgeneration %}, around what the assistant writes, is only a scope.
     template = re.sub(r"(\{%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%\})", r"\1with", template)
-    return environment.from_string(template)
 
-
-def chat_template(directory) -> Callable[[list, bool], str]:
-    """The text of turns as the template writes them; True: with the opening of an answer."""
-    template, special = read_template(directory), special_tokens(directory)
-    name = f"the chat template of {directory}"
-    sandbox = optional("jinja2.sandbox", name)
-
-    def render(turns: list[dict[str, str]], opens: bool) -> str:
-        # There are no tools and no documents, which a template may ask for.
-        given = special | {"messages": turns, "tools": None, "documents": None}
+    def render(turns: Turns, opens: bool) -> str:
         try:
-            text = compiled(template, sandbox).render(given, add_generation_prompt=opens)
+            text = compiled(template).render(messages=turns, add_generation_prompt=opens)
             return text.encode().decode()  # refuses half a character
         except Exception as error:  # a template may raise anything
             raise ValueError(f"{name} fails: {type(error).__name__}: {error}") from None
@@ -78,21 +74,14 @@ def chat_template(directory) -> Callable[[list, bool], str]:
     return render
 
 
-def chat_prompt(directory, tokenizer: AnyTokenizer, turns: list[dict[str, str]]) -> list[int]:
+def chat_prompt(directory, tokenizer: AnyTokenizer, turns: Turns) -> list[int]:
     """Turns, and the opening of an answer; special tokens in the text become their own ids."""
-    text = chat_template(directory)(turns, True)
     check(isinstance(tokenizer, JsonTokenizer), f"{directory}: chat needs a tokenizer.json")
-    return tokenizer.encode(text)
+    return tokenizer.encode(chat_template(directory)(turns, True))
 
 
 # ---- files of dialogues ----
-class Dialogue(list):
-    """Turns {"role", "content"}, and the file and line where they are, for messages."""
-
-    where = "a dialogue"
-
-
-def turns_of(item) -> list[dict[str, str]]:
+def turns_of(item) -> Turns:
     """The turns of {"messages": [...]} or {"conversations": [...]}, or a user's turn, a string."""
     if isinstance(item, str):
         item = {"messages": [{"role": "user", "content": item}]}
@@ -116,9 +105,9 @@ def turns_of(item) -> list[dict[str, str]]:
     return turns
 
 
-def read_dialogues(paths: list) -> list[Dialogue]:
-    """The dialogues of files, of JSON Lines or one JSON list each."""
-    found = []
+def read_dialogues(paths: list) -> dict[str, Turns]:
+    """{file and line: turns} of files, of JSON Lines or one JSON list each."""
+    found = {}
     for path in paths:
         text = read_text(path)
         is_list = text.lstrip().startswith("[")
@@ -128,13 +117,12 @@ def read_dialogues(paths: list) -> list[Dialogue]:
             if is_list or item.strip():
                 where = f"{path}, {'item' if is_list else 'line'} {number}"
                 with naming_errors(where):
-                    found.append(Dialogue(turns_of(item if is_list else json.loads(item))))
-                found[-1].where = where
+                    found[where] = turns_of(item if is_list else json.loads(item))
     return found
 
 
 # ---- a dialogue's tokens, and which of them carry loss ----
-def answers(render: Callable[[list, bool], str], turns: list, ends: re.Pattern):
+def answers(render: Callable[[Turns, bool], str], turns: Turns, ends: re.Pattern):
     """Of each answer in turn: the text before it, with its opening, and that up to its end.
 
     Of a last turn without an answer the two are the same.
@@ -153,26 +141,24 @@ def answers(render: Callable[[list, bool], str], turns: list, ends: re.Pattern):
         yield before, before
 
 
-def token_runs(directory, tokenizer, turns: list, eos_ids) -> list[list[tuple[list[int], bool]]]:
-    """The segments of a dialogue, in runs.
+def token_runs(directory, tokenizer, turns: Turns, eos_ids) -> list[list[tuple[list, list]]]:
+    """Tokens of a dialogue as pairs: what is given, the answer ([] if there is none); in runs.
 
     A template may rewrite earlier turns: Qwen3 drops what the assistant thought. From there on is
-    another run of segments, the first being all that is before the next answer.
+    another run, in which the first pair's given is all that is before the next answer.
     """
     check(isinstance(tokenizer, JsonTokenizer), f"{directory}: chat needs a tokenizer.json")
     check(len(eos_ids) > 0, f"{directory}: eos_token_id is missing, so that no answer ends")
     ends = re.compile("|".join(re.escape(tokenizer.piece(id)) for id in eos_ids))
     runs, text, last = [[]], "", ""
-    with naming_errors(getattr(turns, "where", "a dialogue")):
-        for before, after in answers(chat_template(directory), turns, ends):
-            if not before.startswith(text):
-                runs, text, last = [*runs, []], "", ""
-            for piece, is_answer in ((before[len(text) :], False), (after[len(before) :], True)):
-                ids = continued(tokenizer, last, piece)
-                if not is_answer or piece:
-                    runs[-1].append((ids, is_answer))
-                last = piece or last
-            text = after
+    for before, after in answers(chat_template(directory), turns, ends):
+        if not before.startswith(text):
+            runs, text, last = [*runs, []], "", ""
+        given, answer = before[len(text) :], after[len(before) :]
+        ids = continued(tokenizer, last, given)
+        last = given or last
+        runs[-1].append((ids, continued(tokenizer, last, answer)))
+        text, last = after, answer or last
     return runs
 
 
@@ -189,45 +175,45 @@ def continued(tokenizer: JsonTokenizer, before: str, text: str) -> list[int]:
 
 
 def dialogue_rows(dialogues, directory, tokenizer, eos_ids, length) -> tuple[Tensor, Tensor, int]:
-    """tokens (R, length), loss_mask (R, length) bool: True where the assistant writes.
+    """{file and line: turns} -> tokens (R, length), loss_mask (R, length) bool: True in answers.
 
     A row ends with the last answer that fits, and is padded with 0. Third is the number of
     dialogues without a row: not even the first answer fits, or there is none.
     """
-    rows, dropped = [], 0
-    for turns in dialogues:
+    rows, masks, dropped = [], [], 0
+    for where, turns in dialogues.items():
         n_rows = len(rows)
-        for run in token_runs(directory, tokenizer, turns, eos_ids):
+        with naming_errors(where):
+            runs = token_runs(directory, tokenizer, turns, eos_ids)
+        for run in runs:
             ids, mask = [], []
-            for (given, _), (answer, _) in zip(run[::2], run[1::2]):
-                if len(ids) + len(given) + len(answer) > length:
+            for given, answer in run:
+                if answer == [] or len(ids) + len(given) + len(answer) > length:
                     break
                 ids += given + answer
                 mask += [False] * len(given) + [True] * len(answer)
             if ids:
-                rows.append((torch.tensor(ids), torch.tensor(mask)))
+                padding = length - len(ids)
+                rows.append(ids + [0] * padding)
+                masks.append(mask + [False] * padding)
         dropped += 1 if len(rows) == n_rows else 0
-    tokens = torch.zeros(len(rows), length, dtype=torch.long)
-    loss_mask = torch.zeros(len(rows), length, dtype=torch.bool)
-    for row, (ids, mask) in enumerate(rows):
-        tokens[row, : len(ids)], loss_mask[row, : len(ids)] = ids, mask
-    return tokens, loss_mask, dropped
+    return torch.tensor(rows), torch.tensor(masks), dropped
 
 
 # ---- the two sides of the split ----
-def split_dialogues(paths: list[str]) -> dict[str, list[Dialogue]]:
+def split_dialogues(paths: list[str]) -> dict[str, dict[str, Turns]]:
     """The dialogues of each side: a hash of what is asked first decides."""
     check(paths != [], "--text: must name files of dialogues; python -m data.turns writes one")
-    sides = {"validation": [], "train": []}
-    for turns in read_dialogues(paths):
+    sides = {"validation": {}, "train": {}}
+    for where, turns in read_dialogues(paths).items():
         first = takewhile(lambda turn: turn["role"] != "assistant", turns)
         name = "".join(turn["content"] for turn in first)
-        sides["validation" if is_validation(name) else "train"].append(turns)
+        sides["validation" if is_validation(name) else "train"][where] = turns
     # A small file may have none by chance.
-    if sides["validation"] == [] and len(sides["train"]) > 1:
-        sides["validation"].append(sides["train"].pop())
+    if sides["validation"] == {} and len(sides["train"]) > 1:
+        sides["validation"] = dict([sides["train"].popitem()])
     for side, dialogues in sides.items():
-        check(dialogues != [], f"the {side} side of the dialogues is empty: give more of them")
+        check(dialogues != {}, f"the {side} side of the dialogues is empty: give more of them")
     return sides
 
 
@@ -238,17 +224,17 @@ def given_turns(dialogues, directory, tokenizer, eos_ids, most: int) -> list[lis
     earlier turns, only answer 1 is asked for.
     """
     found = []
-    for turns in dialogues:
+    for where, turns in dialogues.items():
         # The file's own answers do not count: "-" is in place of each between two user's turns.
-        asked = Dialogue()
-        asked.where = turns.where
+        asked = []
         for turn in turns:
             if asked and (turn["role"], asked[-1]["role"]) == ("user", "user"):
                 asked.append({"role": "assistant", "content": "-"})
             if turn["role"] != "assistant":
                 asked.append(turn)
-        run = token_runs(directory, tokenizer, asked, eos_ids)[0] if asked else []
-        given = [ids for ids, is_answer in run if not is_answer]
+        with naming_errors(where):
+            run = token_runs(directory, tokenizer, asked, eos_ids)[0] if asked else []
+        given = [ids for ids, _ in run]
         if given and 0 < len(given[0]) <= most:
             found.append(given)
     advice = "a larger --prompt-tokens, or --context, half of which a prompt may have"

@@ -98,7 +98,6 @@ def shuffled(n: int, seed: int, epoch: int) -> Tensor:
 
 def windows(tokens: Tensor, n: int, length: int, generator: torch.Generator) -> Tensor:
     """n windows (n, length) at random places of a packed text (tokens,)."""
-    n_tokens = len(tokens)
-    check(n_tokens >= length, f"the text has {n_tokens} tokens, a row {length}: give more text")
-    starts = torch.randint(n_tokens - length + 1, (n, 1), generator=generator)  # (n, 1)
+    check(len(tokens) >= length, f"the text has {len(tokens)} tokens, a row {length}: give more")
+    starts = torch.randint(len(tokens) - length + 1, (n, 1), generator=generator)  # (n, 1)
     return tokens[starts + torch.arange(length)].long()  # (n, length)

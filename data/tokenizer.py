@@ -165,8 +165,7 @@ def load_base(directory, dtype=torch.float32, device=None) -> tuple[AnyTokenizer
     model, tokenizer = GPT.from_pretrained(directory, dtype, device), load_tokenizer(directory)
     size, ends = model.config.vocab_size, (tokenizer.bos, tokenizer.eos)
     # Tokens that were added to the tokenizer alone are no harm: they are not fed.
-    fits = tokenizer.own_size <= size
-    check(fits, f"{directory}: the tokenizer has more pieces than the model has tokens")
+    check(tokenizer.own_size <= size, f"{directory}: the tokenizer has more tokens than the model")
     lacks = "the tokenizer has no piece, known to the model, that begins or ends a document"
     check(0 <= min(ends) and max(ends) < size, f"{directory}: {lacks}")
     return tokenizer, model

@@ -59,13 +59,10 @@ def check_page(path: Path) -> None:
     check_out(str(path.parent), "--trace")
 
 
-def page(content: dict) -> str:
-    """The page with its data, in which no string can open or end an element of the page."""
+def write_page(path: Path, content: dict) -> None:
+    """Write the page with its data, in which no string can open or end an element of the page."""
     data = json.dumps(content, separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         data = data.replace(character, f"\\u{ord(character):04x}")
-    return TEMPLATE.read_text("utf-8").replace("{{trace}}", data)
-
-
-def write_page(path: Path, content: dict) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(page(content), "utf-8"))
+    page = TEMPLATE.read_text("utf-8").replace("{{trace}}", data)
+    write_atomically(path, lambda temporary: temporary.write_text(page, "utf-8"))

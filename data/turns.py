@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.command import check_out, option, optional, parsed, run
-from data.smollm2 import wheel
+from data.smollm2 import fetch
 from model import write_atomically
 
 PACKAGE = "chatterbot-corpus==1.3.3"
@@ -52,11 +52,10 @@ def written_turns(n: int, seed: int) -> list[str]:
 def corpus_turns() -> list[str]:
     """The first turn of each English conversation of chatterbot-corpus."""
     yaml, turns = optional("yaml", PACKAGE), []
-    with tempfile.TemporaryDirectory() as folder, wheel(PACKAGE, folder) as files:
-        for name in sorted(files.namelist()):
-            if "/english/" in name and name.endswith(".yml"):
-                conversations = yaml.safe_load(files.read(name))["conversations"]
-                turns += [str(conversation[0]).strip() for conversation in conversations]
+    with tempfile.TemporaryDirectory() as folder:
+        for path in fetch(PACKAGE, "*/english/*.yml", folder):
+            conversations = yaml.safe_load(path.read_bytes())["conversations"]
+            turns += [str(conversation[0]).strip() for conversation in conversations]
     return [turn for turn in turns if turn]
 
 

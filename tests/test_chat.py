@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import data.turns
-from data.chat import Dialogue, chat_prompt, chat_template, dialogue_rows, given_turns
+from data.chat import chat_prompt, chat_template, dialogue_rows, given_turns
 from data.chat import read_dialogues, split_dialogues, token_runs
 from data.corpus import is_validation
 from data.smollm2 import CONTROL, tokenizer_json
@@ -19,6 +19,7 @@ from data.tokenizer import JsonTokenizer, load_base
 from data.turns import written_turns
 from model import GPT, ModelConfig, read_json, write_json
 from strategies import properties, refused, small_tokenizer
+from train import DistillConfig, prompt_sources
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot|>", "<turn|>", "[INST]"]
 
@@ -211,14 +212,15 @@ def test_loss_is_on_each_answer_and_its_end_and_on_nothing_else(kind, data, styl
         # Only the first piece is the start of a text: 50, but for bytes.
         start = None if kind == "byte level" else 50
         ids = [[id for id in tok.encode(text) if id != start or text is texts[0]] for text in texts]
-        assert token_runs(directory, tok, turns, ENDS)[-1] == list(zip(ids, kinds))
+        pairs = token_runs(directory, tok, turns, ENDS)[-1]
+        assert [part for pair in pairs for part in pair] == ids + [[]] * (len(ids) % 2)
         assert [tok.decode(part) for part in ids] == list(texts)
         most = max(n for n in range(0, len(ids) + 1, 2) if len(sum(ids[:n], [])) <= length)
         mask = [is_answer for part, is_answer in zip(ids[:most], kinds) for _ in part]
         padding = [0] * (length - len(mask))
         rows += [(sum(ids[:most], []) + padding, mask + padding)] if most else []
-    tokens, loss_mask, dropped = dialogue_rows(found, directory, tok, ENDS, length)
-    assert tokens.shape == loss_mask.shape == (len(rows), length)
+    of_lines = dict(enumerate(found))
+    tokens, loss_mask, dropped = dialogue_rows(of_lines, directory, tok, ENDS, length)
     assert list(zip(tokens.tolist(), loss_mask.tolist())) == rows
     assert dropped == len(found) - len(rows)
 
@@ -232,10 +234,10 @@ def test_where_a_template_drops_what_was_thought_each_answer_is_a_row_of_its_own
     tok, directory = tokenizer("merges"), chat_directory(THINKS)
     given = "user:a?</s>assistant:A</s>user:b?</s>assistant:"
     last = f"{given}B</s>user:c?</s>assistant:"
-    expected = [(tok.encode(given), False), (tok.encode("<think>y/think>B</s>"), True)]
+    expected = [(tok.encode(given), tok.encode("<think>y/think>B</s>"))]
     assert token_runs(directory, tok, turns[:4], [2])[-1] == expected
-    assert token_runs(directory, tok, turns, [2])[-1] == [(tok.encode(last), False)]
-    tokens, mask, dropped = dialogue_rows([turns], directory, tok, [2], 80)
+    assert token_runs(directory, tok, turns, [2])[-1] == [(tok.encode(last), [])]
+    tokens, mask, dropped = dialogue_rows({"line 1": turns}, directory, tok, [2], 80)
     answers = [tok.decode(row[where].tolist()) for row, where in zip(tokens, mask)]
     assert answers == ["<think>x/think>A</s>", "<think>y/think>B</s>"] and dropped == 0
 
@@ -245,8 +247,8 @@ def test_an_answer_right_after_another_is_no_start_of_a_text():
     turns = [{"role": role, "content": role[0]} for role in ("user", "assistant", "assistant")]
     tok = tokenizer("starts")
     (run,) = token_runs(chat_directory(text), tok, turns, [2])
-    assert [tok.decode(ids) for ids, _ in run] == ["u", "a</s>", "", "a</s>"]
-    assert run[1][0] == run[3][0] == [100 + ord("a"), 2]
+    assert [tok.decode(ids) for pair in run for ids in pair] == ["u", "a</s>", "", "a</s>"]
+    assert run[0][1] == run[1][1] == [100 + ord("a"), 2]
 
 
 FORCED = LOOP + "{{ m.content }}</s>" + ANSWERING + "<think>{% endif %}"
@@ -280,9 +282,10 @@ def test_dialogues_are_the_same_in_every_form_of_a_file(tmp_path_factory, found,
         items = [item.replace(f'"{old}"', f'"{new}"') for item in items]
     items.append('"a\u2028b?"')
     text = f"[{', '.join(items)}]" if ends == "[,]" else ends.join(items)
-    path = tmp_path_factory.mktemp("dialogues") / "any.name"
-    path.write_text(text, encoding="utf-8-sig" if mark else "utf-8")
-    assert read_dialogues([path, path]) == [*found, turns_of(["a\u2028b?"], [])] * 2
+    paths = [tmp_path_factory.mktemp("dialogues") / "any.name" for _ in range(2)]
+    for path in paths:
+        path.write_text(text, encoding="utf-8-sig" if mark else "utf-8")
+    assert list(read_dialogues(paths).values()) == [*found, turns_of(["a\u2028b?"], [])] * 2
 
 
 @pytest.mark.parametrize("content, says", [
@@ -309,17 +312,18 @@ def test_what_changes_nothing_may_be_there_and_a_system_prompt_may_stand_apart(t
     turn = {"from": "human", "value": "hi", "weight": 1, "tool_calls": [], "id": 3}
     item = {"system": "Be brief.", "conversations": [turn], "tools": None}
     (tmp_path / "a.json").write_text(json.dumps([item]))
-    assert read_dialogues([tmp_path / "a.json"]) == [turns_of(["hi"], ["Be brief."])]
+    (turns,) = read_dialogues([tmp_path / "a.json"]).values()
+    assert turns == turns_of(["hi"], ["Be brief."])
 
 
 def test_a_base_is_asked_even_where_the_opening_of_an_answer_is_none_of_the_answer():
     tok, directory = tokenizer("merges"), chat_directory(FORCED)
     one, alone = turns_of(["a"], []), [{"role": "assistant", "content": "a"}]
-    found = given_turns(map(Dialogue, (alone, one)), directory, tok, [2], 99)
+    found = given_turns({"1": alone, "2": one}, directory, tok, [2], 99)
     assert [[tok.decode(ids) for ids in given] for given in found] == [["a</s><think>"]]
     blind = chat_directory(LOOP + "{{ '' if m.role == 'system' else m.content }}{% endfor %}")
     system = turns_of([], ["s"])
-    assert len(given_turns(map(Dialogue, (system, one)), blind, tok, [2], 99)) == 1
+    assert len(given_turns({"1": system, "2": one}, blind, tok, [2], 99)) == 1
 
 
 def test_a_turn_is_on_one_side_and_too_long_ones_are_left_out(tmp_path):
@@ -337,6 +341,13 @@ def test_a_turn_is_on_one_side_and_too_long_ones_are_left_out(tmp_path):
     assert [tok.decode(ids) for ids in later] == [f"user:{c}</s>assistant:" for c in "bc"]
     refused("no turn has at most 5 tokens", given_turns, dialogues, directory, tok, [2], 5)
     path.write_text('"a?"\n"b?"\n"c?"')
+    # Rows are the same dialogues', wherever their file is.
+    digests = set()
+    for other in (path, path.with_name("other.jsonl")):
+        other.write_bytes(path.read_bytes())
+        config = DistillConfig(base=str(directory), text=[str(other)], chat=True)
+        digests.add(prompt_sources(config, tok, [2])[1])
+    assert len(digests) == 1
     assert [len(split_dialogues([path])[side]) for side in ("train", "validation")] == [2, 1]
     path.write_text('"why?"')
     for paths, says in (([path], "the validation side of the dialogues"), ([], "must name files")):
@@ -370,7 +381,7 @@ def test_of_several_templates_the_default_is_taken_and_a_file_goes_before_them()
     directory = chat_directory.__wrapped__(templates)
     assert chat_template(directory)(TURNS, True) == "plain"
     (directory / "chat_template.jinja").write_text("file {{ eos_token }}")
-    assert chat_template(directory)(TURNS, True) == "file </s>"
+    assert chat_template.__wrapped__(directory)(TURNS, True) == "file </s>"  # not cached
     refused("tokenizer.json", chat_prompt, directory, small_tokenizer(), TURNS)
 
 

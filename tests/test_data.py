@@ -198,7 +198,7 @@ def test_rows_that_turn_in_pairs_come_in_halves_head_by_head():
 
 def test_smollm2_comes_with_heads_whole_and_small_and_keeps_ones_that_exist(tmp_path, monkeypatch):
     for name in ("optional", "fetch", "convert"):
-        monkeypatch.setattr(smollm2, name, lambda *_: None)
+        monkeypatch.setattr(smollm2, name, lambda *_: [None])
     call(smollm2.main, "--out", tmp_path)
     assert contents(tmp_path / "heads") == contents(smollm2.HEADS)
     (tmp_path / "heads" / "calibration.json").write_text("mine")

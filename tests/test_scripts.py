@@ -292,7 +292,7 @@ def test_a_broken_file_is_refused_by_name(refused, copy, made, name, content):
 
 def test_sample_refuses_a_tokenizer_of_another_model(refused, copy):
     Tokenizer.load(ROOT / "data" / "base").save(copy[0] / "base")
-    refused("more pieces than", "sample.py", *copy[1])
+    refused("more tokens than the", "sample.py", *copy[1])
 
 
 TRAIN = [("--mode medusa3", "medusa3"), ("--mode", "--mode"), ("--fast", "--fast")]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 import sample
-from data.trace import page
+from data.trace import write_page
 from strategies import call, small_tokenizer
 from test_trace import ODD, data_of, fake
 from tree import Tree
@@ -197,7 +197,7 @@ ESCAPED = {0: "\\x00", 0x2028: "\\u2028", 0x202E: "\\u202e", 0x2066: "\\u2066"}
 def test_odd_tokens_are_shown_and_do_nothing(browser, tmp_path):
     encode, prompt = small_tokenizer().encode, "".join(NASTY + ODD)
     steps = [[token] for token in encode("x")] + [encode(text) for text in NASTY + ODD]
-    (tmp_path / "page.html").write_text(page(fake(steps, prompt)), "utf-8")
+    write_page(tmp_path / "page.html", fake(steps, prompt))
     with opened(browser, tmp_path / "page.html"):
         press(browser, "HOME")
         for number, tokens in enumerate(steps):

@@ -315,8 +315,9 @@ def test_rows_of_another_base_text_or_settings_are_refused(change, base, text, t
 
 def test_chat_rows_answer_every_turn_equally_often(base, text, tmp_path, monkeypatch):
     turns = {"train": [[[n] * n] for n in (3, 1, 4, 2)], "validation": [[[9] * 4], [[8, 8]]]}
-    monkeypatch.setattr(train, "split_dialogues", lambda _: turns)
-    monkeypatch.setattr(train, "given_turns", lambda dialogues, *_: dialogues)
+    sides = {side: dict(enumerate(given)) for side, given in turns.items()}
+    monkeypatch.setattr(train, "split_dialogues", lambda _: sides)
+    monkeypatch.setattr(train, "given_turns", lambda dialogues, *_: list(dialogues.values()))
     monkeypatch.setattr(train, "read_template", lambda _: "")
     monkeypatch.setattr(train, "HELD_OUT_ROWS", 3)
     more = {"chat": True, "rows": 4, "shards": 2, "out": str(tmp_path / "rows")}
