@@ -49,7 +49,7 @@ def machine() -> str:
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
     name, threads = names[0] if names else platform.processor(), torch.get_num_threads()
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    return f"{name}, {threads} threads, {versions}"
+    return f"{name}, threads: {threads}, {versions}"
 
 
 def held_out() -> tuple[torch.Tensor, int]:
